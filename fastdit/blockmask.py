@@ -1,0 +1,56 @@
+"""The kernel's form of a tile map: for each query tile, how many key tiles it attends and which.
+
+`kv_num_blocks` and `kv_indices` are named after torch's `BlockMask` (`torch.nn.attention.flex_attention`). `q_order` and
+`k_order` say which token sits in which slot of which tile, so that a kernel can gather from and scatter to token order
+itself and nobody pays for a permutation of the whole sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdit.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Which key tiles each query tile attends.
+
+    kv_num_blocks: int32 [b, h, q_tiles]; kv_indices: int32 [b, h, q_tiles, k_tiles], ascending, of which the first
+    kv_num_blocks entries count; b and h are 1 where all batch elements or heads share the map. q_order [q_tiles, slots]
+    and k_order [k_tiles, slots]: int64 token in each slot, -1 (padding) behind a tile's real tokens.
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    q_order: Tensor
+    k_order: Tensor
+
+    @classmethod
+    def from_tile_map(cls, tile_map: Tensor, layout: Layout) -> BlockMask:
+        """bool [b, h, num_tiles, num_tiles] of a layout -> BlockMask."""
+        tiles = layout.num_tiles
+        if tile_map.dtype != torch.bool or tile_map.ndim != 4 or tile_map.shape[2:] != (tiles, tiles):
+            raise ValueError(f"tile map must be bool [b, h, {tiles}, {tiles}], got {tile_map.dtype} {tuple(tile_map.shape)}")
+        order = layout.order(tile_map.device)
+        indices = tile_map.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return cls(tile_map.sum(-1, dtype=torch.int32), indices.to(torch.int32), order, order)
+
+    def to_tile_map(self) -> Tensor:
+        """Back to bool [b, h, q_tiles, k_tiles]."""
+        return tile_map(self.kv_num_blocks, self.kv_indices)
+
+    def density(self) -> float:
+        """Attended / all (query, key) pairs, padding excluded, in [0, 1]."""
+        q_counts, k_counts = (self.q_order >= 0).sum(-1), (self.k_order >= 0).sum(-1)
+        kept = (self.to_tile_map().double() * q_counts[:, None] * k_counts).sum((-1, -2)).mean()
+        return float(kept / (q_counts.sum() * k_counts.sum()))
+
+
+def tile_map(kv_num_blocks: Tensor, kv_indices: Tensor) -> Tensor:
+    """Block mask -> bool tile map [b, h, q_tiles, k_tiles]."""
+    kept = torch.arange(kv_indices.shape[-1], device=kv_indices.device) < kv_num_blocks[..., None]
+    return torch.zeros_like(kept).scatter_(-1, kv_indices.long(), kept)

@@ -1,0 +1,90 @@
+"""3D windows of tiles: Sliding Tile Attention (arXiv 2502.04507 §3) and FPSAttention (arXiv 2506.04648 §3.2).
+
+Both attend, on each axis, to the tiles near the query's own tile; they differ at the borders of the grid, and that makes
+them different operators (grid 5×6×10, window 3×3×3: density 9.0 % against 6.5 %):
+
+* ``border="clamp"`` (STA): the window is shifted inwards until it lies inside the grid, so every query attends to exactly
+  w_t·w_h·w_w tiles. For a window of w tiles on an axis of n, query tile i attends [s, s + w), s = clamp(i − ⌊w/2⌋, 0, n − w).
+  STA's windows are odd; an even w is exactly w tiles here, where STA's own reference widens it to w + 1.
+* ``border="truncate"`` (FPSAttention): the window is cut off at the border, |i − j| ≤ ⌊w/2⌋; border queries see fewer tiles.
+
+A window fixed in tiles is a different share of every grid. ``density`` asks for a share instead, and `fit_window` turns
+it into the window of that grid: what presets use.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastdit.layout import Grid, Layout
+
+
+@dataclass(frozen=True)
+class Window:
+    """Attend to a box of tiles around the own tile: `size` = (t, h, w) in tiles, or the box nearest to `density`."""
+
+    size: Grid | None = None
+    density: float | None = None
+    border: Literal["clamp", "truncate"] = "clamp"
+
+    name: ClassVar[str] = "window"
+    static: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if (self.size is None) == (self.density is None):
+            raise ValueError("window: give either size=(t, h, w) in tiles or density in (0, 1], not both and not neither")
+        if self.size is not None:
+            if len(self.size) != 3 or any(not isinstance(s, int) or s < 1 for s in self.size):
+                raise ValueError(f"window: size must be three whole numbers of tiles >= 1, got {self.size}")
+            object.__setattr__(self, "size", tuple(self.size))
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ValueError(f"window: density must lie in (0, 1], got {self.density}")
+        if self.border not in ("clamp", "truncate"):
+            raise ValueError(f"window: border must be 'clamp' (STA) or 'truncate' (FPSAttention), got {self.border!r}")
+
+    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None) -> Tensor:
+        size = self.size or fit_window(layout.tile_grid, self.density or 1.0, self.border)
+        near_t, near_h, near_w = (near(n, w, self.border) for n, w in zip(layout.tile_grid, size, strict=True))
+        box = near_t[:, None, None, :, None, None] & near_h[:, None, None, :, None] & near_w[:, None, None, :]
+        return box.reshape(1, 1, layout.video_tiles, layout.video_tiles)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "size": self.size and list(self.size), "density": self.density, "border": self.border}
+
+    def __str__(self) -> str:
+        what = "×".join(map(str, self.size)) if self.size else f"{self.density:g}"
+        return f"window({what}, {self.border})"
+
+
+def near(tiles: int, window: int, border: str) -> Tensor:
+    """One axis: bool [tiles, tiles], True where query tile (row) attends key tile (column)."""
+    i = torch.arange(tiles)
+    if border == "truncate":
+        return (i[:, None] - i).abs() <= window // 2
+    start = (i - window // 2).clamp(min=0).clamp(max=max(tiles - window, 0))
+    return (i >= start[:, None]) & (i < start[:, None] + window)
+
+
+@lru_cache(maxsize=256)
+def fit_window(tile_grid: Grid, density: float, border: str = "clamp") -> Grid:
+    """The window (tiles) whose density on this tile grid is nearest to `density`, in log terms.
+
+    Among near ties (5 %) the one that covers most of its least covered axis wins, frames first: attention mass spreads
+    further along time than space (STA §2; Sparse VideoGen, arXiv 2502.01776 §3).
+    """
+    steps = [range(1, n + 1) if border == "clamp" else range(1, 2 * n, 2) for n in tile_grid]
+    share = [{w: float(near(n, w, border).float().mean()) for w in s} for n, s in zip(tile_grid, steps, strict=True)]
+
+    def cost(size: Grid) -> tuple[float, float, float]:
+        cover = [share[axis][w] for axis, w in enumerate(size)]
+        miss = abs(math.log(math.prod(cover) / density))
+        return round(miss / 0.05), -min(cover), -cover[0]
+
+    return min(product(*steps), key=cost)
