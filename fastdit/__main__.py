@@ -1,0 +1,6 @@
+"""`python -m fastdit …`: the same as the `fastdit` command."""
+
+from fastdit.apps.cli import main
+
+if __name__ == "__main__":
+    main()
