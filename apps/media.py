@@ -67,7 +67,9 @@ class Outputs:
                 self[name].touch()
         except OSError as error:
             self._clear()
-            raise Problem(f"cannot write into {self.folder} ({error.strerror}): choose another folder with --out") from None
+            raise Problem(
+                f"cannot write into {self.folder} ({error.strerror}): choose another folder with --out"
+            ) from None
         return self
 
     def _sweep(self, name: str) -> None:
@@ -91,7 +93,9 @@ class Outputs:
         if self.new and self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._clear()
 
 
