@@ -1,4 +1,4 @@
-"""`fastdit bench`: dense and every preset, on the embedded model, into JSON rows, from which the README's table is made.
+"""`fastdit bench`: dense and every preset on the embedded model, into JSON rows; the README's table is made from them.
 
 A row is one size with one preset. Rows are written as they come and kept: a bench that was interrupted goes on where it
 stopped, and rows of other sizes, presets or step counts in the same file stay.
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdit.apps.media import Problem, write_json
+from fastdit.apps.media import UserError, write_json
 
 INCLUDES = "denoising loop: denoiser, guidance, scheduler; planning, block masks, permutation and quantization with it"
 BEGIN, END = "<!-- bench:main -->", "<!-- /bench:main -->"
@@ -49,12 +49,12 @@ def bench(
 
 
 def parse_sizes(text: str) -> list[tuple[int, int, int]]:
-    """ "33x256x256,17x64x64" -> [(33, 256, 256), (17, 64, 64)]. Raises Problem."""
+    """ "33x256x256,17x64x64" -> [(33, 256, 256), (17, 64, 64)]. Raises UserError."""
     sizes = []
     for one in text.split(","):
         match = re.fullmatch(r"\s*(\d+)x(\d+)x(\d+)\s*", one)
         if match is None:
-            raise Problem(f"--sizes: {one.strip()!r} is not frames x height x width, such as 33x256x256", 2)
+            raise UserError(f"--sizes: {one.strip()!r} is not frames x height x width, such as 33x256x256", 2)
         sizes.append((int(match[1]), int(match[2]), int(match[3])))
     return sizes
 
@@ -70,16 +70,16 @@ def run(
     again: bool = False,
     model: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure what the file lacks; returns all its rows. Raises Problem."""
-    from fastdit.apps.compare import describe, measure
-    from fastdit.apps.models import check_shape
-    from fastdit.apps.render import Settings, load
+    """Measure what the file lacks; returns all its rows. Raises UserError."""
+    from fastdit.apps.compare import describe
+    from fastdit.apps.measure import measure
+    from fastdit.apps.models import Settings, check_shape, load
 
     cases = {size: [Settings(prompt, "", seed, model, name, *size, steps=steps) for name in presets] for size in sizes}
     for settings in (one for case in cases.values() for one in case):
         settings.check()
     if repeats < 2:
-        raise Problem(f"--repeats must be at least 2 (two dense runs must agree), got {repeats}", 2)
+        raise UserError(f"--repeats must be at least 2 (two dense runs must agree), got {repeats}", 2)
     rows = read_rows(out)
     save(out, rows)  # before anything is measured: a folder that cannot be written should not cost an hour
     pipe = load(cases[sizes[0]][0])
@@ -142,7 +142,7 @@ def cpu_name() -> str:
 
 
 def read_rows(path: Path, must_exist: bool = False) -> list[dict[str, Any]]:
-    """The rows of a file; none if it does not exist yet. Raises Problem for a file of another kind."""
+    """The rows of a file; none if it does not exist yet. Raises UserError for a file of another kind."""
     if not path.exists() and not must_exist:
         return []
     try:
@@ -150,16 +150,16 @@ def read_rows(path: Path, must_exist: bool = False) -> list[dict[str, Any]]:
         if not all(set(KEY) <= set(row) for row in rows):
             raise KeyError("rows")
     except OSError as error:
-        raise Problem(
+        raise UserError(
             f"cannot read {path} ({error.strerror}): measure first, with fastdit bench --out {path}"
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise Problem(f"{path} does not hold rows of fastdit bench: choose another file with --out") from None
+        raise UserError(f"{path} does not hold rows of fastdit bench: choose another file with --out") from None
     return list(rows)
 
 
 def save(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows, whole or not at all. Raises Problem where that cannot be."""
+    """Write the rows, whole or not at all. Raises UserError where that cannot be."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,7 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise Problem(f"cannot write {path} ({error.strerror}): choose another file with --out") from None
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another file with --out") from None
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -201,13 +201,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace what stands between the markers of a Markdown file. Raises Problem if it has none."""
+    """Replace what stands between the markers of a Markdown file. Raises UserError if it has none."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise Problem(f"cannot read {path} ({error.strerror})") from None
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise Problem(f"{path} has no {BEGIN} … {END}: put these two lines where the table is to be")
+        raise UserError(f"{path} has no {BEGIN} … {END}: put these two lines where the table is to be")
     path.write_text(f"{before}{BEGIN}\n{markdown(rows)}\n{END}{after}", encoding="utf-8")

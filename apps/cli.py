@@ -1,6 +1,6 @@
 """The `fastdit` command: `render`, `presets`, `bench`.
 
-Each command is one file in `apps/` with a function of the command's name; nothing heavy is imported before a command runs.
+Each command is one file in `apps/` with a function of the command's name; nothing heavy is imported before it runs.
 Whatever a user can mend ends in one line on standard error. Exit status: 0 done, 1 failed while running, 2 wrong usage,
 130 interrupted, 143 terminated.
 """
@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from fastdit.apps.media import Problem
+from fastdit.apps.media import UserError
 
 COMMANDS = ("render", "bench")
 """Modules of `fastdit.apps`, each with a function of its own name: adding a command is adding one here."""
@@ -74,7 +74,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = app(standalone_mode=False)
-    except Problem as problem:
+    except UserError as problem:
         _fail(str(problem), problem.code)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted: nothing was left half-written", 130)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 SLUG_LENGTH = 60  # characters: a file name may have 255 bytes on most file systems
 
 
-class Problem(Exception):
-    """What the user can mend, in one line: the thing, and the remedy. code: exit status, 1 while running, 2 for usage."""
+class UserError(Exception):
+    """What the user can mend, in a line: the thing and the remedy. code: exit status, 1 while running, 2 for usage."""
 
     def __init__(self, message: str, code: int = 1) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ class Outputs:
 
     ``with Outputs(folder, "a.json", "a.mp4") as out: write(out["a.json"]); …; out.publish()``. Without `publish`, by an
     exception or a signal, nothing is left, nor the folder if it was new. The last name appears last: where it exists,
-    all do. Raises Problem where the folder cannot be written.
+    all do. Raises UserError where the folder cannot be written.
     """
 
     def __init__(self, folder: Path, *names: str) -> None:
@@ -67,7 +67,7 @@ class Outputs:
                 self[name].touch()
         except OSError as error:
             self._clear()
-            raise Problem(
+            raise UserError(
                 f"cannot write into {self.folder} ({error.strerror}): choose another folder with --out"
             ) from None
         return self
@@ -115,7 +115,7 @@ def _alive(process: int) -> bool:
 
 
 def ffmpeg() -> str:
-    """The ffmpeg executable (of imageio-ffmpeg, or IMAGEIO_FFMPEG_EXE). Raises Problem if there is none that runs."""
+    """The ffmpeg executable (of imageio-ffmpeg, or IMAGEIO_FFMPEG_EXE). Raises UserError if there is none that runs."""
     import imageio_ffmpeg
 
     try:
@@ -124,7 +124,7 @@ def ffmpeg() -> str:
     except (RuntimeError, OSError, subprocess.CalledProcessError):
         named = os.environ.get("IMAGEIO_FFMPEG_EXE")
         cause = f"IMAGEIO_FFMPEG_EXE={named} does not run: unset it" if named else "pip install imageio-ffmpeg"
-        raise Problem(f"no ffmpeg to write the video with: {cause}, or point IMAGEIO_FFMPEG_EXE at one") from None
+        raise UserError(f"no ffmpeg to write the video with: {cause}, or point IMAGEIO_FFMPEG_EXE at one") from None
     return path
 
 
@@ -136,13 +136,13 @@ def to_uint8(frames: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
 
 
 def write_mp4(path: Path, frames: NDArray[np.floating[Any]], fps: int, comment: dict[str, Any]) -> None:
-    """Encode frames [F, H, W, 3] in [0, 1], fps a second, as H.264 in yuv420p, index first, `comment` as JSON in its tag.
+    """Encode frames [F, H, W, 3] in [0, 1], fps a second, as H.264 in yuv420p, index first, `comment` as JSON in a tag.
 
-    Chroma is kept for every second pixel, so height and width must be even. Raises Problem if ffmpeg fails.
+    Chroma is kept for every second pixel, so height and width must be even. Raises UserError if ffmpeg fails.
     """
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
-        raise Problem(f"H.264 needs an even height and width, got {height} x {width}")
+        raise UserError(f"H.264 needs an even height and width, got {height} x {width}")
     command = [ffmpeg(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     command += ["-r", str(fps), "-i", "-", "-an", "-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p"]
     command += ["-movflags", "+faststart", "-metadata", f"comment={json.dumps(comment)}", "-f", "mp4", str(path)]
@@ -150,7 +150,9 @@ def write_mp4(path: Path, frames: NDArray[np.floating[Any]], fps: int, comment: 
     done = subprocess.run(command, input=to_uint8(frames).tobytes(), capture_output=True, start_new_session=True)
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise Problem(f"ffmpeg could not encode the video ({last}): is the disk full, or ffmpeg built without libx264?")
+        raise UserError(
+            f"ffmpeg could not encode the video ({last}): is the disk full, or ffmpeg built without libx264?"
+        )
 
 
 def contact_sheet(
@@ -158,7 +160,7 @@ def contact_sheet(
 ) -> Image:
     """Frames of each (title, clip [F, H, W, 3]) spread evenly over it, in time order; each clip takes `lines` lines.
 
-    width: of one frame on the sheet, in pixels; small frames are enlarged by whole numbers only, so that pixels stay pixels.
+    width: of one frame on the sheet, in pixels; small frames grow by whole numbers only, so that pixels stay pixels.
     """
     import numpy as np
     from PIL import Image, ImageDraw

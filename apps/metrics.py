@@ -3,8 +3,8 @@
 Both compare a clip with the dense one of the same seed: closeness, not quality. A good video whose details fell out
 otherwise can have 15 to 20 dB.
 
-SSIM: Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment" (2004): Gaussian window 11 × 11 with σ = 1.5, K1 = 0.01,
-K2 = 0.03, on each colour channel, only where the window lies wholly inside the frame; mean over everything.
+SSIM: Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment" (2004): Gaussian window 11 × 11 with σ = 1.5,
+K1 = 0.01, K2 = 0.03, on each colour channel, only where the window lies wholly inside the frame; mean over everything.
 """
 
 from __future__ import annotations

@@ -1,21 +1,94 @@
-"""Finding and loading the pipeline a command names, and what it can draw. Every failure is one line with a remedy."""
+"""What to render and by which model: settings, loading a pipeline, and what it can draw. Failures name their remedy."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import sys
+import warnings
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastdit.apps.media import Problem
+from fastdit.apps.media import UserError
+
+if TYPE_CHECKING:
+    from fastdit import Config
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+LEAST_PIXELS = 16  # SSIM's window and H.264 need a few
 
 
-def load(model: str | None, device: str, dtype: Any) -> Any:
-    """The pipeline in a folder or on the Hub (None: the embedded one), on a device, quiet. A folder never means the network."""
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a clip. height, width: pixels; fps: frames a second; model: folder, Hub id, or None: embedded."""
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    model: str | None = None
+    preset: str = "balanced"
+    frames: int = 33
+    height: int = 128
+    width: int = 128
+    steps: int = 20
+    guidance: float = 3.0
+    fps: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def config(self) -> Config:
+        """The preset's configuration. Raises UserError listing the presets."""
+        from fastdit import preset
+
+        try:
+            return preset(self.preset)
+        except ValueError as error:
+            raise UserError(str(error), 2) from None
+
+    def check(self) -> None:
+        """Everything that can be told without the model. Raises UserError."""
+        self.config()
+        if not self.prompt.strip():
+            raise UserError('the prompt is empty: say what to draw, such as "a red circle moving right"', 2)
+        if self.steps < 1:
+            raise UserError(f"--steps must be at least 1, got {self.steps}", 2)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}", 2)
+        if not 1 <= self.fps <= 240:
+            raise UserError(f"--fps must be from 1 to 240, got {self.fps}", 2)
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            raise UserError(f"--guidance must be a number of at least 0 (1 and below: off), got {self.guidance}", 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As recorded beside the clip, the preset spelled out."""
+        return asdict(self) | {"config": self.config().to_dict()}
+
+
+def resolve(settings: Settings) -> tuple[str, Any]:
+    """(device, torch dtype) that "auto" means here. Raises UserError for a device that is not there."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    device, cuda = settings.device, torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
+    if device not in ("cpu", "cuda") or settings.dtype not in ("auto", *dtypes):
+        raise UserError("--device must be auto, cpu or cuda, and --dtype auto, float32, bfloat16 or float16", 2)
+    if device == "cuda" and not cuda:
+        raise UserError(
+            "--device cuda: PyTorch sees no CUDA GPU here: use --device cpu, or install PyTorch's CUDA build"
+        )
+    if settings.dtype != "auto":
+        return device, dtypes[settings.dtype]
+    # The embedded model is so small that half precision saves nothing.
+    return device, torch.bfloat16 if device == "cuda" and settings.model else torch.float32
+
+
+def load(settings: Settings) -> Any:
+    """The diffusers pipeline of the settings, on its device, quiet. A local folder never means the network."""
     import torch
     import transformers
     from diffusers import DiffusionPipeline
@@ -23,7 +96,8 @@ def load(model: str | None, device: str, dtype: Any) -> Any:
 
     from fastdit.pipelines import tiny
 
-    source, local = _locate(model if model is not None else str(tiny.PATH), embedded=model is None)
+    device, dtype = resolve(settings)
+    source, local = _locate(settings.model or str(tiny.PATH), embedded=not settings.model)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -31,17 +105,21 @@ def load(model: str | None, device: str, dtype: Any) -> Any:
     # Wan's autoencoder loses detail in half precision; it is a small part of the time.
     types = {"default": dtype, "vae": torch.float32}
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=types, local_files_only=local)
+        with warnings.catch_warnings():
+            # diffusers 0.42 calls it `dtype`, and warns; 0.37 knows only this name.
+            warnings.simplefilter("ignore", FutureWarning)
+            pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=types, local_files_only=local)
     except Exception as error:  # of many kinds, from four libraries
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = (
             "download or save it again" if local else "check the id and the network, or give -m a downloaded folder"
         )
-        raise Problem(f"cannot load the model {source} ({cause[:200]}): {remedy}") from error
+        raise UserError(f"cannot load the model {source} ({cause[:200]}): {remedy}") from error
     wanted = {"num_frames", "callback_on_step_end"} - set(inspect.signature(pipe.__call__).parameters)
     if wanted:
-        raise Problem(
-            f"{source} is a {type(pipe).__name__}, which takes no {' and no '.join(sorted(wanted))}: give -m a text-to-video model"
+        raise UserError(
+            f"{source} is a {type(pipe).__name__}, which takes no {' and no '.join(sorted(wanted))}: "
+            "give -m a text-to-video model"
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -58,19 +136,19 @@ def _locate(model: str, embedded: bool) -> tuple[str, bool]:
         else "give -m a folder saved by pipe.save_pretrained(...), or a Hub id owner/name"
     )
     if not folder.is_dir():
-        raise Problem(f"no model folder {folder}: {remedy}")
+        raise UserError(f"no model folder {folder}: {remedy}")
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
     except (OSError, ValueError, AttributeError, IndexError):
-        raise Problem(f"{folder} has no readable model_index.json: {remedy}") from None
+        raise UserError(f"{folder} has no readable model_index.json: {remedy}") from None
     for name in parts:
         if not (folder / name).is_dir():
-            raise Problem(f"the model {folder} lacks its part {name}/: {remedy}")
+            raise UserError(f"the model {folder} lacks its part {name}/: {remedy}")
         # Only models have config.json; schedulers and tokenizers name theirs otherwise and have no weights.
         has_weights = any(any((folder / name).glob(f"*.{kind}")) for kind in ("safetensors", "bin"))
         if (folder / name / "config.json").is_file() and not has_weights:
-            raise Problem(f"no weights in {folder / name} (*.safetensors or *.bin): {remedy}")
+            raise UserError(f"no weights in {folder / name} (*.safetensors or *.bin): {remedy}")
     return str(folder), True
 
 
@@ -84,19 +162,17 @@ def multiples(pipe: Any) -> tuple[int, int, int]:
 
 
 def check_shape(pipe: Any, frames: int, height: int, width: int) -> None:
-    """Raises Problem naming the nearest valid value of whatever does not fit the model."""
+    """Raises UserError naming the nearest valid value of whatever does not fit the model."""
     time, h, w = multiples(pipe)
     if frames < 1 or (frames - 1) % time:
-        raise Problem(
-            f"--frames must be {time}k + 1 for this model, got {frames}: nearest is {time * max(0, round((frames - 1) / time)) + 1}",
-            2,
-        )
+        nearest = time * max(0, round((frames - 1) / time)) + 1
+        raise UserError(f"--frames must be {time}k + 1 for this model, got {frames}: nearest is {nearest}", 2)
     for name, size, step in (("height", height, h), ("width", width, w)):
-        # SSIM and H.264 need a few pixels too.
-        least = -(-16 // step) * step
+        least = -(-LEAST_PIXELS // step) * step
         if size < least or size % step:
-            raise Problem(
-                f"--{name} must be a multiple of {step}, at least {least}, for this model, got {size}: nearest is {max(least, round(size / step) * step)}",
+            nearest = max(least, round(size / step) * step)
+            raise UserError(
+                f"--{name} must be a multiple of {step}, at least {least}, for this model, got {size}: nearest {nearest}",
                 2,
             )
 
@@ -111,7 +187,7 @@ def dropped_tokens(pipe: Any, prompt: str) -> int:
     dropped = max(0, count - parameter.default)
     if dropped:
         print(
-            f"fastdit: the prompt has {count} tokens, the model reads {parameter.default}: the last {dropped} are dropped",
+            f"fastdit: the prompt has {count} tokens and the model reads {parameter.default}: {dropped} are dropped",
             file=sys.stderr,
         )
     return dropped

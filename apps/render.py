@@ -1,76 +1,28 @@
 """`fastdit render`: a prompt in; an H.264 clip, a JSON sidecar and a contact sheet out.
 
-A clip is made in three steps that the other commands use too: `Settings.check`, `load`, `generate`.
+A clip is made by `Settings.check` and `load` of models.py and `generate`; the other commands use these too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdit.apps.media import Outputs, Problem, contact_sheet, digest, ffmpeg, slug, write_json, write_mp4, write_png
+from fastdit.apps.media import Outputs, UserError, contact_sheet, digest, ffmpeg, slug, write_json, write_mp4, write_png
+from fastdit.apps.models import Settings, check_shape, dropped_tokens, load
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor, nn
-
-    from fastdit import Config
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a clip. height, width: pixels; fps: frames a second; model: a folder or Hub id, None the embedded one."""
-
-    prompt: str
-    negative: str = ""
-    seed: int = 0
-    model: str | None = None
-    preset: str = "balanced"
-    frames: int = 33
-    height: int = 128
-    width: int = 128
-    steps: int = 20
-    guidance: float = 3.0
-    fps: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def config(self) -> Config:
-        """The preset's configuration. Raises Problem listing the presets."""
-        from fastdit import preset
-
-        try:
-            return preset(self.preset)
-        except ValueError as error:
-            raise Problem(str(error), 2) from None
-
-    def check(self) -> None:
-        """Everything that can be told without the model. Raises Problem."""
-        import math
-
-        self.config()
-        if not self.prompt.strip():
-            raise Problem('the prompt is empty: say what to draw, such as "a red circle moving right"', 2)
-        if self.steps < 1:
-            raise Problem(f"--steps must be at least 1, got {self.steps}", 2)
-        if not 0 <= self.seed < 2**63:
-            raise Problem(f"--seed must be from 0 to 2^63 - 1, got {self.seed}", 2)
-        if not 1 <= self.fps <= 240:
-            raise Problem(f"--fps must be from 1 to 240, got {self.fps}", 2)
-        if not math.isfinite(self.guidance) or self.guidance < 0:
-            raise Problem(f"--guidance must be a number of at least 0 (1 and below: off), got {self.guidance}", 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As recorded beside the clip, the preset spelled out."""
-        return asdict(self) | {"config": self.config().to_dict()}
 
 
 @dataclass
@@ -83,34 +35,8 @@ class Clip:
     step_seconds: list[float] = field(default_factory=list)
 
 
-def resolve(settings: Settings) -> tuple[str, Any]:
-    """(device, torch dtype) that "auto" means here. Raises Problem for a device that is not there."""
-    import torch
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    device, cuda = settings.device, torch.cuda.is_available()
-    if device == "auto":
-        device = "cuda" if cuda else "cpu"
-    if device not in ("cpu", "cuda") or settings.dtype not in ("auto", *dtypes):
-        raise Problem("--device must be auto, cpu or cuda, and --dtype auto, float32, bfloat16 or float16", 2)
-    if device == "cuda" and not cuda:
-        raise Problem("--device cuda: PyTorch sees no CUDA GPU here: use --device cpu, or install PyTorch's CUDA build")
-    if settings.dtype != "auto":
-        return device, dtypes[settings.dtype]
-    # The embedded model is so small that half precision saves nothing.
-    return device, torch.bfloat16 if device == "cuda" and settings.model else torch.float32
-
-
-def load(settings: Settings) -> Any:
-    """The diffusers pipeline of the settings, on its device, quiet. Raises Problem."""
-    from fastdit.apps.models import load as load_pipeline
-
-    device, dtype = resolve(settings)
-    return load_pipeline(settings.model, device, dtype)
-
-
 def generate(pipe: Any, settings: Settings, label: str = "denoising", show: bool = True) -> Clip:
-    """Run the pipeline as it is. Raises Problem as soon as a step leaves something that is not finite.
+    """Run the pipeline as it is. Raises UserError as soon as a step leaves something that is not finite.
 
     seconds: "text" up to the first call of the denoiser, "denoise" from there to the end of the last step (denoiser,
     guidance and scheduler), "decode" from there to the frames.
@@ -134,11 +60,13 @@ def generate(pipe: Any, settings: Settings, label: str = "denoising", show: bool
         mark()
         kept["latents"] = tensors["latents"]
         if not bool(kept["latents"].isfinite().all()):
-            raise Problem(
+            raise UserError(
                 f"{label}: step {step + 1} of {settings.steps} gave NaN or infinity: check the model's weights, "
                 "or try --dtype float32"
             )
         bar.update()
+        if step + 1 == settings.steps:
+            bar.close()  # or decoding would count as a slow last step
         return tensors
 
     hooks = [model.register_forward_pre_hook(first_call, prepend=True) for model in denoisers(pipe)]
@@ -162,7 +90,7 @@ def generate(pipe: Any, settings: Settings, label: str = "denoising", show: bool
         for hook in hooks:
             hook.remove()
     seconds = {"text": marks[0] - start, "denoise": marks[-1] - marks[0], "decode": end - marks[-1]}
-    return Clip(frames, kept["latents"], seconds, [b - a for a, b in zip(marks, marks[1:], strict=False)])
+    return Clip(frames, kept["latents"], seconds, [b - a for a, b in itertools.pairwise(marks)])
 
 
 def denoisers(pipe: Any) -> Iterator[nn.Module]:
@@ -200,14 +128,14 @@ def record(settings: Settings, pipe: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def outputs(folder: Path, stem: str, suffixes: tuple[str, ...], overwrite: bool) -> Iterator[Outputs]:
-    """Files `stem` + suffix, none of which replaces another unasked. Raises Problem naming the one in the way."""
+    """Files `stem` + suffix, none of which replaces another unasked. Raises UserError naming the one in the way."""
     names = [stem + suffix for suffix in suffixes]
     if not overwrite and (there := [folder / name for name in names if (folder / name).exists()]):
         if len(there) == len(names):
-            raise Problem(
+            raise UserError(
                 f"{there[-1]} exists already, made with these settings: nothing to do (--overwrite makes it again)", 0
             )
-        raise Problem(f"{there[0]} is in the way: move it, choose another --out, or say --overwrite")
+        raise UserError(f"{there[0]} is in the way: move it, choose another --out, or say --overwrite")
     with Outputs(folder, *names) as out:
         yield out
 
@@ -261,7 +189,6 @@ def render_one(settings: Settings, folder: Path, overwrite: bool = False) -> Pat
     stem = stem_of(settings)
     with outputs(folder, stem, (".json", ".png", ".mp4"), overwrite) as out:
         import fastdit
-        from fastdit.apps.models import check_shape, dropped_tokens
 
         ffmpeg()
         start = time.perf_counter()

@@ -1,0 +1,23 @@
+"""Fixtures: the small pipeline of `util`, in memory and saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from util import tiny_wan_pipeline
+
+
+@pytest.fixture
+def pipe() -> Any:
+    """A fresh small WanPipeline with random weights."""
+    return tiny_wan_pipeline()
+
+
+@pytest.fixture(scope="session")
+def saved_pipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, as a folder that nobody may write into."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_wan_pipeline().save_pretrained(folder)
+    return folder
