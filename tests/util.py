@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-WORDS = "a red green blue circle square triangle moving left right up down and".split()
+WORDS = ["a", "red", "green", "blue", "circle", "square", "triangle", "moving", "left", "right", "up", "down", "and"]
 
 
 def tiny_wan_pipeline(**denoiser: Any) -> Any:
@@ -31,7 +31,14 @@ def tiny_wan_pipeline(**denoiser: Any) -> Any:
     )
     torch.manual_seed(0)
     text = UMT5Config(
-        vocab_size=len(vocabulary), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0, eos_token_id=1
+        vocab_size=len(vocabulary),
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
     )
     sizes: dict[str, Any] = {
         "patch_size": (1, 2, 2),
