@@ -54,7 +54,7 @@ def test_presets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 def test_nothing_heavy_is_imported_for_help() -> None:
     """The package's own `__init__` aside: it stands in here as an empty one."""
     code = (
-        "import sys, types; p = types.ModuleType('fastdit'); p.__path__ = [sys.argv.pop(1)]; sys.modules['fastdit'] = p\n"
+        "import sys, types; p = sys.modules['fastdit'] = types.ModuleType('fastdit'); p.__path__ = [sys.argv[1]]\n"
         "from fastdit.apps import cli\n"
         "sys.argv[1:] = ['render', '--help']\n"
         "try: cli.main()\n"

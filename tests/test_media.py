@@ -143,7 +143,8 @@ def test_outputs_leave_nothing(tmp_path: Path, error: type[BaseException]) -> No
             out["a.json"].write_text("half")
             raise error
 
-    pytest.raises(error, fail)
+    with pytest.raises(error):
+        fail()
     assert os.listdir(tmp_path) == []
 
 

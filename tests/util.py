@@ -1,4 +1,4 @@
-"""Shared by tests: a small real pipeline with random weights, the command line as a subprocess, and a reader of mp4 files."""
+"""Shared by tests: a small real pipeline with random weights, the command line as a subprocess, reading of mp4s."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORDS = ["a", "red", "green", "blue", "circle", "square", "triangle", "moving", 
 def tiny_wan_pipeline(**denoiser: Any) -> Any:
     """A WanPipeline of real classes: 2 layers, 2 heads of 64, patch (1, 2, 2), 8× smaller in space and 4× in time.
 
-    So height and width must be multiples of 16. proj_out is drawn too: at its zero initialisation nothing would be seen.
+    So height and width must be multiples of 16. proj_out is drawn too: it starts at zero, and nothing would be seen.
     """
     import torch
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
