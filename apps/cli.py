@@ -20,6 +20,8 @@ from fastdit.apps.media import UserError
 COMMANDS = ("render", "bench")
 """Modules of `fastdit.apps`, each with a function of its own name: adding a command is adding one here."""
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="fastdit",
     no_args_is_help=True,
@@ -77,7 +79,7 @@ def main() -> None:
     except UserError as problem:
         _fail(str(problem), problem.code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted: nothing was left half-written", 130)
+        _fail("interrupted: nothing was left half-written", INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone; Python would say so once more at exit
         raise SystemExit(1) from None
@@ -88,6 +90,8 @@ def main() -> None:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             _fail(f"{error.format_message()} (see --help)", error.exit_code)
         raise
+    if code == INTERRUPTED:  # newer typers turn Ctrl-C into this; older ones, and click, into Abort
+        _fail("interrupted: nothing was left half-written", INTERRUPTED)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 
