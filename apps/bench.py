@@ -118,7 +118,7 @@ def _machine(pipe: Any) -> dict[str, Any]:
     import torch
 
     import fastdit
-    from fastdit.apps.render import denoisers
+    from fastdit.apps.models import denoisers
 
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastdit.apps.media import UserError
-from fastdit.apps.models import Settings
-from fastdit.apps.render import Clip, denoisers, generate
+from fastdit.apps.models import Settings, denoisers
+from fastdit.apps.render import Clip, generate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

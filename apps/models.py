@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from fastdit.apps.media import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fastdit import Config
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -23,7 +26,7 @@ LEAST_PIXELS = 16  # SSIM's window and H.264 need a few
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a clip. height, width: pixels; fps: frames a second; model: folder, Hub id, or None: embedded."""
+    """All that decides a clip. height, width: pixels; fps: frames a second; model: folder or Hub id, None: embedded."""
 
     prompt: str
     negative: str = ""
@@ -95,6 +98,7 @@ def load(settings: Settings) -> Any:
     from diffusers.utils import logging
 
     from fastdit.pipelines import tiny
+    from fastdit.pipelines.adapter import adapter_for
 
     device, dtype = resolve(settings)
     source, local = _locate(settings.model or str(tiny.PATH), embedded=not settings.model)
@@ -121,6 +125,12 @@ def load(settings: Settings) -> Any:
             f"{source} is a {type(pipe).__name__}, which takes no {' and no '.join(sorted(wanted))}: "
             "give -m a text-to-video model"
         )
+    try:
+        known = [adapter_for(model) for model in denoisers(pipe)]
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+    if not known:
+        raise UserError(f"{source} has no denoiser that fastdit knows: give -m a diffusion model")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -152,11 +162,23 @@ def _locate(model: str, embedded: bool) -> tuple[str, bool]:
     return str(folder), True
 
 
+def denoisers(pipe: Any) -> Iterator[nn.Module]:
+    """The models that fastdit accelerates in a pipeline."""
+    from torch import nn
+
+    from fastdit.api import DENOISERS
+
+    for name in DENOISERS:
+        if isinstance(model := getattr(pipe, name, None), nn.Module):
+            yield model
+
+
 def multiples(pipe: Any) -> tuple[int, int, int]:
     """(frames − 1, height, width) must be multiples of these: the autoencoder's scale times the denoiser's patch."""
-    scale = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_spatial_compression_ratio", 8)
-    time = getattr(pipe, "vae_scale_factor_temporal", None) or getattr(pipe, "vae_temporal_compression_ratio", 4)
-    patch = getattr(pipe.transformer.config, "patch_size", 1)
+    scale: Any = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_spatial_compression_ratio", 8)
+    time: Any = getattr(pipe, "vae_scale_factor_temporal", None) or getattr(pipe, "vae_temporal_compression_ratio", 4)
+    model: Any = next(denoisers(pipe))
+    patch = getattr(model.config, "patch_size", 1)
     h, w = patch[-2:] if isinstance(patch, list | tuple) else (patch, patch)
     return time, scale * h, scale * w
 
@@ -171,10 +193,8 @@ def check_shape(pipe: Any, frames: int, height: int, width: int) -> None:
         least = -(-LEAST_PIXELS // step) * step
         if size < least or size % step:
             nearest = max(least, round(size / step) * step)
-            raise UserError(
-                f"--{name} must be a multiple of {step}, at least {least}, for this model, got {size}: nearest {nearest}",
-                2,
-            )
+            rule = f"--{name} must be a multiple of {step}, at least {least}, for this model"
+            raise UserError(f"{rule}, got {size}: nearest is {nearest}", 2)
 
 
 def dropped_tokens(pipe: Any, prompt: str) -> int:

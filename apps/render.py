@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastdit.apps.media import Outputs, UserError, contact_sheet, digest, ffmpeg, slug, write_json, write_mp4, write_png
-from fastdit.apps.models import Settings, check_shape, dropped_tokens, load
+from fastdit.apps.models import Settings, check_shape, denoisers, dropped_tokens, load
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor, nn
+    from torch import Tensor
 
 
 @dataclass
@@ -91,17 +91,6 @@ def generate(pipe: Any, settings: Settings, label: str = "denoising", show: bool
             hook.remove()
     seconds = {"text": marks[0] - start, "denoise": marks[-1] - marks[0], "decode": end - marks[-1]}
     return Clip(frames, kept["latents"], seconds, [b - a for a, b in itertools.pairwise(marks)])
-
-
-def denoisers(pipe: Any) -> Iterator[nn.Module]:
-    """The models that fastdit accelerates in a pipeline."""
-    from torch import nn
-
-    from fastdit.api import DENOISERS
-
-    for name in DENOISERS:
-        if isinstance(model := getattr(pipe, name, None), nn.Module):
-            yield model
 
 
 def record(settings: Settings, pipe: Any) -> dict[str, Any]:

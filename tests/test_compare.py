@@ -19,8 +19,8 @@ from fastdit import Config, Dense, Phase, Window
 from fastdit.apps.compare import describe, render_both
 from fastdit.apps.measure import Recorder, measure, velocity_error
 from fastdit.apps.media import UserError
-from fastdit.apps.models import Settings
-from fastdit.apps.render import denoisers, generate
+from fastdit.apps.models import Settings, denoisers
+from fastdit.apps.render import generate
 
 SPARSE = Config(
     phases=(Phase((1.0, 0.85), Dense()), Phase((0.85, 0.0), Window(density=0.3))), tile=(1, 2, 2), min_tokens=0

@@ -135,7 +135,7 @@ def test_shapes_of_other_patches(pipe: Any) -> None:
     assert multiples(pipe) == (4, 16, 16)
     check_shape(pipe, 1, 16, 64)
     for size, nearest in ((23, 16), (25, 32), (1000, 992)):
-        with pytest.raises(UserError, match=f"got {size}: nearest {nearest}"):
+        with pytest.raises(UserError, match=f"got {size}: nearest is {nearest}"):
             check_shape(pipe, 1, 16, size)
 
 
