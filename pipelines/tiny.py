@@ -21,7 +21,9 @@ def load(path: str | Path | None = None) -> WanPipeline:
 
     folder = PATH if path is None else Path(path)
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"no pipeline in {folder}: model_index.json is missing; train one with fastdit.apps.tiny.train")
+        raise FileNotFoundError(
+            f"no pipeline in {folder}: model_index.json is missing; train one with fastdit.apps.tiny.train"
+        )
     pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -15,7 +15,7 @@ import torch
 from fastdit.apps.tiny.codec import Codec, make_vae
 from fastdit.apps.tiny.model import make_text_encoder, make_transformer
 
-SHIFT = 3.0  # of the saved scheduler
+SHIFT = 5.0  # of the saved scheduler
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -36,11 +36,12 @@ def _rename_tokenizer(path: Path) -> None:
 
 def build(run: Path, out: Path) -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+    from safetensors.torch import load_file
 
-    for name in ("vae.pt", "dit.pt", "codec.safetensors"):
+    needed = ["dit.pt", "codec.safetensors"] + ([] if (run / "vae").exists() else ["vae.pt"])
+    for name in needed:
         if not (run / name).exists():
             raise SystemExit(f"error: {run / name} is missing; run fastdit.apps.tiny.train --out {run} first")
-    vae_state = torch.load(run / "vae.pt", map_location="cpu", weights_only=True)["ema"]["vae"]
     state = torch.load(run / "dit.pt", map_location="cpu", weights_only=True)["ema"]
     dit_state, text_state = state["transformer"], state["text_encoder"]
     dim, channels = dit_state["patch_embedding.weight"].shape[:2]
@@ -53,7 +54,10 @@ def build(run: Path, out: Path) -> None:
     text_encoder = make_text_encoder(len(tokenizer))
     text_encoder.load_state_dict(text_state)
     vae = make_vae(channels)
-    vae.load_state_dict(vae_state)
+    if (run / "vae.pt").exists():
+        vae.load_state_dict(torch.load(run / "vae.pt", map_location="cpu", weights_only=True)["ema"]["vae"])
+    else:  # taken over unchanged from the pipeline that training began with
+        vae.load_state_dict(load_file(run / "vae" / "diffusion_pytorch_model.safetensors"))
     pipe = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,

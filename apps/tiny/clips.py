@@ -1,9 +1,8 @@
 """Captioned clips of moving coloured shapes: what the tiny pipeline is trained on and judged by.
 
 A `Clip` says what is seen, in words and in numbers relative to the frame, so that one clip renders at any size; its
-motion always takes the whole clip, however many frames that is. `caption` puts it in words: in one fixed wording, or
-in one of many when given a random source. `pack` turns clips into plain tensors and `render` draws those in batch on
-any device, so that rendering never waits for Python.
+motion always takes the whole clip, however many frames that is. `words.caption` says it in words. `pack` turns clips
+into plain tensors and `render` draws those in batch on any device, so that rendering never waits for Python.
 
 Every (colour, shape, motion) in `HELD_OUT` is never trained on; the judge asks for them.
 """
@@ -56,7 +55,7 @@ HELD_OUT = frozenset(random.Random(20).sample(TRIPLES, round(0.05 * len(TRIPLES)
 
 @dataclass(frozen=True)
 class Thing:
-    """One moving shape. `radius`, centre (`x`, `y`) at mid-clip and the path (`dx`, `dy`) are fractions of the frame."""
+    """One moving shape; `radius`, centre (`x`, `y`) at mid-clip and path (`dx`, `dy`) are fractions of the frame."""
 
     color: str
     shape: str
@@ -92,10 +91,12 @@ class Clip:
         return any((t.color, t.shape, t.motion) in HELD_OUT for t in self.things)
 
 
-def sample(rng: random.Random, triple: tuple[str, str, str] | None = None, kind: str = "any", two: float = 0.27) -> Clip:
+def sample(
+    rng: random.Random, triple: tuple[str, str, str] | None = None, kind: str = "any", two: float = 0.27
+) -> Clip:
     """A random clip. With `triple`, one thing of that (colour, shape, motion); without, never one of `HELD_OUT`.
 
-    `kind`: `any`, of which a share `two` shows two things, or a kind of `Clip.kind` (`plain` gives diagonal motion too).
+    `kind`: `any`, of which a share `two` shows two things, or one of `Clip.kind` (`plain` gives diagonal motion too).
     """
     if kind == "two" or (kind == "any" and triple is None and rng.random() < two):
         return _sample_two(rng)
@@ -125,7 +126,16 @@ def _triple(rng: random.Random, motions: list[str]) -> tuple[str, str, str]:
 
 
 def _place(
-    rng: random.Random, color: str, shape: str, motion: str, size: str, radius: float, path: float, x: float, y: float, j: float
+    rng: random.Random,
+    color: str,
+    shape: str,
+    motion: str,
+    size: str,
+    radius: float,
+    path: float,
+    x: float,
+    y: float,
+    j: float,
 ) -> Thing:
     """Jitter the centre by up to `j` along each axis, less where the path would leave the frame."""
     sx, sy = MOTIONS[motion]
@@ -140,11 +150,15 @@ def _sample_two(rng: random.Random) -> Clip:
     """Two things of different colours in lanes of their own, so that they never meet."""
     background = "black" if rng.random() < 0.8 else rng.choice([b for b in BACKGROUNDS if b != "black"])
     rows = rng.random() < 0.5
-    lane_motions = ["standing still", "moving right", "moving left"] if rows else ["standing still", "moving up", "moving down"]
+    lane_motions = (
+        ["standing still", "moving right", "moving left"] if rows else ["standing still", "moving up", "moving down"]
+    )
     while True:
         a, b = _triple(rng, lane_motions), _triple(rng, lane_motions)
         still = a[2] == b[2] == "standing still"
-        if a[0] != b[0] and background not in (a[0], b[0]) and not (rows and still):  # two still things stand side by side
+        if (
+            a[0] != b[0] and background not in (a[0], b[0]) and not (rows and still)
+        ):  # two still things stand side by side
             break
     things = []
     for lane, (color, shape, motion) in zip((0.27, 0.73), (a, b), strict=True):
@@ -155,86 +169,6 @@ def _sample_two(rng: random.Random) -> Clip:
         x, y = (thing.x, lane + wobble) if rows else (lane + wobble, thing.y)
         things.append(Thing(color, shape, motion, "", radius, x, y, thing.dx, thing.dy))
     return Clip(tuple(things), background)
-
-
-# ---- words
-
-_NOUNS = {
-    "circle": ("circle", "circle", "ball", "disc"),
-    "square": ("square", "square", "box", "block"),
-    "triangle": ("triangle",),
-    "star": ("star",),
-}
-_COLOR_WORDS = {"purple": ("purple", "purple", "violet")}
-_SIZE_WORDS = {"": ("",), "small": ("small", "small", "little", "tiny"), "large": ("large", "big", "big", "huge")}
-_GROUND_WORDS = {
-    "black": ("black", "black", "dark"),
-    "gray": ("gray", "gray", "grey"),
-    "navy": ("navy", "navy", "dark blue"),
-    "white": ("white", "white", "light"),
-}
-_VERBS = ("moving", "moving", "moving", "going", "sliding", "travelling", "flying", "floating", "moves", "goes", "slides", "that moves")
-_STILL = ("standing still", "standing still", "staying still", "not moving", "at rest", "stands still", "in place", "")
-_WAYS = {
-    (1, 0): ("right", "right", "to the right", "rightward", "rightwards", "from left to right"),
-    (-1, 0): ("left", "left", "to the left", "leftward", "leftwards", "from right to left"),
-    (0, -1): ("up", "up", "upward", "upwards", "to the top"),
-    (0, 1): ("down", "down", "downward", "downwards", "to the bottom"),
-}
-_OPENINGS = ("", "", "", "", "a video of ", "a clip of ", "there is ", "animation of ")
-
-
-def _ground(background: str, rng: random.Random | None) -> str:
-    if rng is None:
-        return "" if background == "black" else f" on a {background} background"
-    if background == "black" and rng.random() < 0.8:
-        return ""
-    word = rng.choice(_GROUND_WORDS[background])
-    return rng.choice((" on a {} background", " on a {} background", " against a {} background", " on {}")).format(word)
-
-
-def _way(motion: str, rng: random.Random | None) -> str:
-    if rng is None:
-        return motion
-    x, y = MOTIONS[motion]
-    if not (x or y):
-        return rng.choice(_STILL)
-    if x and y:
-        up, right = ("down", "up")[y < 0], ("left", "right")[x > 0]
-        way = rng.choice(("{0} and {1}", "{0} and {1}", "{0} and to the {1}", "diagonally {0} and {1}", "{0} {1}", "to the {0} {1}"))
-        return f"{rng.choice(_VERBS)} {way.format(up, right)}"
-    return f"{rng.choice(_VERBS)} {rng.choice(_WAYS[x, y])}"
-
-
-def _noun(thing: Thing, rng: random.Random | None) -> str:
-    def pick(words: Sequence[str]) -> str:
-        return words[0] if rng is None else rng.choice(list(words))
-
-    color = pick(_COLOR_WORDS.get(thing.color, (thing.color,)))
-    words = [pick(_SIZE_WORDS[thing.size]), color, pick(_NOUNS[thing.shape])]
-    phrase = " ".join(w for w in words if w)
-    article = "a" if rng is None else rng.choice(("a", "a", "a", "a", "one", "the", ""))
-    if article == "a" and phrase[0] in "aeiou":
-        article = "an"
-    return f"{article} {phrase}".strip()
-
-
-def caption(clip: Clip, rng: random.Random | None = None) -> str:
-    """The clip in words: "a red circle moving right"; with `rng`, in one of many other wordings."""
-    if rng is not None and rng.random() < 0.4:
-        rng = None
-    opening = "" if rng is None else rng.choice(_OPENINGS)
-    ways = [_way(t.motion, rng) for t in clip.things]
-    nouns = [_noun(t, rng) for t in clip.things]
-    same = len(clip.things) == 2 and clip.things[0].motion == clip.things[1].motion
-    if rng is not None and same and rng.random() < 0.4:
-        phrases = [nouns[0], f"{nouns[1]} {ways[0]}".strip()]
-    else:
-        phrases = [f"{noun} {way}".strip() for noun, way in zip(nouns, ways, strict=True)]
-    return opening + " and ".join(phrases) + _ground(clip.background, rng)
-
-
-# ---- pictures
 
 
 def pack(clips: Sequence[Clip]) -> Tensor:
@@ -268,7 +202,7 @@ def distance(shape: int, x: Tensor, y: Tensor, r: Tensor | float) -> Tensor:
 
 
 def render(rows: Tensor, frames: int, height: int, width: int) -> Tensor:
-    """Draw `pack`ed clips: float32 [B, 3, frames, height, width] in [-1, 1], edges one pixel soft, on `rows`' device."""
+    """Draw `pack`ed clips on their device: float32 [B, 3, frames, height, width] in [-1, 1], edges one pixel soft."""
     device, short = rows.device, min(height, width)
     video = rows[:, 2, 6:].view(-1, 3, 1, 1, 1).expand(-1, -1, frames, height, width).contiguous()
     t = torch.linspace(-0.5, 0.5, frames, device=device)

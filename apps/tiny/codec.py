@@ -3,8 +3,8 @@
 The codec cuts a clip into blocks of 4 frames × 8 × 8 pixels (the first frame counts four times, as in Wan's causal
 1 + 4k) and keeps the first principal components of each block. Channel c is divided by a scale between whitening and
 the plain projection, scale_c ∝ std_c^½, with mean square 1 over all channels: weak channels, the fine detail, then
-drown in noise earlier than strong ones but are not lost. Because the latent space is fixed beforehand, the transformer
-and the autoencoder train independently; the autoencoder's latents are the codec's, so latents_mean is 0 and latents_std 1.
+drown in noise earlier than strong ones but are not lost. The latent space being fixed beforehand, transformer and
+autoencoder train independently. The autoencoder's latents are the codec's: latents_mean is 0 and latents_std 1.
 """
 
 from __future__ import annotations
@@ -27,13 +27,19 @@ def to_blocks(video: Tensor) -> Tensor:
     B, C, _, H, W = video.shape
     video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)
     n = video.shape[2] // 4
-    return video.reshape(B, C, n, 4, H // 8, 8, W // 8, 8).permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, n, H // 8, W // 8, -1)
+    return (
+        video.reshape(B, C, n, 4, H // 8, 8, W // 8, 8)
+        .permute(0, 2, 4, 6, 1, 3, 5, 7)
+        .reshape(B, n, H // 8, W // 8, -1)
+    )
 
 
 def from_blocks(blocks: Tensor) -> Tensor:
     """Inverse of `to_blocks`."""
     B, n, h, w, _ = blocks.shape
-    return blocks.view(B, n, h, w, 3, 4, 8, 8).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(B, 3, 4 * n, 8 * h, 8 * w)[:, :, 3:]
+    return (
+        blocks.view(B, n, h, w, 3, 4, 8, 8).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(B, 3, 4 * n, 8 * h, 8 * w)[:, :, 3:]
+    )
 
 
 class Codec:
@@ -134,7 +140,7 @@ def _resample(layer: Any, x: Tensor) -> Tensor:
 
 
 def vae_encode(vae: Any, video: Tensor) -> Tensor:
-    """[B, 3, F, H, W] -> [B, 2C, …] (means, then log variances): what `vae.encode` computes, with gradients, in one go."""
+    """[B, 3, F, H, W] -> [B, 2C, …], means and log variances: what `vae.encode` computes, in one go, with gradients."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify
 
     net = vae.encoder
@@ -146,7 +152,7 @@ def vae_encode(vae: Any, video: Tensor) -> Tensor:
 
 
 def vae_decode(vae: Any, z: Tensor) -> Tensor:
-    """[B, C, f, h, w] -> [B, 3, 4f-3, 8h, 8w]: what `vae.decode` computes before it clamps, with gradients, in one go."""
+    """[B, C, f, h, w] -> [B, 3, 4f-3, 8h, 8w]: `vae.decode` before it clamps, in one go, with gradients."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
     net = vae.decoder

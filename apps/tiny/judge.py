@@ -1,7 +1,5 @@
 """Judge clips against the captions they were asked for, by looking at the frames; no model is involved.
 
-    python -m fastdit.apps.tiny.judge --sizes 17x64x64:200,33x128x128:200 --json judge.json --sheets DIR
-
 A frame's foreground is what differs from the border's median colour by half as much as the object does. Read off it:
 the background's and the object's colour (nearest of the palette), the direction (slopes of the centroid), the shape
 (overlap with each shape drawn into the foreground's own box), the box's aspect, the constancy of the area, and the
@@ -10,13 +8,9 @@ number of connected pieces. Two things are looked for in the two halves of the f
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import time
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +19,7 @@ from torch import Tensor
 
 from fastdit.apps.tiny import clips
 from fastdit.apps.tiny.clips import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Clip
+from fastdit.apps.tiny.words import caption
 
 MEASURES = ("color", "direction", "shape", "count", "background", "aspect", "size")
 MOVED = 0.12  # of the frame: a shorter way along an axis counts as standing still
@@ -51,7 +46,7 @@ def _nearest(rgb: Tensor, palette: dict[str, tuple[int, int, int]]) -> str:
 
 
 def pieces(mask: Tensor, least: float = LEAST) -> Tensor:
-    """Number of connected pieces (8 neighbours) larger than `least` of the frame in each of [F, H, W] boolean frames."""
+    """Connected pieces (8 neighbours) larger than `least` of the frame, counted in each of [F, H, W] boolean frames."""
     H, W = mask.shape[1:]
     if max(H, W) > 64:
         shrink = 64 / max(H, W)
@@ -71,7 +66,7 @@ def pieces(mask: Tensor, least: float = LEAST) -> Tensor:
 
 
 def _look(video: Tensor, ground: Tensor, region: tuple[slice, slice]) -> tuple[Tensor, dict[str, Any]]:
-    """What moves in a region (rows, columns) of `video` [3, F, H, W] in 0..1: its mask [F, H, W] and what was read off it."""
+    """The foreground in a region (rows, columns) of `video` [3, F, H, W] in 0..1: its mask [F, H, W], and its looks."""
     _, frames, H, W = video.shape
     full = torch.zeros(frames, H, W, dtype=torch.bool, device=video.device)
     cover = torch.zeros(frames, H, W, device=video.device)
@@ -173,107 +168,4 @@ def ask(n: int, seed: int = 77) -> tuple[list[Clip], list[str]]:
     rng = random.Random(seed)
     held = sorted(clips.HELD_OUT)
     asked = [clips.sample(rng, triple=held[i // 10 % len(held)] if i % 10 == 9 else None) for i in range(n)]
-    return asked, [clips.caption(c, rng) for c in asked]
-
-
-@torch.no_grad()
-def generate(
-    pipe: Any, captions: Sequence[str], size: tuple[int, int, int], steps: int = 20, guidance: float = 3.0, seed: int = 0,
-    batch: int = 8,
-) -> list[Tensor]:  # fmt: skip
-    """Clips [3, F, H, W] in [-1, 1] on the CPU, by the pipeline itself; clip i is drawn from noise of seed `seed` + i."""
-    frames, height, width = size
-    out: list[Tensor] = []
-    for i in range(0, len(captions), batch):
-        chosen = list(captions[i : i + batch])
-        gens = [torch.Generator().manual_seed(seed + i + j) for j in range(len(chosen))]
-        video = pipe(
-            prompt=chosen, negative_prompt=[""] * len(chosen), num_frames=frames, height=height, width=width,
-            num_inference_steps=steps, guidance_scale=guidance, generator=gens, output_type="pt",
-        ).frames  # fmt: skip
-        out += list((video.transpose(1, 2) * 2 - 1).float().cpu())
-    return out
-
-
-def sheet(videos: Sequence[Tensor], path: Path, columns: int = 4, shots: int = 4) -> None:
-    """A PNG with `shots` frames of each clip side by side."""
-    from PIL import Image
-
-    strips = []
-    for v in videos:
-        picks = torch.linspace(0, v.shape[1] - 1, shots).round().long()
-        strips.append(F.pad(torch.cat([v[:, f] for f in picks], 2), (0, 4, 0, 4), value=1.0))
-    strips += [torch.ones_like(strips[0])] * (-len(strips) % columns)
-    rows = [torch.cat(strips[i : i + columns], 2) for i in range(0, len(strips), columns)]
-    pixels = ((torch.cat(rows, 1).clamp(-1, 1) + 1) * 127.5).byte().permute(1, 2, 0)
-    Image.fromarray(pixels.numpy()).save(path)
-
-
-def main(argv: list[str] | None = None) -> None:
-    ap = argparse.ArgumentParser(prog="fastdit.apps.tiny.judge", description="Judge the tiny pipeline by its frames.")
-    ap.add_argument("--pipeline", type=Path, help="folder of the pipeline (default: the one that ships with the package)")
-    ap.add_argument("--sizes", default="17x64x64:200", help="FRAMESxHEIGHTxWIDTH:CLIPS, comma-separated")
-    ap.add_argument("--steps", type=int, default=20)
-    ap.add_argument("--guidance", type=float, default=3.0)
-    ap.add_argument("--shift", type=float, help="flow shift of the scheduler, if not the saved one")
-    ap.add_argument("--seed", type=int, default=0)
-    ap.add_argument("--batch", type=int, default=0, help="clips at a time (default by size)")
-    ap.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    ap.add_argument("--bf16", action="store_true", help="autocast products to bfloat16")
-    ap.add_argument("--json", type=Path)
-    ap.add_argument("--sheets", type=Path, help="folder for contact sheets")
-    args = ap.parse_args(argv)
-
-    from fastdit.apps.tiny.codec import Codec, psnr
-    from fastdit.pipelines import tiny
-
-    pipe = tiny.load(args.pipeline).to(args.device)
-    if args.shift:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=args.shift)
-    codec = Codec.load((args.pipeline or tiny.PATH) / "codec.safetensors").to(args.device)
-    report: list[dict[str, Any]] = []
-    for item in args.sizes.split(","):
-        shape, n = item.split(":")
-        size = tuple(int(s) for s in shape.split("x"))
-        asked, captions = ask(int(n))
-        batch = args.batch or max(1, (200_000 if args.device != "cpu" else 5_000) // ((size[0] + 3) // 4 * size[1] * size[2] // 64))
-        start = time.monotonic()
-        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-            videos = generate(pipe, captions, size, args.steps, args.guidance, args.seed, batch)
-        took = time.monotonic() - start
-        row: dict[str, Any] = {
-            "size": shape, "tokens": (size[0] + 3) // 4 * size[1] * size[2] // 64, "steps": args.steps,
-            "guidance": args.guidance, "scheduler": type(pipe.scheduler).__name__,
-            "shift": pipe.scheduler.config.get("shift"), "seed": args.seed, "bf16": args.bf16,
-            "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu", "seconds": round(took, 1),
-        }  # fmt: skip
-        rows = judge([v.to(args.device) for v in videos], asked)
-        row["judge"] = summary(rows, asked)
-        half = judge([v.to(args.device) for v in videos], asked[1:] + asked[:1])
-        row["same clips, wrong captions"] = summary(half, asked[1:] + asked[:1])["everything"]
-        real = [clips.render(clips.pack([c]).to(args.device), *size)[0] for c in asked[:48]]
-        with torch.no_grad():
-            through = [pipe.vae.decode(pipe.vae.encode(v[None]).latent_dist.mode()).sample[0] for v in real]
-            linear = [codec.decode(codec.encode(v[None]))[0].clamp(-1, 1) for v in real]
-            fixed = [pipe.vae.decode(codec.encode(v[None])).sample[0] for v in real]
-        row["ceilings"] = {
-            name: summary(judge(vs, asked[: len(real)]), asked[: len(real)])["everything"]
-            for name, vs in (("real clips", real), ("through the autoencoder", through), ("through the codec", linear))
-        }
-        pairs = (("autoencoder", through), ("codec, then decoder", fixed), ("codec", linear))
-        row["psnr"] = {name: round(psnr(torch.stack(vs), torch.stack(real)), 2) for name, vs in pairs}
-        row["wrong"] = [
-            captions[i] + ": " + ", ".join(m for m in MEASURES if not r[m]) for i, r in enumerate(rows) if not r["all"]
-        ]
-        report.append(row)
-        print(json.dumps({k: v for k, v in row.items() if k != "wrong"}, indent=1), *row["wrong"][:40], sep="\n", flush=True)
-        if args.sheets:
-            args.sheets.mkdir(parents=True, exist_ok=True)
-            sheet(videos[:32], args.sheets / f"{shape}.png")
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return asked, [caption(c, rng) for c in asked]

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.apps.tiny import clips
+from fastdit.apps.tiny.words import caption
 
 MAX_TOKENS = 32  # of a caption in training, `</s>` and one pad included; the pipeline itself takes 512
 PIPELINE_TOKENS = 512  # WanPipeline's default max_sequence_length
@@ -31,7 +32,7 @@ def make_tokenizer(seed: int = 0) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     rng = random.Random(seed)
-    texts = [clips.caption(clips.sample(rng), rng) for _ in range(20000)]
+    texts = [caption(clips.sample(rng), rng) for _ in range(20000)]
     texts += list("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-") * 50
     tok = Tokenizer(models.BPE(unk_token="<unk>"))
     tok.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -43,7 +44,12 @@ def make_tokenizer(seed: int = 0) -> Any:
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tok, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512, padding_side="right"
+        tokenizer_object=tok,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=512,
+        padding_side="right",
     )
 
 
@@ -93,7 +99,7 @@ def make_transformer(
 
 
 def encode_text(encoder: Any, ids: Tensor, mask: Tensor, padded: int = PIPELINE_TOKENS) -> tuple[Tensor, Tensor]:
-    """Token states [B, L, text_dim], zero where padded, and the scores' bias [B, 1, 1, L] that stands for `padded` tokens."""
+    """States [B, L, text_dim], zero where padded, and the scores' bias [B, 1, 1, L] that stands for `padded` tokens."""
     states = encoder(ids, mask).last_hidden_state * mask[..., None]
     n = mask.sum(1, keepdim=True)
     place = torch.arange(ids.shape[1], device=ids.device)
@@ -119,7 +125,9 @@ def block_forward(
     y: Tensor, time: Tensor, text: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, *w: Tensor
 ) -> Tensor:
     """One layer. y: float32 [B, N, D]; time: [B, 6, D]; text: [B, L, D]; cos, sin: [N, 1, 32]."""
-    qw, qb, kw, kb, vw, vb, ow, ob, cqw, cqb, ckw, ckb, cvw, cvb, cow, cob, f1w, f1b, f2w, f2b = (t.to(dtype) for t in w[:20])
+    qw, qb, kw, kb, vw, vb, ow, ob, cqw, cqb, ckw, ckb, cvw, cvb, cow, cob, f1w, f1b, f2w, f2b = (
+        t.to(dtype) for t in w[:20]
+    )
     nq, nk, cnq, cnk, n2w, n2b, table = w[20:]
     B, N, D = y.shape
     H = D // 64
