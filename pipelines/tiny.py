@@ -24,6 +24,4 @@ def load(path: str | Path | None = None) -> WanPipeline:
         raise FileNotFoundError(
             f"no pipeline in {folder}: model_index.json is missing; train one with fastdit.apps.tiny.train"
         )
-    pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return WanPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)

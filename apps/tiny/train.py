@@ -190,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
     args.tokens = args.tokens or (98304 if gpu else 3200)
     args.vae_tokens = args.vae_tokens or (8192 if gpu else 640)
     args.workers = (4 if gpu else 0) if args.workers < 0 else args.workers
-    torch.set_float32_matmul_precision("high")
+    if gpu:
+        torch.set_float32_matmul_precision("high")
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
 

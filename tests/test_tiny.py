@@ -1,0 +1,273 @@
+"""The embedded pipeline: it loads, draws what it is asked, and was trained by the code that is tested here."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastdit.apps.tiny import build, clips, evaluate, locality, model, muon, tasks, train
+from fastdit.apps.tiny.clips import HELD_OUT, Clip, Thing, pack, render, sample
+from fastdit.apps.tiny.codec import Codec, from_blocks, psnr, to_blocks, vae_decode, vae_encode
+from fastdit.apps.tiny.judge import ask, judge, judge_clip, pieces, summary
+from fastdit.apps.tiny.words import caption
+from fastdit.pipelines import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Any:
+    pipe = tiny.load()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec.load(tiny.PATH / "codec.safetensors")
+
+
+def some(n: int, seed: int = 3, **how: Any) -> list[Clip]:
+    rng = random.Random(seed)
+    return [sample(rng, **how) for _ in range(n)]
+
+
+def red(motion: str = "moving right", shape: str = "circle", **change: Any) -> Clip:
+    x, y = clips.MOTIONS[motion]
+    thing = Thing("red", shape, motion, "", 0.19, 0.5, 0.5, 0.4 * x, 0.4 * y)
+    return Clip((replace(thing, **change),))
+
+
+# ---- what ships
+
+
+def test_it_loads_offline_as_real_classes_in_float32(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [type(m).__name__ for m in (embedded, embedded.transformer, embedded.vae, embedded.text_encoder)]
+    assert names == ["WanPipeline", "WanTransformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel"]
+    assert embedded.transformer.config.attention_head_dim == 64
+    for module in (embedded.transformer, embedded.vae, embedded.text_encoder):
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+        assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_it_is_small_and_names_no_place_of_the_machine_that_made_it() -> None:
+    files = [f for f in tiny.PATH.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 18e6
+    texts = "".join(f.read_text() for f in files if f.suffix == ".json" and f.name != "tokenizer.json")
+    assert "/tmp" not in texts
+    assert "_name_or_path" not in texts
+    assert "TokenizersBackend" not in texts  # transformers 4 does not know it
+    assert (tiny.PATH / "MODEL.md").is_file()
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"model_index\.json is missing"):
+        tiny.load(tmp_path)
+
+
+def test_it_draws_what_is_asked(embedded: Any) -> None:
+    asked = [red(), *some(1, seed=8, triple=sorted(HELD_OUT)[0], kind="plain")]
+    videos = evaluate.generate(embedded, [caption(c) for c in asked], (17, 64, 64), steps=10, seed=1)
+    assert all(row["all"] for row in judge(videos, asked))
+    assert not judge_clip(videos[0], red("moving left"))["direction"]
+
+
+def test_the_sample_prompts_use_only_known_words(embedded: Any) -> None:
+    prompts = (tiny.PATH.parent / "prompts.txt").read_text().splitlines()
+    assert len(prompts) >= 10
+    for prompt in prompts:
+        words = prompt.split()
+        assert len(embedded.tokenizer(prompt).input_ids) == len(words) + 1, prompt  # a token a word, and the end
+
+
+# ---- autoencoder and codec
+
+
+@pytest.mark.parametrize(("size", "floor"), [((17, 64, 64), 34.0), ((9, 128, 128), 38.0)])
+def test_the_autoencoder_keeps_30_db_and_the_codecs_latents(
+    embedded: Any, codec: Codec, size: tasks.Size, floor: float
+) -> None:
+    real = render(pack(some(4)), *size)
+    with torch.no_grad():
+        z = embedded.vae.encode(real).latent_dist.mode()
+        fixed = codec.encode(real)
+        assert psnr(embedded.vae.decode(z).sample, real) > floor
+        assert psnr(embedded.vae.decode(fixed).sample, real) > floor
+    assert (z - fixed).square().mean() < 0.02 * fixed.square().mean()
+    assert psnr(codec.decode(fixed).clamp(-1, 1), real) > 27
+
+
+def test_the_whole_clip_forward_of_the_autoencoder_is_the_chunked_one(embedded: Any) -> None:
+    video = render(pack(some(2)), 13, 32, 48)
+    with torch.no_grad():
+        chunked = embedded.vae._encode(video)
+        torch.testing.assert_close(vae_encode(embedded.vae, video), chunked, atol=1e-4, rtol=1e-4)
+        z = chunked[:, :48]
+        whole = vae_decode(embedded.vae, z).clamp(-1, 1)
+        torch.testing.assert_close(whole, embedded.vae.decode(z).sample, atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_come_back() -> None:
+    video = torch.rand(2, 3, 9, 16, 24)
+    torch.testing.assert_close(from_blocks(to_blocks(video)), video)
+
+
+# ---- clips, words, judge
+
+
+def test_clips_follow_from_the_seed_and_stay_in_the_frame() -> None:
+    assert some(50) == some(50)
+    assert torch.equal(render(pack(some(3)), 5, 32, 48), render(pack(some(3)), 5, 32, 48))
+    for clip in some(500):
+        for t in clip.things:
+            for c, d in ((t.x, t.dx), (t.y, t.dy)):
+                margin = min(c, 1 - c) - abs(d) / 2 - clips.REACH * t.radius
+                assert margin > -0.02  # the tips of the largest may just be cut at the end of their path
+    assert {c.kind for c in some(200)} == {"plain", "diagonal", "size", "background", "two"}
+
+
+def test_captions_are_plain_or_varied_and_fit(embedded: Any) -> None:
+    assert caption(red()) == "a red circle moving right"
+    rng = random.Random(0)
+    words = [caption(c, rng) for c in some(400)]
+    assert len({caption(red(), rng) for _ in range(200)}) > 30
+    ids, mask = model.tokenize(embedded.tokenizer, words)
+    assert ids.shape == (400, model.MAX_TOKENS)
+    assert mask.sum(1).max() < model.MAX_TOKENS - 1  # none was cut, and the pad key has its place
+    assert embedded.tokenizer.unk_token_id not in ids
+
+
+def test_held_out_combinations_are_judged_but_never_trained_on(embedded: Any) -> None:
+    assert len(HELD_OUT) == round(0.05 * len(clips.TRIPLES))
+    data = tasks.Batches([((17, 64, 64), 1.0)], 6400, embedded.tokenizer)
+    assert not any(c.held_out for step in range(60) for c in data.clips(step)[1])
+    assert sum(c.held_out for c in ask(200)[0]) == 20
+
+
+def test_the_judge_passes_real_clips_and_no_others() -> None:
+    asked = ask(40)[0]
+    real = [render(pack([c]), 17, 64, 64)[0] for c in asked]
+    assert summary(judge(real, asked), asked)["everything"]["all"] == 1
+    assert summary(judge(real, asked[1:] + asked[:1]), asked)["everything"]["all"] == 0
+
+    def verdict(clip: Clip, seen: torch.Tensor) -> list[str]:
+        return [m for m, right in judge_clip(seen, clip).items() if not right and m != "all"]
+
+    still = red("standing still", "square")
+    video = render(pack([still]), 17, 64, 64)[0]
+    assert verdict(still, video) == []
+    assert "aspect" in verdict(still, torch.nn.functional.interpolate(video, (40, 64)))
+    assert verdict(still, torch.where(torch.arange(64).view(1, 1, 1, 64) == 32, video[..., :1], video)) != []
+    other = render(pack([red("standing still", radius=0.1, x=0.15, y=0.15)]), 17, 64, 64)[0]
+    assert "count" in verdict(still, torch.maximum(video, other))
+    growing = torch.cat(
+        [render(pack([red("standing still", "square", radius=r)]), 5, 64, 64)[0] for r in (0.15, 0.2)], 1
+    )
+    assert "size" in verdict(still, growing)
+    assert "color" in verdict(still, video.flip(0))
+    assert verdict(replace(still, background="white"), video) == ["background"]
+
+
+def test_pieces_touching_at_a_corner_are_one() -> None:
+    mask = torch.zeros(2, 64, 64, dtype=torch.bool)
+    mask[0, 4:20, 4:20] = mask[0, 20:40, 20:40] = mask[1, 4:20, 4:20] = mask[1, 40:60, 10:60] = True
+    assert pieces(mask).tolist() == [1, 2]
+
+
+# ---- training
+
+
+def test_the_training_forward_is_diffusers_own(embedded: Any) -> None:
+    words = ["a red circle moving right", "a small blue star and a green box moving up on a navy background", ""]
+    ids, mask = model.tokenize(embedded.tokenizer, words)
+    x, t = torch.randn(3, 48, 3, 6, 4), torch.tensor([950.0, 500.0, 20.0])
+    with torch.no_grad():
+        states, bias = model.encode_text(embedded.text_encoder, ids, mask)
+        padded, _ = embedded.encode_prompt(words, do_classifier_free_guidance=False, max_sequence_length=512)
+        want = embedded.transformer(x, t, padded, return_dict=False)[0]
+        got = model.forward(embedded.transformer, x, t, states, bias, model.rotary(embedded.transformer, x))
+        assert (got - want).norm() < 1e-5 * want.norm()
+        rough = model.forward(
+            embedded.transformer, x, t, states, bias, model.rotary(embedded.transformer, x), torch.bfloat16
+        )
+        assert 1e-4 * want.norm() < (rough - want).norm() < 0.05 * want.norm()
+
+
+def test_orthogonalize_brings_singular_values_near_one() -> None:
+    values = torch.linalg.svdvals(muon.orthogonalize(torch.randn(3, 20, 50)))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def prepared(folder: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(tiny.PATH / "codec.safetensors", folder)
+    shutil.copytree(tiny.PATH / "tokenizer", folder / "tokenizer")
+    return folder
+
+
+def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--device cpu --layers 1 --heads 1 --ffn 64 --tokens 80 --vae-tokens 30 --early-part 0 --anneal 0"
+    options += " --sizes 5x32x32:1,9x32x48:1"
+    whole, parts = prepared(tmp_path / "whole"), prepared(tmp_path / "parts")
+    train.main(["--out", str(whole), "--steps", "2", *options.split()])
+    for _ in range(2):
+        train.main(["--out", str(parts), "--steps", "1", *options.split()])
+    assert "going on from" in capsys.readouterr().out
+    for name in ("vae.pt", "dit.pt"):
+        a, b = (torch.load(d / name, weights_only=True) for d in (whole, parts))
+        assert a["step"] == b["step"] == 2
+        for key in ("models", "ema"):
+            for part in a[key]:
+                assert all(torch.equal(t, b[key][part][n]) for n, t in a[key][part].items())
+    assert type(tiny.load(parts / "pipeline")).__name__ == "WanPipeline"
+    more = ["--out", str(tmp_path / "more"), "--steps", "1", *options.split(), "--only", "dit"]
+    train.main([*more, "--init", str(whole / "pipeline")])
+    assert (tmp_path / "more" / "pipeline" / "vae" / "config.json").is_file()
+    with pytest.raises(SystemExit, match="does not fit these options"):
+        train.main([*more, "--layers", "2"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sizes", "17x64"], "17x64x64:2"),
+        (["--sizes", "16x64x64:1"], "4k\\+1"),
+        (["--early", "17x60x64:1"], "multiples of 16"),
+    ],
+)
+def test_bad_sizes_are_named(tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        train.main(["--out", str(tmp_path / "run"), "--device", "cpu", *options])
+
+
+def test_building_from_nothing_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"fastdit\.apps\.tiny\.train"):
+        build.build(tmp_path, tmp_path / "pipeline")
+
+
+# ---- measurements
+
+
+def test_evaluation_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "judge.json"
+    options = f"--sizes 5x32x32:2 --steps 2 --ceilings 2 --device cpu --json {report} --sheets {tmp_path / 'sheets'}"
+    evaluate.main(options.split())
+    (row,) = json.loads(report.read_text())
+    assert row["judge"]["everything"]["n"] == 2
+    assert row["psnr"]["autoencoder"] > 25
+    assert (tmp_path / "sheets" / "5x32x32.png").is_file()
+
+
+def test_attention_is_local(embedded: Any, codec: Codec) -> None:
+    stock = [b.attn1.processor for b in embedded.transformer.blocks]
+    found = locality.measure(embedded.transformer, embedded, codec, (17, 64, 64), 2, [0.8])
+    assert found["noise level 0.8"]["mean"]["3x3x3"] > 3 * found["uniform"]["3x3x3"]
+    assert [b.attn1.processor for b in embedded.transformer.blocks] == stock
