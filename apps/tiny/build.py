@@ -58,7 +58,7 @@ def build(run: Path, out: Path) -> None:
         vae.load_state_dict(torch.load(run / "vae.pt", map_location="cpu", weights_only=True)["ema"]["vae"])
     else:  # taken over unchanged from the pipeline that training began with
         vae.load_state_dict(load_file(run / "vae" / "diffusion_pytorch_model.safetensors"))
-    pipe = WanPipeline(
+    pipe: Any = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=vae.to(torch.bfloat16),

@@ -131,7 +131,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from fastdit.pipelines import tiny
 
-    pipe = tiny.load(args.pipeline).to(args.device)
+    pipe: Any = tiny.load(args.pipeline)
+    pipe.to(args.device)
+    pipe.set_progress_bar_config(disable=True)
     if args.shift:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=args.shift)
     codec = Codec.load((args.pipeline or tiny.PATH) / "codec.safetensors").to(args.device)

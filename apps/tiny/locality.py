@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from fastdit.pipelines import tiny
 
-    pipe = tiny.load(args.pipeline)
+    pipe: Any = tiny.load(args.pipeline)
     codec = Codec.load((args.pipeline or tiny.PATH) / "codec.safetensors")
     c = pipe.transformer.config
     untrained = make_transformer(c.in_channels, c.num_attention_heads, c.num_layers, c.ffn_dim)

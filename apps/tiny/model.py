@@ -63,11 +63,11 @@ def make_text_encoder(vocab: int, dim: int = 128, layers: int = 2, seed: int = 0
     from transformers import UMT5Config, UMT5EncoderModel
 
     torch.manual_seed(seed)
-    config = UMT5Config(
-        vocab_size=vocab, d_model=dim, d_kv=32, d_ff=2 * dim, num_layers=layers, num_heads=dim // 32,
-        dropout_rate=0.0, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return UMT5EncoderModel(config)
+    options: dict[str, Any] = {
+        "vocab_size": vocab, "d_model": dim, "d_kv": 32, "d_ff": 2 * dim, "num_layers": layers, "num_heads": dim // 32,
+        "dropout_rate": 0.0, "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    return UMT5EncoderModel(UMT5Config(**options))
 
 
 def make_transformer(
@@ -77,7 +77,7 @@ def make_transformer(
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(seed)
-    model = WanTransformer3DModel(
+    model: Any = WanTransformer3DModel(
         patch_size=(1, 1, 1), num_attention_heads=heads, attention_head_dim=64, in_channels=channels,
         out_channels=channels, text_dim=text_dim, freq_dim=128, ffn_dim=ffn, num_layers=layers, cross_attn_norm=True,
         qk_norm="rms_norm_across_heads", rope_max_seq_len=1024,
