@@ -1,1 +1,26 @@
+"""Sparse, quantized, self-measuring attention for Hugging Face diffusers."""
+
+from fastdit.api import FastAttnProcessor, accelerate, patch_diffusers, report, restore
+from fastdit.config import Config, Phase
+from fastdit.policies import Dense, Window
+from fastdit.presets import PRESETS, preset
+from fastdit.quant import Quant
+from fastdit.report import Report
+
 __version__ = "0.1.0"
+__all__ = [
+    "PRESETS",
+    "Config",
+    "Dense",
+    "FastAttnProcessor",
+    "Phase",
+    "Quant",
+    "Report",
+    "Window",
+    "accelerate",
+    "preset",
+    "report",
+    "restore",
+]
+
+patch_diffusers()

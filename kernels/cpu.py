@@ -54,24 +54,21 @@ def block_sparse_attention(
     """q [B, H, Nq, D], k and v [B, H, Nk, D] in token order; masks as in `BlockMask`. Returns out like q and lse [B, H, Nq]."""
     B, H, Nq, D = q.shape
     kept = tile_map(kv_num_blocks, kv_indices)
-    # One row per token: all its heads where the whole batch shares one map (a view of diffusers' [B, N, H, D] memory),
-    # else one head of it.
-    heads = H if kept.shape[:2] == (1, 1) else 1
-    sources = [x.transpose(1, 2).flatten(0, 1) if heads > 1 else x.flatten(0, 2)[:, None] for x in (q, k, v)]
+    # diffusers keeps [B, N, H, D] in memory and hands out a transposed view, so rows of that memory are gathered without
+    # a copy: all heads of a token where the whole batch shares one map, else one head of it.
+    stride = 1 if kept.shape[:2] == (1, 1) else H
+    sources = [x.transpose(1, 2).reshape(-1, H // stride, D) for x in (q, k, v)]
     out = torch.zeros_like(sources[0])
     lse = torch.full(out.shape[:2], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
-    operands = emulate(q, k, v, quant, _tile_of(q_order, Nq), _tile_of(k_order, k.shape[2])) if not quant.is_none else None
 
-    row_bytes = 2 * heads * D * k.element_size()
-    for queries, keys in _batches(_problems(kept, B, H), q_order, k_order, Nq, k.shape[2], row_bytes):
+    row_bytes = 2 * out.shape[1] * D * k.element_size()
+    for queries, keys in _batches(_problems(kept, B, H, stride), q_order, k_order, Nq, k.shape[2], stride, row_bytes):
         index = (queries, keys, keys)
         gathered = [x.index_select(0, i.flatten()).unflatten(0, i.shape).transpose(1, 2) for x, i in zip(sources, index, strict=True)]
         o, s = attend(*gathered, scale)
         out.index_copy_(0, queries.flatten(), o.transpose(1, 2).flatten(0, 1))
         lse.index_copy_(0, queries.flatten(), s.transpose(1, 2).flatten(0, 1))
-    if heads > 1:
-        return out.view(B, Nq, H, D).transpose(1, 2), lse.view(B, Nq, H).transpose(1, 2)
-    return out.view(B, H, Nq, D), lse.view(B, H, Nq)
+    return out.view(B, Nq, H, D).transpose(1, 2), lse.view(B, Nq, H).transpose(1, 2)
 
 
 def _tile_of(order: Tensor, length: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastdit.apps.tiny import build, model, muon, train
+from fastdit.apps.tiny import build, evaluate, locality, model, muon, train
 from fastdit.pipelines import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -78,6 +78,18 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(tmp_path: Path, capsys: pyte
 def test_bad_sizes_are_named(tmp_path: Path, options: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         train.main(["--out", str(tmp_path / "run"), "--device", "cpu", *options])
+
+
+def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="codec.safetensors is missing"):
+        train.main(["--out", str(tmp_path / "run"), "--device", "cpu", "--init", str(tmp_path)])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="cannot make"):
+        train.main(["--out", str(tmp_path / "file" / "run"), "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"model_index\.json is missing"):
+        evaluate.main(["--pipeline", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"model_index\.json is missing"):
+        locality.main(["--pipeline", str(tmp_path)])
 
 
 def test_building_from_nothing_says_what_to_run(tmp_path: Path) -> None:

@@ -131,7 +131,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from fastdit.pipelines import tiny
 
-    pipe: Any = tiny.load(args.pipeline)
+    try:
+        pipe: Any = tiny.load(args.pipeline)
+    except FileNotFoundError as err:
+        raise SystemExit(f"error: {err}") from None
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     if args.shift:

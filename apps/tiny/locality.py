@@ -109,7 +109,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from fastdit.pipelines import tiny
 
-    pipe: Any = tiny.load(args.pipeline)
+    try:
+        pipe: Any = tiny.load(args.pipeline)
+    except FileNotFoundError as err:
+        raise SystemExit(f"error: {err}") from None
     codec = Codec.load((args.pipeline or tiny.PATH) / "codec.safetensors")
     c = pipe.transformer.config
     untrained = make_transformer(c.in_channels, c.num_attention_heads, c.num_layers, c.ffn_dim)

@@ -1,0 +1,31 @@
+"""Where a run is: noise levels as the denoiser is given them, never a count of calls.
+
+Guidance calls a denoiser twice a step in one pipeline and once in another, step caches skip calls, Heun makes two, and Wan
+2.2 changes denoisers midway. The noise level σ tells steps and runs apart in all of them: within a run it only falls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+RISE = 1e-4
+"""σ must rise by this much to mean a new run; solvers that call twice at one σ repeat it to within rounding."""
+
+
+@dataclass
+class Clock:
+    """run: how many runs have begun; step: noise levels seen in this one, counted from 0; sigma: the last one seen."""
+
+    run: int = 0
+    step: int = -1
+    sigma: float = 0.0
+
+    def observe(self, sigma: float) -> bool:
+        """Take in the noise level of a call; True if it begins a new run."""
+        begins = self.step < 0 or sigma > self.sigma + RISE
+        if begins:
+            self.run, self.step = self.run + 1, 0
+        elif sigma < self.sigma - RISE:
+            self.step += 1
+        self.sigma = sigma
+        return begins

@@ -1,0 +1,153 @@
+"""What fastdit knows about one accelerated pipeline: its denoisers, their attention sites, and what ran in them.
+
+Everything lives on the pipeline's own `Handle`, reached from the processors bound into its modules; nothing is global but a
+weak index, through which the opaque attention op finds the handle from the integer it was given.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.clock import Clock
+from fastdit.config import Config
+from fastdit.layout import Grid
+from fastdit.plan import Plan
+
+_numbers = itertools.count()
+_handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
+
+
+class Facts(NamedTuple):
+    """One denoiser call as its adapter reads it: where the tokens sit, and how noisy they are.
+
+    grid: video tokens (T, H, W) after patching; text_len: text tokens in the same self-attention, before the video if
+    text_first; sigma: tensor of noise levels in [0, 1], any shape (per batch element or per token: the largest counts).
+    """
+
+    grid: Grid
+    sigma: Tensor
+    text_len: int = 0
+    text_first: bool = False
+
+
+class Adapter(Protocol):
+    """The facts of one model family (one small file in `pipelines/`)."""
+
+    def sites(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """(name, module) of every self-attention, in the order in which they run."""
+        ...
+
+    def facts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
+        """Read one call of the denoiser's forward. Traced by torch.compile: tensor operations and plain Python only."""
+        ...
+
+
+class Ran(NamedTuple):
+    """What one call of a site did; phase as in `Plan`, reason None where it ran sparse or quantized."""
+
+    phase: int | None
+    density: float
+    reason: str | None
+
+
+@dataclass(eq=False)
+class Site:
+    """One attention module: its name in the denoiser, its index among all sites of the handle and of its denoiser."""
+
+    name: str
+    index: int
+    layer: int
+    denoiser: Denoiser
+    ran: Counter[Ran] = field(default_factory=Counter)
+    refusal: str | None = None
+    """Why the last call went straight to the pipeline's own attention, seen when the call was traced."""
+
+    def record(self, plan: Plan) -> None:
+        self.ran[Ran(plan.phase, plan.density, plan.reason)] += 1
+
+
+@dataclass(eq=False)
+class Denoiser:
+    """One model: its sites, and the facts of the call that it is in."""
+
+    name: str
+    adapter: Adapter
+    handle: Handle
+    sites: list[Site] = field(default_factory=list)
+    grid: Grid = (0, 0, 0)
+    text_len: int = 0
+    text_first: bool = False
+    sigma: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """On the CPU: the op reads it at every site, and only one transfer a call may wait for the GPU."""
+
+
+@dataclass(eq=False)
+class Observe:
+    """Forward pre-hook of a denoiser: writes the call's facts where its sites read them.
+
+    Inside a compiled model this is traced, so it writes only what follows from the arguments.
+    """
+
+    denoiser: Denoiser
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        facts = self.denoiser.adapter.facts(model, args, kwargs)
+        self.denoiser.grid, self.denoiser.text_len, self.denoiser.text_first = facts.grid, facts.text_len, facts.text_first
+        self.denoiser.sigma = facts.sigma.amax().to("cpu", torch.float32)
+
+
+class Handle:
+    """One accelerated pipeline (or model). Also a context manager: leaving it restores the pipeline."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.clock = Clock()
+        self.denoisers: list[Denoiser] = []
+        self.restore: Any = None
+        self._register()
+
+    def _register(self) -> None:
+        self.number = next(_numbers)
+        _handles[self.number] = self
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for denoiser in self.denoisers for site in denoiser.sites]
+
+    @staticmethod
+    def find(number: int) -> Handle:
+        handle = _handles.get(number)
+        if handle is None:
+            raise RuntimeError("this attention belongs to a pipeline that fastdit no longer accelerates: compile it again")
+        return handle
+
+    def begin_call(self, sigma: float) -> None:
+        """Counts start anew with each run, also after one that was interrupted."""
+        if self.clock.observe(sigma):
+            for site in self.sites:
+                site.ran.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        """A copied pipeline has a handle, a clock and counts of its own."""
+        twin = Handle.__new__(Handle)
+        memo[id(self)] = twin
+        twin.config, twin.clock, twin.restore = self.config, Clock(), None
+        twin.denoisers = copy.deepcopy(self.denoisers, memo)
+        twin._register()
+        return twin
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.restore is not None:
+            self.restore()

@@ -1,0 +1,103 @@
+"""The functional door to attention: `attention(q, k, v, block_mask, quant, scale) -> (out, lse)`.
+
+One `torch.library.custom_op`, so that torch.compile sees a single opaque node. CPU tensors go to `kernels/cpu.py`. What
+has no kernel is refused by name, never computed some other way: whoever calls decides what to do instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit.blockmask import BlockMask
+from fastdit.kernels import cpu
+from fastdit.quant import Quant
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask | None = None,
+    quant: Quant | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the tiles a block mask keeps (all of them without one), in a number format.
+
+    q [B, H, Nq, D], k and v [B, H, Nk, D] in token order, any strides; quant: default none (the inputs' own dtype);
+    scale: default D^-½. Returns out like q and natural-log lse [B, H, Nq] in float32 (float64 for float64 inputs).
+    A query whose tiles hold no key gets out = 0 and lse = −inf.
+
+    Raises ValueError for shapes, dtypes or a mask that do not fit, NotImplementedError for a device without a kernel.
+    """
+    refusal = unsupported(q, k, v)
+    if refusal:
+        raise NotImplementedError(f"fastdit.ops.attention: {refusal}")
+    _check(q, k, v, block_mask)
+    masks = (None,) * 4 if block_mask is None else (
+        block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.q_order, block_mask.k_order
+    )  # fmt: skip
+    return _attention(q, k, v, *masks, str(quant or Quant()), q.shape[-1] ** -0.5 if scale is None else float(scale))
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why there is no kernel for these tensors, or None if there is one."""
+    if q.device.type != "cpu":
+        return f"no kernel for {q.device.type} tensors yet"
+    return None
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention needs q [B, H, Nq, D] and k, v [B, H, Nk, D], got {shapes}")
+    if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention needs one floating dtype for q, k and v, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"attention needs q, k and v on one device, got {q.device}, {k.device}, {v.device}")
+    if block_mask is None:
+        return
+    b, h = block_mask.kv_num_blocks.shape[:2]
+    if b not in (1, q.shape[0]) or h not in (1, q.shape[1]):
+        raise ValueError(f"a block mask for {b} batch elements and {h} heads does not fit {shapes}")
+    for name, order, length in (("query", block_mask.q_order, q.shape[2]), ("key", block_mask.k_order, k.shape[2])):
+        tokens = int(order.max()) + 1
+        if tokens != length:
+            raise ValueError(f"the block mask is for {tokens} {name} tokens, got {length}: {shapes}")
+
+
+@torch.library.custom_op("fastdit::attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor | None,
+    kv_indices: Tensor | None,
+    q_order: Tensor | None,
+    k_order: Tensor | None,
+    quant: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    fmt = Quant.parse(quant)
+    if kv_num_blocks is None or kv_indices is None or q_order is None or k_order is None:
+        out, lse = cpu.dense_attention(q, k, v, scale, fmt)
+    else:
+        out, lse = cpu.block_sparse_attention(q, k, v, kv_num_blocks, kv_indices, q_order, k_order, scale, fmt)
+    expected = torch.empty_like(q)  # the memory layout the fake kernel promised to the compiler
+    return (out if out.stride() == expected.stride() else expected.copy_(out)), lse.contiguous()
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _no_backward(*_: Any) -> None:
+    raise RuntimeError("fastdit attention is for inference only: it has no backward. Train with fastdit.restore(pipe) first.")
+
+
+torch.library.register_autograd("fastdit::attention", _no_backward)

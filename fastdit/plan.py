@@ -1,0 +1,88 @@
+"""What one attention call will do, with all axes of the configuration resolved: dense (and why), or a block mask.
+
+Text, padding and each tile's own diagonal are this file's business and no policy's: every tile attends all text, text
+attends everything, and a tile always attends itself. So a policy can cost quality but never break a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastdit.blockmask import BlockMask
+from fastdit.config import Config
+from fastdit.layout import Grid, Layout, fit_tile
+from fastdit.policies import Dense, Policy
+from fastdit.quant import Quant
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """phase: index into `Config.phases`, None outside all of them. block_mask None: attend to every key.
+
+    reason: why the call runs dense through the pipeline's own attention; None: it runs through `ops.attention`.
+    """
+
+    phase: int | None
+    density: float
+    block_mask: BlockMask | None
+    quant: Quant
+    reason: str | None
+
+
+def layout_of(config: Config, grid: Grid, text_len: int = 0, text_first: bool = False) -> Layout:
+    """The layout a configuration gives a grid: its own tile, cut to the grid, or one fitted to it."""
+    tile = config.tile or fit_tile(grid, config.tile_tokens)
+    t, h, w = (min(s, g) for s, g in zip(tile, grid, strict=True))
+    return Layout(grid, (t, h, w), text_len, text_first)
+
+
+def make_plan(
+    config: Config, sigma: float, layer: int, layers: int, grid: Grid, text_len: int, text_first: bool, q: Tensor, k: Tensor
+) -> Plan:
+    """Resolve one call. q and k: [B, H, N, D] in token order; layer: index among the denoiser's `layers` sites."""
+    phase = config.at(sigma, layer, layers)
+    if phase is None:
+        return _dense(phase, f"no phase for noise level {sigma:.3f}" if config.phases else "the configuration is dense")
+    policy, quant = config.phases[phase].policy, config.phases[phase].quant
+    if q.shape[2] < config.min_tokens:
+        return _dense(phase, f"{q.shape[2]} tokens: below {config.min_tokens}, sparse attention does not pay")
+    if isinstance(policy, Dense):
+        return _dense(phase, "the phase is dense") if quant.is_none else Plan(phase, 1.0, None, quant, None)
+    layout = layout_of(config, grid, text_len, text_first)
+    if policy.static:
+        block_mask, density = _static(policy, layout, str(q.device))
+    else:
+        block_mask, density = _select(policy, layout, q, k)
+    if density > config.max_density:
+        return _dense(phase, f"density {density:.2f} is above {config.max_density:g}: dense is faster")
+    return Plan(phase, density, block_mask, quant, None)
+
+
+def complete(video: Tensor, layout: Layout) -> Tensor:
+    """A policy's map bool [b, h, video_tiles, video_tiles] -> that of all tiles, with own tiles and text kept."""
+    n, tiles = layout.video_tiles, layout.num_tiles
+    if video.dtype != torch.bool or video.ndim != 4 or video.shape[2:] != (n, n):
+        raise ValueError(f"a policy must give bool [b, h, {n}, {n}], got {video.dtype} {tuple(video.shape)}")
+    kept = torch.ones(*video.shape[:2], tiles, tiles, dtype=torch.bool, device=video.device)
+    kept[:, :, :n, :n] = video | torch.eye(n, dtype=torch.bool, device=video.device)
+    return kept
+
+
+def _dense(phase: int | None, reason: str) -> Plan:
+    return Plan(phase, 1.0, None, Quant(), reason)
+
+
+@lru_cache(maxsize=64)
+def _static(policy: Policy, layout: Layout, device: str) -> tuple[BlockMask, float]:
+    block_mask = BlockMask.from_tile_map(complete(policy.select(layout, None, None).to(device), layout), layout)
+    return block_mask, block_mask.density()
+
+
+def _select(policy: Policy, layout: Layout, q: Tensor, k: Tensor) -> tuple[BlockMask, float]:
+    video = [layout.to_tiles(x)[:, :, : layout.video_tiles] for x in (q, k)]
+    block_mask = BlockMask.from_tile_map(complete(policy.select(layout, *video), layout), layout)
+    return block_mask, block_mask.density()

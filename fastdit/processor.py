@@ -1,0 +1,243 @@
+"""The seam: each attention module keeps its own processor, of which only the core attention is replaced.
+
+A bound processor runs a clone of the original processor's `__call__` in whose globals `dispatch_attention_fn` and
+`F.scaled_dot_product_attention` are ours. So projections, norms, rotary embedding, LoRA and fused weights stay the
+model's own code. Both names end in one opaque op, `fastdit::site_attention`, which decides at run time (noise level, phase,
+plan), so that a compiled denoiser is one graph for all steps and, block by block, one graph for all layers.
+
+What fastdit does not do (masks, causal or grouped attention, dropout, attention split over processes, cross-attention) goes
+to the original function, with the original backend, and is reported.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor, nn
+
+from fastdit import ops
+from fastdit.handle import Adapter, Denoiser, Handle, Observe, Site
+from fastdit.plan import Plan, make_plan
+
+_current = threading.local()
+"""`.site`: the site whose processor is running in this thread, between the bound processor and the core attention."""
+
+
+class BoundProcessor:
+    """One attention module's processor around its original one, `inner`. Subclassed per class of inner (`_bound_class`)."""
+
+    def __init__(self, inner: Any, site: Site) -> None:
+        self.inner = inner
+        self.site = site
+        # A tensor, not integers: integers would be constants of the compiled graph, one graph per layer.
+        self.ids = torch.tensor([site.denoiser.handle.number, site.index])
+
+    # diffusers sets these two on processors (`set_attention_backend`, `enable_parallelism`). A processor without them is
+    # skipped in silence while the sequence is split all the same.
+    @property
+    def _attention_backend(self) -> Any:
+        return getattr(self.inner, "_attention_backend", None)
+
+    @_attention_backend.setter
+    def _attention_backend(self, value: Any) -> None:
+        self.inner._attention_backend = value
+
+    @property
+    def _parallel_config(self) -> Any:
+        return getattr(self.inner, "_parallel_config", None)
+
+    @_parallel_config.setter
+    def _parallel_config(self, value: Any) -> None:
+        self.inner._parallel_config = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundProcessor:
+        site = copy.deepcopy(self.site, memo)
+        return type(self)(copy.deepcopy(self.inner, memo), site)
+
+
+@functools.cache
+def _bound_class(inner: type) -> type[BoundProcessor]:
+    original = inner.__call__  # type: ignore[operator]
+    namespace = dict(original.__globals__)
+    namespace.update({name: ours for name, ours in (("dispatch_attention_fn", _dispatch), ("F", _functional)) if name in namespace})
+    # torch.compile looks an inlined function's globals up by re-importing the module of this name: the original's.
+    namespace.pop("__name__", None)
+    clone = types.FunctionType(original.__code__, namespace, original.__name__, original.__defaults__, original.__closure__)
+    clone.__kwdefaults__ = original.__kwdefaults__
+
+    def __call__(self: BoundProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        _current.site = self
+        return clone(self.inner, attn, *args, **kwargs)
+
+    # diffusers' Attention.forward passes only the keyword arguments that it finds in the processor's signature.
+    __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    return type(f"Fast{inner.__name__}", (BoundProcessor,), {"__call__": __call__, "__doc__": inner.__doc__})
+
+
+def _dispatch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> Tensor:
+    """Stands for diffusers' `dispatch_attention_fn`: q, k, v [B, N, H, D]."""
+    bound = _current.site
+    refusal = _refusal(query, key, attn_mask, dropout_p, is_causal, enable_gqa)
+    if parallel_config is not None:
+        refusal = "attention is split over processes"
+    bound.site.refusal = refusal
+    if refusal is not None:
+        return dispatch_attention_fn(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
+            backend=backend, parallel_config=parallel_config,
+        )  # fmt: skip
+    name = "" if backend is None else str(AttentionBackendName(backend).value)
+    return _at_site(bound, query, key, value, scale, name)
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Stands for `F.scaled_dot_product_attention`: q, k, v [B, H, N, D]."""
+    bound = _current.site
+    refusal = _refusal(query.transpose(1, 2), key.transpose(1, 2), attn_mask, dropout_p, is_causal, enable_gqa)
+    bound.site.refusal = refusal
+    if refusal is not None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return _at_site(bound, *(x.transpose(1, 2) for x in (query, key, value)), scale, _SDPA).transpose(1, 2)
+
+
+_SDPA = "F.scaled_dot_product_attention"
+_functional = types.ModuleType("fastdit_functional")
+_functional.__dict__.update({name: thing for name, thing in vars(F).items() if not name.startswith("__")})
+_functional.scaled_dot_product_attention = _sdpa  # type: ignore[attr-defined]
+
+
+def _refusal(
+    query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
+) -> str | None:
+    if mask is not None:
+        return "attention mask"
+    if is_causal or enable_gqa or dropout_p:
+        return "causal or grouped attention, or dropout"
+    if query.shape[1] != key.shape[1]:
+        return "cross-attention"
+    return None
+
+
+def _at_site(bound: BoundProcessor, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> Tensor:
+    denoiser = bound.site.denoiser
+    facts = (list(denoiser.grid), denoiser.text_len, denoiser.text_first)
+    return _site_attention(q, k, v, bound.ids, denoiser.sigma, *facts, scale, backend)
+
+
+@torch.library.custom_op("fastdit::site_attention", mutates_args=())
+def _site_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ids: Tensor,
+    sigma: Tensor,
+    grid: list[int],
+    text_len: int,
+    text_first: bool,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
+    """[B, N, H, D] -> [B, N, H, D], contiguous, by whatever the plan of this site says for this noise level."""
+    number, index = ids.tolist()
+    handle = Handle.find(number)
+    site = handle.sites[index]
+    handle.begin_call(float(sigma))
+    t, h, w = grid
+    qkv = tuple(x.transpose(1, 2) for x in (q, k, v))
+    plan = _plan(handle, site, float(sigma), (t, h, w), text_len, text_first, qkv)
+    site.record(plan)
+    if plan.reason is None:
+        out = ops.attention(*qkv, plan.block_mask, plan.quant, scale)[0].transpose(1, 2)
+    elif backend == _SDPA:
+        out = F.scaled_dot_product_attention(*qkv, scale=scale).transpose(1, 2)
+    else:
+        out = dispatch_attention_fn(q, k, v, scale=scale, backend=AttentionBackendName(backend) if backend else None)
+    return out.contiguous()
+
+
+def _plan(
+    handle: Handle, site: Site, sigma: float, grid: tuple[int, int, int], text_len: int, text_first: bool, qkv: tuple[Tensor, ...]
+) -> Plan:
+    q, k, v = qkv
+    plan = make_plan(handle.config, sigma, site.layer, len(site.denoiser.sites), grid, text_len, text_first, q, k)
+    if plan.reason is None and (refusal := ops.unsupported(q, k, v)):
+        return Plan(plan.phase, 1.0, None, plan.quant, refusal)
+    return plan
+
+
+@_site_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _no_backward(*_: Any) -> None:
+    raise RuntimeError("a pipeline accelerated by fastdit is for inference only: call fastdit.restore(pipe) before training")
+
+
+torch.library.register_autograd("fastdit::site_attention", _no_backward)
+
+
+def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> None:
+    """Bind every self-attention site of a model into a handle. The model must not be installed yet."""
+    denoiser = Denoiser(name, adapter, handle)
+    first = len(handle.sites)
+    for layer, (site_name, module) in enumerate(adapter.sites(model)):
+        site = Site(site_name, first + layer, layer, denoiser)
+        _set(module, _bound_class(type(module.processor))(module.processor, site))
+        denoiser.sites.append(site)
+    handle.denoisers.append(denoiser)
+    model.register_forward_pre_hook(Observe(denoiser), with_kwargs=True)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Give back the very processors that `install` found; a model without ours is left alone."""
+    for module in model.modules():
+        if isinstance(getattr(module, "processor", None), BoundProcessor):
+            _set(module, module.processor.inner)
+    for hooks in (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs):
+        for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Observe)]:
+            hooks.pop(key, None)
+
+
+def installed(model: nn.Module) -> Denoiser | None:
+    """The denoiser that `install` made of this model, if it did."""
+    return next((hook.denoiser for hook in model._forward_pre_hooks.values() if isinstance(hook, Observe)), None)
+
+
+def _set(module: nn.Module, processor: Any) -> None:
+    setter: Callable[[Any], None] | None = getattr(module, "set_processor", None)
+    if setter is None:
+        module.processor = processor
+    else:
+        setter(processor)

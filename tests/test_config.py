@@ -1,0 +1,61 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdit import PRESETS, Config, Dense, Phase, Quant, Window, preset
+
+TWO = Config(
+    phases=(Phase((1.0, 0.9)), Phase((0.9, 0.0), Window(size=(1, 3, 3)), Quant(qk="int8", smooth_k=True), layers=(1, -1))),
+    tile=(2, 4, 4),
+)
+
+
+@pytest.mark.parametrize("config", [Config(), TWO, *PRESETS.values()])
+def test_round_trip_through_json_and_hash(config):
+    again = Config.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again) == hash(config)
+
+
+@given(st.floats(0, 1), st.integers(0, 4))
+def test_the_first_phase_that_holds_wins(sigma, layer):
+    expected = 0 if sigma > 0.9 else 1 if 1 <= layer < 4 else None
+    assert TWO.at(sigma, layer, 5) == expected
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.0, 1.001])
+def test_the_ends_of_the_noise_level_belong_to_a_phase(sigma):
+    assert Config(phases=(Phase(),)).at(sigma) == 0
+
+
+@pytest.mark.parametrize("name", ["balanced", "fast"])
+def test_presets_cover_every_noise_level(name):
+    config = preset(name)
+    assert all(config.at(i / 1000) is not None for i in range(1001))
+    assert isinstance(config.phases[0].policy, Dense)
+
+
+def test_unknown_preset_lists_the_names():
+    with pytest.raises(ValueError, match="'quick': choose one of exact, balanced, fast"):
+        preset("quick")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Phase(sigma=(0.0, 1.0)),
+        lambda: Phase(sigma=(1.2, 0.0)),
+        lambda: Phase(layers=(0.5, 1)),
+        lambda: Phase(policy="window"),
+        lambda: Config(tile=(1, 2)),
+        lambda: Config(tile_tokens=0),
+        lambda: Config(max_density=0),
+        lambda: Config.from_dict({"tiles": [1, 1, 1]}),
+        lambda: Config.from_dict({"phases": [{"sgma": [1, 0]}]}),
+    ],
+)
+def test_bad_settings_are_refused(make):
+    with pytest.raises(ValueError, match="phase|config"):
+        make()

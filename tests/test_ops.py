@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from fastdit import ops
+from fastdit.blockmask import BlockMask
+from fastdit.layout import Layout
+from fastdit.quant import Quant
+
+LAYOUT = Layout((2, 4, 4), (1, 4, 2))
+
+
+def qkv(dtype=torch.float32, tokens=32, dim=16):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, tokens, 2, dim, generator=generator).to(dtype).transpose(1, 2) for _ in range(3)]
+
+
+def block_mask(heads=1):
+    tile_map = torch.rand(1, heads, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    return BlockMask.from_tile_map(tile_map | torch.eye(4, dtype=torch.bool), LAYOUT)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_opcheck(heads, transposed, quant):
+    """Schema, fake kernel (shapes, dtypes, strides) and tracing agree with what the op does."""
+    q, k, v = qkv()
+    if not transposed:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    m = block_mask(heads)
+    quant = "none" if quant == "none" else str(Quant(qk="int8"))
+    arguments = (q, k, v, m.kv_num_blocks, m.kv_indices, m.q_order, m.k_order, quant, 0.25)
+    torch.library.opcheck(ops._attention, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert ops._attention(*arguments)[0].stride() == torch.empty_like(q).stride()
+
+
+def test_compiles_to_one_graph():
+    q, k, v = qkv()
+    m = block_mask()
+    compiled = torch.compile(lambda *x: ops.attention(*x, m), fullgraph=True, backend="aot_eager")
+    for got, expected in zip(compiled(q, k, v), ops.attention(q, k, v, m), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_backward_says_that_there_is_none():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    with pytest.raises(RuntimeError, match="inference only"):
+        ops.attention(q, k, v)[0].sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q[0], k, v), "needs q"),
+        (lambda q, k, v: (q, k[:, :, 1:], v), "needs q"),
+        (lambda q, k, v: (q[..., 1:], k, v), "needs q"),
+        (lambda q, k, v: (q, k.double(), v), "one floating dtype"),
+        (lambda q, k, v: (q.long(), k.long(), v.long()), "one floating dtype"),
+        (lambda q, k, v: (q[:, :, 1:], k, v), "32 query tokens, got 31"),
+        (lambda q, k, v: (q, k[:, :, 1:], v[:, :, 1:]), "32 key tokens, got 31"),
+        (lambda q, k, v: tuple(x.expand(1, 2, 32, 16)[:, :1].expand(1, 3, 32, 16) for x in (q, k, v)), "2 heads"),
+    ],
+)
+def test_what_does_not_fit_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        ops.attention(*change(*qkv()), block_mask(2))
+
+
+def test_a_device_without_a_kernel_is_refused():
+    with pytest.raises(NotImplementedError, match="meta"):
+        ops.attention(*(x.to("meta") for x in qkv()))

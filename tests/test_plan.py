@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from fastdit.config import Config, Phase
+from fastdit.layout import Layout
+from fastdit.plan import complete, layout_of, make_plan
+from fastdit.policies import Dense, Window
+from fastdit.quant import Quant
+
+
+def plan(config, sigma=0.5, grid=(2, 8, 8), layer=0, text=0, text_first=False, tokens=None):
+    q = torch.zeros(1, 1, tokens or grid[0] * grid[1] * grid[2] + text, 8)
+    return make_plan(config, sigma, layer, 4, grid, text, text_first, q, q)
+
+
+def windowed(**overrides):
+    return Config(**{"phases": (Phase(policy=Window(size=(1, 1, 1))),), "tile": (1, 4, 4), "min_tokens": 0} | overrides)
+
+
+def test_sparse():
+    got = plan(windowed())
+    assert got.reason is None
+    assert got.block_mask is not None
+    assert got.density == pytest.approx(1 / 8)
+    assert plan(windowed()).block_mask is got.block_mask  # made once per layout
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Config(), "the configuration is dense"),
+        (windowed(phases=(Phase((1.0, 0.9), Window(size=(1, 1, 1))),)), "no phase for noise level 0.500"),
+        (windowed(phases=(Phase(policy=Dense()),)), "the phase is dense"),
+        (windowed(min_tokens=129), "128 tokens: below 129"),
+        (windowed(max_density=0.1), "density 0.12 is above 0.1"),
+        (windowed(phases=(Phase(policy=Window(size=(1, 1, 1)), layers=(1, None)),)), "no phase"),
+    ],
+)
+def test_dense_says_why(config, reason):
+    got = plan(config)
+    assert reason in got.reason
+    assert got.block_mask is None
+    assert got.density == 1
+
+
+def test_a_dense_phase_in_a_number_format_is_ours():
+    got = plan(windowed(phases=(Phase(policy=Dense(), quant=Quant(qk="int8")),)))
+    assert got.reason is None
+    assert got.block_mask is None
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+def test_text_and_own_tiles_are_kept_whatever_the_policy_says(text_first):
+    layout = Layout((2, 4, 4), (1, 4, 4), text_len=20, text_first=text_first)
+    kept = complete(torch.zeros(1, 2, 2, 2, dtype=torch.bool), layout)[0, 1]
+    assert kept.tolist() == [[True, False, True, True], [False, True, True, True], [True] * 4, [True] * 4]
+
+
+def test_a_map_of_the_wrong_shape_is_the_policys_fault():
+    with pytest.raises(ValueError, match="a policy must give"):
+        complete(torch.ones(1, 1, 3, 3, dtype=torch.bool), Layout((2, 4, 4), (1, 4, 4)))
+
+
+def test_tiles_are_cut_to_the_grid():
+    assert layout_of(Config(tile=(8, 8, 8)), (2, 16, 4)).tile == (2, 8, 4)
+
+
+def test_a_policy_that_looks_at_the_tensors():
+    """The plan hands a dynamic policy the video tokens in tile order, text left out."""
+
+    class Nearest:
+        name, static = "nearest", False
+
+        def select(self, layout, q, k):
+            assert q.shape == (1, 1, layout.video_tiles, layout.tile_tokens, 8)
+            return torch.eye(layout.video_tiles, dtype=torch.bool)[None, None] & (q.sum() == 0)
+
+        def to_dict(self):
+            return {"name": self.name}
+
+    got = plan(windowed(phases=(Phase(policy=Nearest()),)), text=5)
+    assert got.density == pytest.approx((8 * 16 * 16 + 2 * 5 * 128 + 25) / 133**2)
