@@ -150,9 +150,7 @@ def read_rows(path: Path, must_exist: bool = False) -> list[dict[str, Any]]:
         if not all(set(KEY) <= set(row) for row in rows):
             raise KeyError("rows")
     except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror}): measure first, with fastdit bench --out {path}"
-        ) from None
+        raise UserError(f"cannot read {path} ({error.strerror}): measure first, with fastdit bench --out {path}") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} does not hold rows of fastdit bench: choose another file with --out") from None
     return list(rows)
@@ -187,16 +185,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"| {row['fast_s']:.2f} s | {speed} | {row['density']:.2f} | {errors:.1%} | {psnr} | {row['ssim']:.3f} |"
         )
     facts = sorted(
-        {
-            f"{r['cpu']}, {r['threads']} threads, {r['dtype']}, torch {r['torch']}, diffusers {r['diffusers']}"
-            for r in rows
-        }
+        {f"{r['cpu']}, {r['threads']} threads, {r['dtype']}, torch {r['torch']}, diffusers {r['diffusers']}" for r in rows}
     )
     baselines = sorted({f"stock diffusers with {row['baseline']}" for row in rows})
     lines += ["", f"{'; '.join(facts)}. Dense: {'; '.join(baselines)}. Time: {INCLUDES}; best of interleaved runs."]
-    lines += [
-        "Velocity error: teacher-forced, relative L2, of the worst phase. PSNR and SSIM: decoded frames against dense."
-    ]
+    lines += ["Velocity error: teacher-forced, relative L2, of the worst phase. PSNR and SSIM: decoded frames against dense."]
     return "\n".join(lines)
 
 

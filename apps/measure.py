@@ -84,9 +84,7 @@ class Comparison:
     variants: dict[str, Variant]
 
 
-def measure(
-    pipe: Any, settings: Settings, configs: Mapping[str, Config], repeats: int = 2, show: bool = True
-) -> Comparison:
+def measure(pipe: Any, settings: Settings, configs: Mapping[str, Config], repeats: int = 2, show: bool = True) -> Comparison:
     """Dense and every configuration in turn, `repeats` times over. Leaves the pipeline not accelerated.
 
     Raises UserError for an output that is not finite, or dense runs of a seed that differ: no time means anything then.
@@ -133,9 +131,7 @@ def check_finite(clip: Clip, what: str) -> None:
     import numpy as np
 
     if not np.isfinite(clip.frames).all():
-        raise UserError(
-            f"the {what} run decoded to NaN or infinity: check the model's autoencoder; no speed is given for it"
-        )
+        raise UserError(f"the {what} run decoded to NaN or infinity: check the model's autoencoder; no speed is given for it")
 
 
 class Recorder:

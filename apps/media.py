@@ -67,9 +67,7 @@ class Outputs:
                 self[name].touch()
         except OSError as error:
             self._clear()
-            raise UserError(
-                f"cannot write into {self.folder} ({error.strerror}): choose another folder with --out"
-            ) from None
+            raise UserError(f"cannot write into {self.folder} ({error.strerror}): choose another folder with --out") from None
         return self
 
     def _sweep(self, name: str) -> None:
@@ -93,9 +91,7 @@ class Outputs:
         if self.new and self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._clear()
 
 
@@ -150,9 +146,7 @@ def write_mp4(path: Path, frames: NDArray[np.floating[Any]], fps: int, comment: 
     done = subprocess.run(command, input=to_uint8(frames).tobytes(), capture_output=True, start_new_session=True)
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        raise UserError(
-            f"ffmpeg could not encode the video ({last}): is the disk full, or ffmpeg built without libx264?"
-        )
+        raise UserError(f"ffmpeg could not encode the video ({last}): is the disk full, or ffmpeg built without libx264?")
 
 
 def contact_sheet(

@@ -81,9 +81,7 @@ def resolve(settings: Settings) -> tuple[str, Any]:
     if device not in ("cpu", "cuda") or settings.dtype not in ("auto", *dtypes):
         raise UserError("--device must be auto, cpu or cuda, and --dtype auto, float32, bfloat16 or float16", 2)
     if device == "cuda" and not cuda:
-        raise UserError(
-            "--device cuda: PyTorch sees no CUDA GPU here: use --device cpu, or install PyTorch's CUDA build"
-        )
+        raise UserError("--device cuda: PyTorch sees no CUDA GPU here: use --device cpu, or install PyTorch's CUDA build")
     if settings.dtype != "auto":
         return device, dtypes[settings.dtype]
     # The embedded model is so small that half precision saves nothing.
@@ -115,9 +113,7 @@ def load(settings: Settings) -> Any:
             pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=types, local_files_only=local)
     except Exception as error:  # of many kinds, from four libraries
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        remedy = (
-            "download or save it again" if local else "check the id and the network, or give -m a downloaded folder"
-        )
+        remedy = "download or save it again" if local else "check the id and the network, or give -m a downloaded folder"
         raise UserError(f"cannot load the model {source} ({cause[:200]}): {remedy}") from error
     wanted = {"num_frames", "callback_on_step_end"} - set(inspect.signature(pipe.__call__).parameters)
     if wanted:

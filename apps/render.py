@@ -142,9 +142,7 @@ def render(
         str | None,
         typer.Option("--model", "-m", help="Folder or Hub id of a diffusers pipeline. None: the embedded one."),
     ] = None,
-    preset: Annotated[
-        str, typer.Option(help="How attention is accelerated; `fastdit presets` lists them.")
-    ] = "balanced",
+    preset: Annotated[str, typer.Option(help="How attention is accelerated; `fastdit presets` lists them.")] = "balanced",
     frames: Annotated[int, typer.Option(help="Number of frames, 4k + 1.")] = 33,
     height: Annotated[int, typer.Option(help="Pixels.")] = 128,
     width: Annotated[int, typer.Option(help="Pixels.")] = 128,
@@ -152,9 +150,7 @@ def render(
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1: off.")] = 3.0,
     negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
     fps: Annotated[int, typer.Option(help="Frames a second.")] = 8,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Also render densely from the same seed, and compare.")
-    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also render densely from the same seed, and compare.")] = False,
     repeats: Annotated[int, typer.Option(help="With --compare: runs of each, interleaved; the best counts.")] = 2,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",

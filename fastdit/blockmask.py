@@ -21,13 +21,15 @@ class BlockMask:
 
     kv_num_blocks: int32 [b, h, q_tiles]; kv_indices: int32 [b, h, q_tiles, k_tiles], ascending, of which the first
     kv_num_blocks entries count; b and h are 1 where all batch elements or heads share the map. q_order [q_tiles, slots]
-    and k_order [k_tiles, slots]: int64 token in each slot, -1 (padding) behind a tile's real tokens.
+    and k_order [k_tiles, slots]: int64 token in each slot, -1 (padding) behind a tile's real tokens; q_len and k_len: tokens.
     """
 
     kv_num_blocks: Tensor
     kv_indices: Tensor
     q_order: Tensor
     k_order: Tensor
+    q_len: int
+    k_len: int
 
     @classmethod
     def from_tile_map(cls, tile_map: Tensor, layout: Layout) -> BlockMask:
@@ -37,7 +39,7 @@ class BlockMask:
             raise ValueError(f"tile map must be bool [b, h, {tiles}, {tiles}], got {tile_map.dtype} {tuple(tile_map.shape)}")
         order = layout.order(tile_map.device)
         indices = tile_map.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        return cls(tile_map.sum(-1, dtype=torch.int32), indices.to(torch.int32), order, order)
+        return cls(tile_map.sum(-1, dtype=torch.int32), indices.to(torch.int32), order, order, layout.length, layout.length)
 
     def to_tile_map(self) -> Tensor:
         """Back to bool [b, h, q_tiles, k_tiles]."""

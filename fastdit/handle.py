@@ -101,7 +101,11 @@ class Observe:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         facts = self.denoiser.adapter.facts(model, args, kwargs)
-        self.denoiser.grid, self.denoiser.text_len, self.denoiser.text_first = facts.grid, facts.text_len, facts.text_first
+        self.denoiser.grid, self.denoiser.text_len, self.denoiser.text_first = (
+            facts.grid,
+            facts.text_len,
+            facts.text_first,
+        )
         self.denoiser.sigma = facts.sigma.amax().to("cpu", torch.float32)
 
 

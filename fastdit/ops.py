@@ -64,8 +64,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> Non
     b, h = block_mask.kv_num_blocks.shape[:2]
     if b not in (1, q.shape[0]) or h not in (1, q.shape[1]):
         raise ValueError(f"a block mask for {b} batch elements and {h} heads does not fit {shapes}")
-    for name, order, length in (("query", block_mask.q_order, q.shape[2]), ("key", block_mask.k_order, k.shape[2])):
-        tokens = int(order.max()) + 1
+    for name, tokens, length in (("query", block_mask.q_len, q.shape[2]), ("key", block_mask.k_len, k.shape[2])):
         if tokens != length:
             raise ValueError(f"the block mask is for {tokens} {name} tokens, got {length}: {shapes}")
 

@@ -41,7 +41,15 @@ def layout_of(config: Config, grid: Grid, text_len: int = 0, text_first: bool = 
 
 
 def make_plan(
-    config: Config, sigma: float, layer: int, layers: int, grid: Grid, text_len: int, text_first: bool, q: Tensor, k: Tensor
+    config: Config,
+    sigma: float,
+    layer: int,
+    layers: int,
+    grid: Grid,
+    text_len: int,
+    text_first: bool,
+    q: Tensor,
+    k: Tensor,
 ) -> Plan:
     """Resolve one call. q and k: [B, H, N, D] in token order; layer: index among the denoiser's `layers` sites."""
     phase = config.at(sigma, layer, layers)

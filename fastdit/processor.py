@@ -68,7 +68,9 @@ class BoundProcessor:
 def _bound_class(inner: type) -> type[BoundProcessor]:
     original = inner.__call__  # type: ignore[operator]
     namespace = dict(original.__globals__)
-    namespace.update({name: ours for name, ours in (("dispatch_attention_fn", _dispatch), ("F", _functional)) if name in namespace})
+    namespace.update(
+        {name: ours for name, ours in (("dispatch_attention_fn", _dispatch), ("F", _functional)) if name in namespace}
+    )
     # torch.compile looks an inlined function's globals up by re-importing the module of this name: the original's.
     namespace.pop("__name__", None)
     clone = types.FunctionType(original.__code__, namespace, original.__name__, original.__defaults__, original.__closure__)
@@ -127,7 +129,9 @@ def _sdpa(
     refusal = _refusal(query.transpose(1, 2), key.transpose(1, 2), attn_mask, dropout_p, is_causal, enable_gqa)
     bound.site.refusal = refusal
     if refusal is not None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
     return _at_site(bound, *(x.transpose(1, 2) for x in (query, key, value)), scale, _SDPA).transpose(1, 2)
 
 
@@ -187,7 +191,13 @@ def _site_attention(
 
 
 def _plan(
-    handle: Handle, site: Site, sigma: float, grid: tuple[int, int, int], text_len: int, text_first: bool, qkv: tuple[Tensor, ...]
+    handle: Handle,
+    site: Site,
+    sigma: float,
+    grid: tuple[int, int, int],
+    text_len: int,
+    text_first: bool,
+    qkv: tuple[Tensor, ...],
 ) -> Plan:
     q, k, v = qkv
     plan = make_plan(handle.config, sigma, site.layer, len(site.denoiser.sites), grid, text_len, text_first, q, k)

@@ -68,7 +68,9 @@ class Report:
         rows = [("noise level", "policy", "quant", "density", "calls")]
         rows += [(f"{p.sigma[0]:g} … {p.sigma[1]:g}", p.policy, p.quant, f"{p.density:.3f}", str(p.calls)) for p in self.phases]
         sites = Counter((site.ran, site.reason or "") for site in self.sites)
-        notes = [f"{count} sites {ran}" + (f" (dense where: {reason})" if reason else "") for (ran, reason), count in sites.items()]
+        notes = [
+            f"{count} sites {ran}" + (f" (dense where: {reason})" if reason else "") for (ran, reason), count in sites.items()
+        ]
         return "\n".join([*_table(rows), *notes, f"density over all calls: {self.density:.3f}"])
 
 

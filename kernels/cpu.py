@@ -10,14 +10,15 @@ into one call of bounded size, so that many small groups (maps per head, maps fr
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from fastdit.blockmask import tile_map
-from fastdit.quant import Quant, emulate
+from fastdit.quant import Quant, emulate, rounded_attention
 
 CHUNK_BYTES = 4 << 20
 """Gathered keys and values of one call. 4 MB stays in a core's caches; 64 MB was 1.2-2 × slower on two Zen 4 cores."""
@@ -35,9 +36,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     return out, lse.to(torch.promote_types(lse.dtype, torch.float32))
 
 
+def attend_quantized(q: Tensor, k: Tensor, v: Tensor, scale: float, pv: str) -> tuple[Tensor, Tensor]:
+    """The same over `quant.Operands`: q and k may be wider than v, P is rounded to `pv`."""
+    if pv == "none":
+        out, lse = attend(q, k, torch.nn.functional.pad(v, (0, q.shape[-1] - v.shape[-1])), scale)
+        return out[..., : v.shape[-1]], lse
+    rows = max(1, CHUNK_BYTES // (k.shape[-2] * k.element_size()))
+    parts = [rounded_attention(part, k, v, scale, pv) for part in q.split(rows, -2)]
+    return torch.cat([out for out, _ in parts], -2), torch.cat([lse for _, lse in parts], -1)
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, quant: Quant) -> tuple[Tensor, Tensor]:
     """Every query attends every key. Quantization is emulated: the numbers are the format's, the time is not."""
-    return attend(q, k, v, scale) if quant.is_none else emulate(q, k, v, quant).attend(scale=scale)
+    if quant.is_none:
+        return attend(q, k, v, scale)
+    x = emulate(q, k, v, quant)
+    out, lse = x.finish(*attend_quantized(x.q, x.k, x.v, scale, quant.pv), scale)
+    return out.to(q.dtype), lse
 
 
 def block_sparse_attention(
@@ -52,57 +67,65 @@ def block_sparse_attention(
     quant: Quant,
 ) -> tuple[Tensor, Tensor]:
     """q [B, H, Nq, D], k and v [B, H, Nk, D] in token order; masks as in `BlockMask`. Returns out like q and lse [B, H, Nq]."""
-    B, H, Nq, D = q.shape
+    if not quant.is_none:
+        x = emulate(q, k, v, quant, q_order, k_order)
+        core = partial(attend_quantized, pv=quant.pv)
+        out, lse = x.finish(*_sparse(x.q, x.k, x.v, kv_num_blocks, kv_indices, q_order, k_order, scale, core), scale)
+        return out.to(q.dtype), lse
+    return _sparse(q, k, v, kv_num_blocks, kv_indices, q_order, k_order, scale, attend)
+
+
+def _sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_num_blocks: Tensor,
+    kv_indices: Tensor,
+    q_order: Tensor,
+    k_order: Tensor,
+    scale: float,
+    core: Callable[..., tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    B, H, Nq, _ = q.shape
+    D = v.shape[-1]
     kept = tile_map(kv_num_blocks, kv_indices)
     # diffusers keeps [B, N, H, D] in memory and hands out a transposed view, so rows of that memory are gathered without
-    # a copy: all heads of a token where the whole batch shares one map, else one head of it.
-    stride = 1 if kept.shape[:2] == (1, 1) else H
-    sources = [x.transpose(1, 2).reshape(-1, H // stride, D) for x in (q, k, v)]
-    out = torch.zeros_like(sources[0])
-    lse = torch.full(out.shape[:2], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+    # a copy: all heads of a token where all heads share one map, else one head of it.
+    heads = H if kept.shape[1] == 1 else 1
+    sources = [x.transpose(1, 2).reshape(-1, heads, x.shape[-1]) for x in (q, k, v)]
+    out = sources[2].new_zeros(B * Nq * H // heads, heads, D)
+    lse = out.new_full(out.shape[:2], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
 
-    row_bytes = 2 * out.shape[1] * D * k.element_size()
-    for queries, keys in _batches(_problems(kept, B, H, stride), q_order, k_order, Nq, k.shape[2], stride, row_bytes):
+    row_bytes = 2 * heads * D * k.element_size()
+    for queries, keys in _batches(kept, B, H // heads, q_order, k_order, Nq, k.shape[2], row_bytes):
         index = (queries, keys, keys)
-        gathered = [x.index_select(0, i.flatten()).unflatten(0, i.shape).transpose(1, 2) for x, i in zip(sources, index, strict=True)]
-        o, s = attend(*gathered, scale)
+        gathered = [
+            x.index_select(0, i.flatten()).unflatten(0, i.shape).transpose(1, 2) for x, i in zip(sources, index, strict=True)
+        ]
+        o, s = core(*gathered, scale)
         out.index_copy_(0, queries.flatten(), o.transpose(1, 2).flatten(0, 1))
         lse.index_copy_(0, queries.flatten(), s.transpose(1, 2).flatten(0, 1))
     return out.view(B, Nq, H, D).transpose(1, 2), lse.view(B, Nq, H).transpose(1, 2)
 
 
-def _tile_of(order: Tensor, length: int) -> Tensor:
-    """[tiles, slots] -> int64 [length]: the tile of each token."""
-    tiles = torch.empty(length, dtype=torch.long)
-    real = order >= 0
-    tiles[order[real]] = torch.arange(len(order))[:, None].expand_as(order)[real]
-    return tiles
-
-
-def _problems(kept: Tensor, B: int, H: int) -> list[tuple[Tensor, list[int]]]:
-    """[(map [q_tiles, k_tiles], the sequences it holds for)]: sequences are batch elements when all share one map, else
-    b·H + h."""
-    b_maps, h_maps = kept.shape[:2]
-    if b_maps == h_maps == 1:
-        return [(kept[0, 0], list(range(B)))]
-    return [
-        (kept[b, h], [i * H + j for i in (range(B) if b_maps == 1 else [b]) for j in (range(H) if h_maps == 1 else [h])])
-        for b, h in product(range(b_maps), range(h_maps))
-    ]
-
-
 def _batches(
-    problems: list[tuple[Tensor, list[int]]], q_order: Tensor, k_order: Tensor, Nq: int, Nk: int, row_bytes: int
+    kept: Tensor, B: int, stride: int, q_order: Tensor, k_order: Tensor, Nq: int, Nk: int, row_bytes: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Stacks of equally long (query rows [G, nq], key rows [G, nk]) with at most CHUNK_BYTES of keys and values each."""
+    """Stacks of equally long (query rows [G, nq], key rows [G, nk]) with at most CHUNK_BYTES of keys and values each.
+
+    A row is one token of a batch element, with all heads of it (stride 1) or one of `stride` heads.
+    """
     buckets: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for kept, sequences in problems:
-        lists, group = kept.unique(dim=0, return_inverse=True)
+    b_maps, h_maps = kept.shape[:2]
+    for b, h in product(range(b_maps), range(h_maps)):
+        elements = range(B) if b_maps == 1 else (b,)
+        lists, group = kept[b, h].unique(dim=0, return_inverse=True)
         for i, tiles in enumerate(lists):
             queries, keys = q_order[group == i], k_order[tiles]
             queries, keys = queries[queries >= 0], keys[keys >= 0]
             if len(keys):  # a query without keys keeps out = 0, lse = -inf
-                buckets[len(queries), len(keys)] += [(queries + s * Nq, keys + s * Nk) for s in sequences]
+                rows = [((queries + e * Nq) * stride + h, (keys + e * Nk) * stride + h) for e in elements]
+                buckets[len(queries), len(keys)] += rows
     for (_, n_keys), items in buckets.items():
         stack = max(1, CHUNK_BYTES // (n_keys * row_bytes))
         for start in range(0, len(items), stack):

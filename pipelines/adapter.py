@@ -16,4 +16,6 @@ def adapter_for(model: nn.Module) -> Adapter:
     for cls in type(model).__mro__:
         if cls.__name__ in ADAPTERS:
             return ADAPTERS[cls.__name__]
-    raise ValueError(f"fastdit does not know where {type(model).__name__} keeps its tokens. Known: {', '.join(sorted(ADAPTERS))}")
+    raise ValueError(
+        f"fastdit does not know where {type(model).__name__} keeps its tokens. Known: {', '.join(sorted(ADAPTERS))}"
+    )

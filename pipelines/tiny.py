@@ -21,7 +21,5 @@ def load(path: str | Path | None = None) -> WanPipeline:
 
     folder = PATH if path is None else Path(path)
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"no pipeline in {folder}: model_index.json is missing; train one with fastdit.apps.tiny.train"
-        )
+        raise FileNotFoundError(f"no pipeline in {folder}: model_index.json is missing; train one with fastdit.apps.tiny.train")
     return WanPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)

@@ -17,8 +17,17 @@ SPARSE = Config(phases=(Phase(policy=Window(size=(1, 1, 1))),), tile=(1, 4, 4), 
 
 def pipeline(two=False):
     """A WanPipeline around `wan()`; text encoder and decoder are not needed to move processors about."""
-    parts = {"tokenizer": None, "text_encoder": None, "vae": AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True])}
-    return WanPipeline(transformer=wan(), transformer_2=wan() if two else None, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), **parts)
+    parts = {
+        "tokenizer": None,
+        "text_encoder": None,
+        "vae": AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True]),
+    }
+    return WanPipeline(
+        transformer=wan(),
+        transformer_2=wan() if two else None,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        **parts,
+    )
 
 
 def state(model):
@@ -136,13 +145,20 @@ def test_saving_and_state_dict_do_not_see_us(tmp_path):
 
 def test_the_report_is_a_table_and_a_dict():
     model = wan()
-    fastdit.accelerate(model, Config(phases=(Phase((1.0, 0.9)), Phase((0.9, 0.5), Window(size=(1, 1, 1)))), tile=(1, 4, 4), min_tokens=0))
+    fastdit.accelerate(
+        model,
+        Config(phases=(Phase((1.0, 0.9)), Phase((0.9, 0.5), Window(size=(1, 1, 1)))), tile=(1, 4, 4), min_tokens=0),
+    )
     with torch.no_grad():
         for sigma in (1.0, 0.7, 0.6, 0.3):
             model(**wan_inputs(sigma=sigma))
     report = fastdit.report(model)
     got = report.to_dict()
-    assert [(p["sigma"], p["calls"], round(p["density"], 4)) for p in got["phases"]] == [([1.0, 0.9], 2, 1.0), ([0.9, 0.5], 4, 0.0833), ([1.0, 0.0], 2, 1.0)]
+    assert [(p["sigma"], p["calls"], round(p["density"], 4)) for p in got["phases"]] == [
+        ([1.0, 0.9], 2, 1.0),
+        ([0.9, 0.5], 4, 0.0833),
+        ([1.0, 0.0], 2, 1.0),
+    ]
     assert got["density"] == pytest.approx((4 + 4 / 12) / 8)
     assert [site["name"] for site in got["sites"]] == ["blocks.0.attn1", "blocks.1.attn1"]
     assert Config.from_dict(got["config"]) == report.config

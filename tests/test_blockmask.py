@@ -8,7 +8,11 @@ from fastdit.layout import Layout
 from fastdit.reference import token_mask
 
 
-@given(st.integers(0, 1000), st.floats(0, 1), st.sampled_from([((3, 5, 4), (2, 2, 3), 0), ((1, 1, 1), (1, 1, 1), 0), ((2, 4, 4), (2, 2, 2), 9)]))
+@given(
+    st.integers(0, 1000),
+    st.floats(0, 1),
+    st.sampled_from([((3, 5, 4), (2, 2, 3), 0), ((1, 1, 1), (1, 1, 1), 0), ((2, 4, 4), (2, 2, 2), 9)]),
+)
 @settings(deadline=None)
 def test_round_trip_and_density(seed, share, shape):
     layout = Layout(*shape)
@@ -21,7 +25,9 @@ def test_round_trip_and_density(seed, share, shape):
         assert indices[:count].tolist() == sorted(indices[:count].tolist())
 
 
-@pytest.mark.parametrize("bad", [torch.ones(1, 1, 4, 4), torch.ones(4, 4, dtype=torch.bool), torch.ones(1, 1, 4, 3, dtype=torch.bool)])
+@pytest.mark.parametrize(
+    "bad", [torch.ones(1, 1, 4, 4), torch.ones(4, 4, dtype=torch.bool), torch.ones(1, 1, 4, 3, dtype=torch.bool)]
+)
 def test_a_map_that_does_not_fit_is_refused(bad):
     with pytest.raises(ValueError, match=r"bool \[b, h, 4, 4\]"):
         BlockMask.from_tile_map(bad, Layout((1, 4, 4), (1, 2, 2)))

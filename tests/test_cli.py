@@ -178,9 +178,7 @@ def test_hub_id_offline(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_embedded_model_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_embedded_model_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("fastdit.pipelines.tiny.PATH", tmp_path / "gone")
     assert call(monkeypatch, "render", "a", "--out", tmp_path / "out") == 1
     assert "reinstall fastdit" in one_line(capsys.readouterr().err)

@@ -22,9 +22,7 @@ from fastdit.apps.media import UserError
 from fastdit.apps.models import Settings, denoisers
 from fastdit.apps.render import generate
 
-SPARSE = Config(
-    phases=(Phase((1.0, 0.85), Dense()), Phase((0.85, 0.0), Window(density=0.3))), tile=(1, 2, 2), min_tokens=0
-)
+SPARSE = Config(phases=(Phase((1.0, 0.85), Dense()), Phase((0.85, 0.0), Window(density=0.3))), tile=(1, 2, 2), min_tokens=0)
 SIGMAS = [1.0, 0.9, 0.75, 0.5, 0.01]  # of 5 steps at shift 3
 
 

@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 from fastdit import PRESETS, Config, Dense, Phase, Quant, Window, preset
 
 TWO = Config(
-    phases=(Phase((1.0, 0.9)), Phase((0.9, 0.0), Window(size=(1, 3, 3)), Quant(qk="int8", smooth_k=True), layers=(1, -1))),
+    phases=(
+        Phase((1.0, 0.9)),
+        Phase((0.9, 0.0), Window(size=(1, 3, 3)), Quant(qk="int8", smooth_k=True), layers=(1, -1)),
+    ),
     tile=(2, 4, 4),
 )
 

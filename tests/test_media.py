@@ -57,9 +57,7 @@ def test_mp4_is_what_players_want(tmp_path: Path) -> None:
 def test_comment_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     write_mp4(path, frames(5), 8, COMMENT)
-    run = subprocess.run(
-        [ffmpeg(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"], capture_output=True, check=True
-    )
+    run = subprocess.run([ffmpeg(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"], capture_output=True, check=True)
     escaped = re.search(r"^comment=(.*?)(?<!\\)$", run.stdout.decode(), re.MULTILINE | re.DOTALL)
     assert escaped is not None
     assert json.loads(re.sub(r"\\(.)", r"\1", escaped[1], flags=re.DOTALL)) == COMMENT

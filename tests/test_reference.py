@@ -60,6 +60,8 @@ def test_token_mask_stands_for_the_tile_map():
             assert (block == tile_map[:, :, i, j, None, None]).all()
 
 
-@pytest.mark.parametrize(("actual", "expected", "error"), [([3.0, 4.0], [0.0, 5.0], 10**0.5 / 5), ([0.0], [0.0], 0.0), ([2.0], [0.0], 2.0)])
+@pytest.mark.parametrize(
+    ("actual", "expected", "error"), [([3.0, 4.0], [0.0, 5.0], 10**0.5 / 5), ([0.0], [0.0], 0.0), ([2.0], [0.0], 2.0)]
+)
 def test_relative_error(actual, expected, error):
     assert relative_error(torch.tensor(actual), torch.tensor(expected)) == pytest.approx(error)

@@ -116,16 +116,12 @@ def test_nan_weights(saved_pipe: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_long_prompt(
-    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_long_prompt(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = ("red circle " * 1000)[:10_000]
     monkeypatch.setattr("fastdit.apps.render.load", lambda settings: pipe)
     mp4 = render_one(small(prompt=prompt, steps=1), tmp_path)
     count = len(prompt.split()) + 1  # and the end of the sentence
-    assert (
-        f"the prompt has {count} tokens and the model reads 512: {count - 512} are dropped" in capsys.readouterr().err
-    )
+    assert f"the prompt has {count} tokens and the model reads 512: {count - 512} are dropped" in capsys.readouterr().err
     assert len(mp4.name) < 100
     assert json.loads(mp4.with_suffix(".json").read_text())["settings"]["prompt"] == prompt
     assert dropped_tokens(pipe, "a red circle") == 0

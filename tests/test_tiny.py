@@ -166,9 +166,7 @@ def test_the_judge_passes_real_clips_and_no_others() -> None:
     assert verdict(still, torch.where(torch.arange(64).view(1, 1, 1, 64) == 32, video[..., :1], video)) != []
     other = render(pack([red("standing still", radius=0.1, x=0.15, y=0.15)]), 17, 64, 64)[0]
     assert "count" in verdict(still, torch.maximum(video, other))
-    growing = torch.cat(
-        [render(pack([red("standing still", "square", radius=r)]), 5, 64, 64)[0] for r in (0.15, 0.2)], 1
-    )
+    growing = torch.cat([render(pack([red("standing still", "square", radius=r)]), 5, 64, 64)[0] for r in (0.15, 0.2)], 1)
     assert "size" in verdict(still, growing)
     assert "color" in verdict(still, video.flip(0))
     assert verdict(replace(still, background="white"), video) == ["background"]

@@ -26,9 +26,7 @@ def test_the_training_forward_is_diffusers_own() -> None:
         want = embedded.transformer(x, t, padded, return_dict=False)[0]
         got = model.forward(embedded.transformer, x, t, states, bias, model.rotary(embedded.transformer, x))
         assert (got - want).norm() < 1e-5 * want.norm()
-        rough = model.forward(
-            embedded.transformer, x, t, states, bias, model.rotary(embedded.transformer, x), torch.bfloat16
-        )
+        rough = model.forward(embedded.transformer, x, t, states, bias, model.rotary(embedded.transformer, x), torch.bfloat16)
         assert 1e-4 * want.norm() < (rough - want).norm() < 0.05 * want.norm()
 
 

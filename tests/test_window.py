@@ -12,7 +12,9 @@ boxes = st.tuples(sides, sides, sides)
 
 def box(layout, size, border):
     """The window written a second time, tile by tile, from the papers' words."""
-    tiles = [(t, h, w) for t in range(layout.tile_grid[0]) for h in range(layout.tile_grid[1]) for w in range(layout.tile_grid[2])]
+    tiles = [
+        (t, h, w) for t in range(layout.tile_grid[0]) for h in range(layout.tile_grid[1]) for w in range(layout.tile_grid[2])
+    ]
     kept = torch.zeros(len(tiles), len(tiles), dtype=torch.bool)
     for row, query in enumerate(tiles):
         for column, key in enumerate(tiles):
@@ -79,7 +81,16 @@ def test_density_is_monotone():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"size": (1, 1, 1), "density": 0.5}, {"size": (0, 1, 1)}, {"size": (1, 1)}, {"size": (1.5, 1, 1)}, {"density": 0.0}, {"density": 1.5}, {"density": 0.5, "border": "wrap"}],
+    [
+        {},
+        {"size": (1, 1, 1), "density": 0.5},
+        {"size": (0, 1, 1)},
+        {"size": (1, 1)},
+        {"size": (1.5, 1, 1)},
+        {"density": 0.0},
+        {"density": 1.5},
+        {"density": 0.5, "border": "wrap"},
+    ],
 )
 def test_bad_windows_are_refused(arguments):
     with pytest.raises(ValueError, match="window"):

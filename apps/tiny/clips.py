@@ -91,9 +91,7 @@ class Clip:
         return any((t.color, t.shape, t.motion) in HELD_OUT for t in self.things)
 
 
-def sample(
-    rng: random.Random, triple: tuple[str, str, str] | None = None, kind: str = "any", two: float = 0.27
-) -> Clip:
+def sample(rng: random.Random, triple: tuple[str, str, str] | None = None, kind: str = "any", two: float = 0.27) -> Clip:
     """A random clip. With `triple`, one thing of that (colour, shape, motion); without, never one of `HELD_OUT`.
 
     `kind`: `any`, of which a share `two` shows two things, or one of `Clip.kind` (`plain` gives diagonal motion too).
@@ -150,15 +148,11 @@ def _sample_two(rng: random.Random) -> Clip:
     """Two things of different colours in lanes of their own, so that they never meet."""
     background = "black" if rng.random() < 0.8 else rng.choice([b for b in BACKGROUNDS if b != "black"])
     rows = rng.random() < 0.5
-    lane_motions = (
-        ["standing still", "moving right", "moving left"] if rows else ["standing still", "moving up", "moving down"]
-    )
+    lane_motions = ["standing still", "moving right", "moving left"] if rows else ["standing still", "moving up", "moving down"]
     while True:
         a, b = _triple(rng, lane_motions), _triple(rng, lane_motions)
         still = a[2] == b[2] == "standing still"
-        if (
-            a[0] != b[0] and background not in (a[0], b[0]) and not (rows and still)
-        ):  # two still things stand side by side
+        if a[0] != b[0] and background not in (a[0], b[0]) and not (rows and still):  # two still things stand side by side
             break
     things = []
     for lane, (color, shape, motion) in zip((0.27, 0.73), (a, b), strict=True):

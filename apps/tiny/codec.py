@@ -27,19 +27,13 @@ def to_blocks(video: Tensor) -> Tensor:
     B, C, _, H, W = video.shape
     video = torch.cat([video[:, :, :1].expand(-1, -1, 3, -1, -1), video], 2)
     n = video.shape[2] // 4
-    return (
-        video.reshape(B, C, n, 4, H // 8, 8, W // 8, 8)
-        .permute(0, 2, 4, 6, 1, 3, 5, 7)
-        .reshape(B, n, H // 8, W // 8, -1)
-    )
+    return video.reshape(B, C, n, 4, H // 8, 8, W // 8, 8).permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, n, H // 8, W // 8, -1)
 
 
 def from_blocks(blocks: Tensor) -> Tensor:
     """Inverse of `to_blocks`."""
     B, n, h, w, _ = blocks.shape
-    return (
-        blocks.view(B, n, h, w, 3, 4, 8, 8).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(B, 3, 4 * n, 8 * h, 8 * w)[:, :, 3:]
-    )
+    return blocks.view(B, n, h, w, 3, 4, 8, 8).permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(B, 3, 4 * n, 8 * h, 8 * w)[:, :, 3:]
 
 
 class Codec:

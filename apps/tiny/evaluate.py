@@ -79,9 +79,7 @@ def ceilings(pipe: Any, codec: Codec, size: Size, asked: Sequence[clips.Clip], d
     }
 
 
-def evaluate(
-    pipe: Any, codec: Codec, size: Size, n: int, args: argparse.Namespace
-) -> tuple[dict[str, Any], list[Tensor]]:
+def evaluate(pipe: Any, codec: Codec, size: Size, n: int, args: argparse.Namespace) -> tuple[dict[str, Any], list[Tensor]]:
     """One row of the report, and the clips."""
     asked, captions = ask(n)
     batch = args.batch or max(1, (5_000 if args.device == "cpu" else 200_000) // tokens(size))
@@ -105,9 +103,7 @@ def evaluate(
         "judge": summary(rows, asked),
         "same clips, wrong captions": summary(judge(there, others), others)["everything"],
         **ceilings(pipe, codec, size, asked[: args.ceilings], args.device),
-        "wrong": [
-            captions[i] + ": " + ", ".join(m for m in MEASURES if not r[m]) for i, r in enumerate(rows) if not r["all"]
-        ],
+        "wrong": [captions[i] + ": " + ", ".join(m for m in MEASURES if not r[m]) for i, r in enumerate(rows) if not r["all"]],
     }
     return row, videos
 

@@ -75,9 +75,7 @@ def measure(
     t, y, x = (c.flatten() for c in torch.meshgrid(*(torch.arange(s) for s in (T, H, W)), indexing="ij"))
     chosen = torch.randperm(T * H * W, generator=gen)[:queries]
     dt, dy, dx = ((c[chosen][:, None] - c[None]).abs() for c in (t, y, x))
-    regions = torch.stack(
-        [(dt <= 1) & (dy <= 1) & (dx <= 1), (dt <= 2) & (dy <= 4) & (dx <= 4), (dt == 0).expand_as(dx)]
-    )
+    regions = torch.stack([(dt <= 1) & (dy <= 1) & (dx <= 1), (dt <= 2) & (dy <= 4) & (dx <= 4), (dt == 0).expand_as(dx)])
     tile = (t // 3 * ((H + 3) // 4) + y // 4) * ((W + 3) // 4) + x // 4  # tiles of 3×4×4 tokens
     uniform = [round(float(r.float().mean()), 4) for r in regions] + [0.25]
 

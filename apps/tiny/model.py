@@ -40,9 +40,7 @@ def make_tokenizer(seed: int = 0) -> Any:
     tok.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, special_tokens=special, show_progress=False))
-    tok.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
+    tok.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tok,
         pad_token="<pad>",
@@ -70,9 +68,7 @@ def make_text_encoder(vocab: int, dim: int = 128, layers: int = 2, seed: int = 0
     return UMT5EncoderModel(UMT5Config(**options))
 
 
-def make_transformer(
-    channels: int, heads: int = 3, layers: int = 6, ffn: int = 768, text_dim: int = 128, seed: int = 0
-) -> Any:
+def make_transformer(channels: int, heads: int = 3, layers: int = 6, ffn: int = 768, text_dim: int = 128, seed: int = 0) -> Any:
     """WanTransformer3DModel with heads of 64, one token per latent, initialised to train fast (see below)."""
     from diffusers import WanTransformer3DModel
 
@@ -125,9 +121,7 @@ def block_forward(
     y: Tensor, time: Tensor, text: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, *w: Tensor
 ) -> Tensor:
     """One layer. y: float32 [B, N, D]; time: [B, 6, D]; text: [B, L, D]; cos, sin: [N, 1, 32]."""
-    qw, qb, kw, kb, vw, vb, ow, ob, cqw, cqb, ckw, ckb, cvw, cvb, cow, cob, f1w, f1b, f2w, f2b = (
-        t.to(dtype) for t in w[:20]
-    )
+    qw, qb, kw, kb, vw, vb, ow, ob, cqw, cqb, ckw, ckb, cvw, cvb, cow, cob, f1w, f1b, f2w, f2b = (t.to(dtype) for t in w[:20])
     nq, nk, cnq, cnk, n2w, n2b, table = w[20:]
     B, N, D = y.shape
     H = D // 64

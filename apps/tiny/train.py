@@ -193,15 +193,11 @@ def main(argv: list[str] | None = None) -> None:
     if gpu:
         torch.set_float32_matmul_precision("high")
     if args.init and not (args.init / "codec.safetensors").is_file():
-        raise SystemExit(
-            f"error: --init: {args.init} is no pipeline saved by this command: codec.safetensors is missing"
-        )
+        raise SystemExit(f"error: --init: {args.init} is no pipeline saved by this command: codec.safetensors is missing")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as err:
-        raise SystemExit(
-            f"error: --out: cannot make {args.out} ({err.strerror}); name a folder you may write to"
-        ) from None
+        raise SystemExit(f"error: --out: cannot make {args.out} ({err.strerror}); name a folder you may write to") from None
     device = torch.device(args.device)
 
     if (args.out / "codec.safetensors").exists():

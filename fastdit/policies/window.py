@@ -56,7 +56,12 @@ class Window:
         return box.reshape(1, 1, layout.video_tiles, layout.video_tiles)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "size": self.size and list(self.size), "density": self.density, "border": self.border}
+        return {
+            "name": self.name,
+            "size": self.size and list(self.size),
+            "density": self.density,
+            "border": self.border,
+        }
 
     def __str__(self) -> str:
         what = "×".join(map(str, self.size)) if self.size else f"{self.density:g}"
