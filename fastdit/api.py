@@ -116,5 +116,5 @@ def _pipeline_set_attn_processor(self: Any, processor: Any) -> None:
 
 def patch_diffusers() -> None:
     """Make `set_attn_processor` of models and pipelines take a `FastAttnProcessor`. Done once, when fastdit is imported."""
-    AttentionMixin.set_attn_processor = _model_set_attn_processor
-    DiffusionPipeline.set_attn_processor = _pipeline_set_attn_processor
+    AttentionMixin.set_attn_processor = _model_set_attn_processor  # type: ignore[method-assign]
+    DiffusionPipeline.set_attn_processor = _pipeline_set_attn_processor  # type: ignore[attr-defined]

@@ -130,11 +130,12 @@ def fit_tile(grid: Grid, target: int = 64) -> Grid:
     if target < 1:
         raise ValueError(f"target tokens per tile must be >= 1, got {target}")
 
-    def cost(tile: Grid) -> tuple[float, Grid]:
+    def cost(tile: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
         slots = math.prod(math.ceil(g / s) * s for g, s in zip(grid, tile, strict=True))
         padding = 1 - math.prod(grid) / slots
         aspect = math.log2(max(tile) / min(tile))
         return abs(math.log2(math.prod(tile) / target)) + aspect / 4 + 8 * padding, tile
 
     sides = [range(1, min(g, 2 * target) + 1) for g in grid]
-    return min((t for t in product(*sides) if math.prod(t) <= 2 * target), key=cost, default=(1, 1, 1))
+    t, h, w = min((tile for tile in product(*sides) if math.prod(tile) <= 2 * target), key=cost, default=(1, 1, 1))
+    return t, h, w

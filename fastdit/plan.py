@@ -6,6 +6,7 @@ attends everything, and a tile always attends itself. So a policy can cost quali
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -56,8 +57,11 @@ def make_plan(
     if phase is None:
         return _dense(phase, f"no phase for noise level {sigma:.3f}" if config.phases else "the configuration is dense")
     policy, quant = config.phases[phase].policy, config.phases[phase].quant
-    if q.shape[2] < config.min_tokens:
-        return _dense(phase, f"{q.shape[2]} tokens: below {config.min_tokens}, sparse attention does not pay")
+    tokens = math.prod(grid) + text_len
+    if q.shape[2] != tokens:
+        return _dense(phase, f"{q.shape[2]} tokens where the denoiser's input makes {tokens}")
+    if tokens < config.min_tokens:
+        return _dense(phase, f"{tokens} tokens: below {config.min_tokens}, sparse attention does not pay")
     if isinstance(policy, Dense):
         return _dense(phase, "the phase is dense") if quant.is_none else Plan(phase, 1.0, None, quant, None)
     layout = layout_of(config, grid, text_len, text_first)

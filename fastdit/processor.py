@@ -17,6 +17,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from fastdit import ops
 from fastdit.handle import Adapter, Denoiser, Handle, Observe, Site
-from fastdit.plan import Plan, make_plan
+from fastdit.plan import make_plan
 
 _current = threading.local()
 """`.site`: the site whose processor is running in this thread, between the bound processor and the core attention."""
@@ -65,8 +66,8 @@ class BoundProcessor:
 
 
 @functools.cache
-def _bound_class(inner: type) -> type[BoundProcessor]:
-    original = inner.__call__  # type: ignore[operator]
+def _bound_class(inner: Any) -> type[BoundProcessor]:
+    original: Any = inner.__call__
     namespace = dict(original.__globals__)
     namespace.update(
         {name: ours for name, ours in (("dispatch_attention_fn", _dispatch), ("F", _functional)) if name in namespace}
@@ -132,7 +133,8 @@ def _sdpa(
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    return _at_site(bound, *(x.transpose(1, 2) for x in (query, key, value)), scale, _SDPA).transpose(1, 2)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return _at_site(bound, query, key, value, scale, _SDPA).transpose(1, 2)
 
 
 _SDPA = "F.scaled_dot_product_attention"
@@ -178,32 +180,20 @@ def _site_attention(
     site = handle.sites[index]
     handle.begin_call(float(sigma))
     t, h, w = grid
-    qkv = tuple(x.transpose(1, 2) for x in (q, k, v))
-    plan = _plan(handle, site, float(sigma), (t, h, w), text_len, text_first, qkv)
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+    plan = make_plan(
+        handle.config, float(sigma), site.layer, len(site.denoiser.sites), (t, h, w), text_len, text_first, query, key
+    )
+    if plan.reason is None and (refusal := ops.unsupported(query, key, value)):
+        plan = replace(plan, density=1.0, block_mask=None, reason=refusal)
     site.record(plan)
     if plan.reason is None:
-        out = ops.attention(*qkv, plan.block_mask, plan.quant, scale)[0].transpose(1, 2)
+        out = ops.attention(query, key, value, plan.block_mask, plan.quant, scale)[0].transpose(1, 2)
     elif backend == _SDPA:
-        out = F.scaled_dot_product_attention(*qkv, scale=scale).transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
     else:
         out = dispatch_attention_fn(q, k, v, scale=scale, backend=AttentionBackendName(backend) if backend else None)
     return out.contiguous()
-
-
-def _plan(
-    handle: Handle,
-    site: Site,
-    sigma: float,
-    grid: tuple[int, int, int],
-    text_len: int,
-    text_first: bool,
-    qkv: tuple[Tensor, ...],
-) -> Plan:
-    q, k, v = qkv
-    plan = make_plan(handle.config, sigma, site.layer, len(site.denoiser.sites), grid, text_len, text_first, q, k)
-    if plan.reason is None and (refusal := ops.unsupported(q, k, v)):
-        return Plan(plan.phase, 1.0, None, plan.quant, refusal)
-    return plan
 
 
 @_site_attention.register_fake
@@ -224,7 +214,8 @@ def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> No
     first = len(handle.sites)
     for layer, (site_name, module) in enumerate(adapter.sites(model)):
         site = Site(site_name, first + layer, layer, denoiser)
-        _set(module, _bound_class(type(module.processor))(module.processor, site))
+        cls: Any = type(module.processor)
+        _set(module, _bound_class(cls)(module.processor, site))
         denoiser.sites.append(site)
     handle.denoisers.append(denoiser)
     model.register_forward_pre_hook(Observe(denoiser), with_kwargs=True)
@@ -235,9 +226,8 @@ def uninstall(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "processor", None), BoundProcessor):
             _set(module, module.processor.inner)
-    for hooks in (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs):
-        for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Observe)]:
-            hooks.pop(key, None)
+    for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Observe)]:
+        del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
 
 
 def installed(model: nn.Module) -> Denoiser | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fastdit.config import Config
+from fastdit.config import Config, Phase
 from fastdit.handle import Handle, Ran, Site
 
 
@@ -47,14 +47,10 @@ class Report:
         total: Counter[Ran] = Counter()
         for site in handle.sites:
             total.update(site.ran)
-        phases = [(p.sigma, str(p.policy), str(p.quant), _of_phase(total, i)) for i, p in enumerate(config.phases)]
-        phases.append(((1.0, 0.0), "dense", "none", _of_phase(total, None)))  # noise levels that no phase names
-        return cls(
-            config,
-            _density(total),
-            tuple(PhaseReport(*what, _density(ran), ran.total()) for *what, ran in phases if ran or what[0] != (1.0, 0.0)),
-            tuple(_site(site) for site in handle.sites),
-        )
+        phases = [_phase(phase, _of_phase(total, i)) for i, phase in enumerate(config.phases)]
+        if outside := _of_phase(total, None):  # noise levels and layers that no phase names
+            phases.append(_phase(Phase(), outside))
+        return cls(config, _density(total), tuple(phases), tuple(_site(site) for site in handle.sites))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -72,6 +68,10 @@ class Report:
             f"{count} sites {ran}" + (f" (dense where: {reason})" if reason else "") for (ran, reason), count in sites.items()
         ]
         return "\n".join([*_table(rows), *notes, f"density over all calls: {self.density:.3f}"])
+
+
+def _phase(phase: Phase, ran: Counter[Ran]) -> PhaseReport:
+    return PhaseReport(phase.sigma, str(phase.policy), str(phase.quant), _density(ran), ran.total())
 
 
 def _of_phase(ran: Counter[Ran], phase: int | None) -> Counter[Ran]:

@@ -28,7 +28,8 @@ def random_map(layout, b, h, share, seed=0):
 
 
 @given(
-    grid=grids, tile=grids, text=st.integers(0, 9), first=st.booleans(), share=st.floats(0, 1), shared=st.tuples(st.booleans(), st.booleans()),
+    grid=grids, tile=grids, text=st.integers(0, 9), first=st.booleans(), share=st.floats(0, 1),
+    shared=st.tuples(st.booleans(), st.booleans()),
     strides=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(deadline=None, max_examples=80)

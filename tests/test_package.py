@@ -39,7 +39,7 @@ def imports(path):
             yield from (alias.name for alias in node.names)
 
 
-@pytest.mark.parametrize(("path", "floor"), files())
+@pytest.mark.parametrize(("path", "floor"), list(files()))
 def test_imports_point_down(path, floor):
     for name in imports(path):
         package, *rest = name.split(".")
@@ -63,7 +63,9 @@ def test_files_stay_small():
             assert len(path.read_text().splitlines()) <= limit, path
 
 
-def test_import_is_light():
-    code = "import sys, fastdit; print(*[m for m in ('triton', 'gradio', 'ray', 'typer', 'imageio') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+def test_import_needs_no_optional_library():
+    """torch may import triton by itself; fastdit must do without, and without everything that only its apps use."""
+    absent = ("triton", "gradio", "ray", "typer", "imageio", "imageio_ffmpeg")
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import fastdit; fastdit.FastAttnProcessor()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -88,9 +88,10 @@ def fit_window(tile_grid: Grid, density: float, border: str = "clamp") -> Grid:
     steps = [range(1, n + 1) if border == "clamp" else range(1, 2 * n, 2) for n in tile_grid]
     share = [{w: float(near(n, w, border).float().mean()) for w in s} for n, s in zip(tile_grid, steps, strict=True)]
 
-    def cost(size: Grid) -> tuple[float, float]:
+    def cost(size: tuple[int, ...]) -> tuple[float, float]:
         cover = [share[axis][w] for axis, w in enumerate(size)]
         miss = abs(math.log(math.prod(cover) / density))
         return round(miss + math.log(max(cover) / min(cover)) / 4, 6), -cover[0]
 
-    return min(product(*steps), key=cost)
+    t, h, w = min(product(*steps), key=cost)
+    return t, h, w
