@@ -37,7 +37,7 @@ class Settings:
     height: int = 128
     width: int = 128
     steps: int = 20
-    guidance: float = 3.0
+    guidance: float = 5.0
     fps: int = 8
     device: str = "auto"
     dtype: str = "auto"

@@ -10,12 +10,13 @@ into one call of bounded size, so that many small groups (maps per head, maps fr
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from functools import partial
 from itertools import product
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastdit.blockmask import tile_map
 from fastdit.quant import Quant, emulate, rounded_attention
@@ -88,16 +89,16 @@ def _sparse(
 ) -> tuple[Tensor, Tensor]:
     B, H, Nq, _ = q.shape
     D = v.shape[-1]
-    kept = tile_map(kv_num_blocks, kv_indices)
+    groups = _groups(kv_num_blocks, kv_indices, q_order, k_order)
     # diffusers keeps [B, N, H, D] in memory and hands out a transposed view, so rows of that memory are gathered without
     # a copy: all heads of a token where all heads share one map, else one head of it.
-    heads = H if kept.shape[1] == 1 else 1
+    heads = H if kv_indices.shape[1] == 1 else 1
     sources = [x.transpose(1, 2).reshape(-1, heads, x.shape[-1]) for x in (q, k, v)]
     out = sources[2].new_zeros(B * Nq * H // heads, heads, D)
     lse = out.new_full(out.shape[:2], float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
 
     row_bytes = 2 * heads * D * k.element_size()
-    for queries, keys in _batches(kept, B, H // heads, q_order, k_order, Nq, k.shape[2], row_bytes):
+    for queries, keys in _batches(groups, B, H // heads, Nq, k.shape[2], row_bytes):
         index = (queries, keys, keys)
         gathered = [
             x.index_select(0, i.flatten()).unflatten(0, i.shape).transpose(1, 2) for x, i in zip(sources, index, strict=True)
@@ -108,24 +109,40 @@ def _sparse(
     return out.view(B, Nq, H, D).transpose(1, 2), lse.view(B, Nq, H).transpose(1, 2)
 
 
-def _batches(
-    kept: Tensor, B: int, stride: int, q_order: Tensor, k_order: Tensor, Nq: int, Nk: int, row_bytes: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+Groups = dict[tuple[int, int], list[tuple[Tensor, Tensor]]]
+"""For each map (b, h): queries and the keys they all attend to, int64 tokens."""
+
+_known: MutableMapping[Tensor, tuple[int, Groups]] = WeakIdKeyDictionary()
+"""Groups of masks that are still alive, by their `kv_indices`: a static mask serves every layer and step of a run."""
+
+
+def _groups(kv_num_blocks: Tensor, kv_indices: Tensor, q_order: Tensor, k_order: Tensor) -> Groups:
+    version, groups = _known.get(kv_indices, (-1, {}))
+    if version == kv_indices._version:
+        return groups
+    kept = tile_map(kv_num_blocks, kv_indices)
+    groups = {}
+    for b, h in product(*map(range, kept.shape[:2])):
+        lists, group = kept[b, h].unique(dim=0, return_inverse=True)
+        pairs = [(q_order[group == i], k_order[tiles]) for i, tiles in enumerate(lists)]
+        pairs = [(queries[queries >= 0], keys[keys >= 0]) for queries, keys in pairs]
+        groups[b, h] = [pair for pair in pairs if len(pair[1])]  # a query without keys keeps out = 0, lse = -inf
+    _known[kv_indices] = kv_indices._version, groups
+    return groups
+
+
+def _batches(groups: Groups, B: int, stride: int, Nq: int, Nk: int, row_bytes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Stacks of equally long (query rows [G, nq], key rows [G, nk]) with at most CHUNK_BYTES of keys and values each.
 
-    A row is one token of a batch element, with all heads of it (stride 1) or one of `stride` heads.
+    A row is one token of a batch element, with all heads of it (stride 1) or one of `stride` heads. Maps with one batch
+    element or head serve all of them.
     """
     buckets: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    b_maps, h_maps = kept.shape[:2]
-    for b, h in product(range(b_maps), range(h_maps)):
-        elements = range(B) if b_maps == 1 else (b,)
-        lists, group = kept[b, h].unique(dim=0, return_inverse=True)
-        for i, tiles in enumerate(lists):
-            queries, keys = q_order[group == i], k_order[tiles]
-            queries, keys = queries[queries >= 0], keys[keys >= 0]
-            if len(keys):  # a query without keys keeps out = 0, lse = -inf
-                rows = [((queries + e * Nq) * stride + h, (keys + e * Nk) * stride + h) for e in elements]
-                buckets[len(queries), len(keys)] += rows
+    shared = all(b == 0 for b, _ in groups)
+    for (b, h), pairs in groups.items():
+        for queries, keys in pairs:
+            rows = [((queries + e * Nq) * stride + h, (keys + e * Nk) * stride + h) for e in (range(B) if shared else (b,))]
+            buckets[len(queries), len(keys)] += rows
     for (_, n_keys), items in buckets.items():
         stack = max(1, CHUNK_BYTES // (n_keys * row_bytes))
         for start in range(0, len(items), stack):
