@@ -84,9 +84,9 @@ def near(tiles: int, window: int, border: str) -> Tensor:
 def fit_window(tile_grid: Grid, density: float, border: str = "clamp") -> Grid:
     """The window (tiles) for a density on this tile grid.
 
-    Minimises |log(density / wanted)| + |log(aspect / TIME_SHARE)| / 4, where aspect is the larger share of height and width that
-    the window covers over its share of time. A third as much of time as of space had the lowest error at equal density on the
-    embedded model (CHANGELOG.md), and real models spend most of their attention on near frames as well (Radial Attention,
+    Minimises |log(density / wanted)| + |log(aspect / TIME_SHARE)| / 4, where aspect is the share of height or width that
+    the window covers over its share of time. A third as much of time as of space had the lowest error at equal density on
+    the embedded model (CHANGELOG.md), and real models attend most to near frames as well (Radial Attention,
     arXiv 2506.19852 §3).
     """
     steps = [range(1, n + 1) if border == "clamp" else range(1, 2 * n, 2) for n in tile_grid]
