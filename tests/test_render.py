@@ -68,7 +68,7 @@ def test_exact_is_stock(pipe: Any) -> None:
         height=32,
         width=48,
         num_inference_steps=3,
-        guidance_scale=3.0,
+        guidance_scale=settings.guidance,
         generator=torch.Generator().manual_seed(7),
     ).frames[0]
     with package.accelerate(pipe, settings.config()):
