@@ -1,11 +1,13 @@
 """The functional door to attention: `attention(q, k, v, block_mask, quant, scale) -> (out, lse)`.
 
-One `torch.library.custom_op`, so that torch.compile sees a single opaque node. CPU tensors go to `kernels/cpu.py`. What
-has no kernel is refused by name, never computed some other way: whoever calls decides what to do instead.
+One `torch.library.custom_op`, so that torch.compile sees a single opaque node. CPU tensors go to `kernels/cpu.py`, CUDA
+tensors to Triton (`kernels/attention.py`), which is imported only then. What has no kernel is refused by name, never
+computed some other way: whoever calls decides what to do instead.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -34,21 +36,28 @@ def attention(
 
     Raises ValueError for shapes, dtypes or a mask that do not fit, NotImplementedError for a device without a kernel.
     """
-    refusal = unsupported(q, k, v)
+    quant = quant or Quant()
+    refusal = unsupported(q, quant)
     if refusal:
         raise NotImplementedError(f"fastdit.ops.attention: {refusal}")
     _check(q, k, v, block_mask)
     masks = (None,) * 4 if block_mask is None else (
         block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.q_order, block_mask.k_order
     )  # fmt: skip
-    return _attention(q, k, v, *masks, str(quant or Quant()), q.shape[-1] ** -0.5 if scale is None else float(scale))
+    return _attention(q, k, v, *masks, str(quant), q.shape[-1] ** -0.5 if scale is None else float(scale))
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why there is no kernel for these tensors, or None if there is one."""
-    if q.device.type != "cpu":
-        return f"no kernel for {q.device.type} tensors yet"
-    return None
+def unsupported(q: Tensor, quant: Quant) -> str | None:
+    """Why there is no kernel for tensors like q in this format, or None if there is one."""
+    if q.device.type == "cpu":
+        return None
+    if q.device.type != "cuda" or torch.version.hip:
+        return f"no kernel for {'AMD GPU' if torch.version.hip else q.device.type} tensors"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    from fastdit.kernels import attention as triton_kernels
+
+    return triton_kernels.unsupported(q, quant, torch.cuda.get_device_capability(q.device))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> None:
@@ -69,6 +78,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> Non
             raise ValueError(f"the block mask is for {tokens} {name} tokens, got {length}: {shapes}")
 
 
+def _kernels(q: Tensor) -> Any:
+    """The module that computes attention of tensors like q: both have the same two functions."""
+    if q.device.type == "cpu":
+        return cpu
+    from fastdit.kernels import attention as triton_kernels
+
+    return triton_kernels
+
+
 @torch.library.custom_op("fastdit::attention", mutates_args=())
 def _attention(
     q: Tensor,
@@ -82,10 +100,11 @@ def _attention(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     fmt = Quant.parse(quant)
+    kernels = _kernels(q)
     if kv_num_blocks is None or kv_indices is None or q_order is None or k_order is None:
-        out, lse = cpu.dense_attention(q, k, v, scale, fmt)
+        out, lse = kernels.dense_attention(q, k, v, scale, fmt)
     else:
-        out, lse = cpu.block_sparse_attention(q, k, v, kv_num_blocks, kv_indices, q_order, k_order, scale, fmt)
+        out, lse = kernels.block_sparse_attention(q, k, v, kv_num_blocks, kv_indices, q_order, k_order, scale, fmt)
     expected = torch.empty_like(q)  # the memory layout the fake kernel promised to the compiler
     return (out if out.stride() == expected.stride() else expected.copy_(out)), lse.contiguous()
 

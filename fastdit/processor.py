@@ -184,7 +184,7 @@ def _site_attention(
     plan = make_plan(
         handle.config, float(sigma), site.layer, len(site.denoiser.sites), (t, h, w), text_len, text_first, query, key
     )
-    if plan.reason is None and (refusal := ops.unsupported(query, key, value)):
+    if plan.reason is None and (refusal := ops.unsupported(query, plan.quant)):
         plan = replace(plan, density=1.0, block_mask=None, reason=refusal)
     site.record(plan)
     if plan.reason is None:

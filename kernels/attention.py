@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastdit.kernels import configs
 from fastdit.kernels.quantize import Packed, Rows, pack, pack_values
 from fastdit.quant import BLOCK, Quant
 
@@ -139,7 +140,9 @@ def block_sparse_attention(
     """The contract of `kernels/cpu.py`, on CUDA: q, k, v [B, H, N, D] in token order -> out (strides of q), lse [B, H, Nq]."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     B, H, Nq, D = q.shape
-    q_rows, k_rows = Rows.of(q_order.shape[1]), Rows.of(k_order.shape[1])
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)  # the interpreter has none
+    launch = configs.launch(q.shape[-1], quant, capability)
+    q_rows, k_rows = Rows.of(q_order.shape[1], launch.block_q), Rows.of(k_order.shape[1], launch.block_k)
     width = max(triton.next_power_of_2(D), 64 if quant.qk == "int4" else 32 if not quant.is_none else 16)
     q_tiles, k_tiles = len(q_order), len(k_order)
     keys = pack(
@@ -162,9 +165,11 @@ def block_sparse_attention(
         q_order, (k_order >= 0).sum(-1, dtype=torch.int32), kv_num_blocks, kv_indices,
         scale * LOG2_E, H, Nq, q_tiles, k_tiles, q_rows.slots, q.stride(0), q.stride(1), q.stride(2),
         out.stride(0), out.stride(1), out.stride(2), *shared,
-        D=D, DP=width, BM=q_rows.block, BN=k_rows.block, Q_PARTS=q_rows.parts, K_PARTS=k_rows.parts, QK=quant.qk, PV=quant.pv,
+        D=D, DP=width, BM=q_rows.block, BN=k_rows.block, Q_PARTS=q_rows.parts, K_PARTS=k_rows.parts,
+        QK=quant.qk, PV=quant.pv,
         PADDED=k_rows.rows * k_tiles != k.shape[2], BIASED=bias is not None, CENTRED_V=quant.smooth_v,
-        P_SHIFT=math.log2(448) if quant.pv == "fp8" else 0.0, num_warps=8 if q_rows.block * width > 64 * 64 else 4, num_stages=3,
+        P_SHIFT=math.log2(448) if quant.pv == "fp8" else 0.0, num_warps=launch.warps(q_rows.block, D),
+        num_stages=launch.stages,
     )  # fmt: skip
     if keys.mean is not None:  # the LSE of the logits as they were before K was centred
         lse += scale * (q.float() @ keys.mean.view(B, H, D, 1))[..., 0]

@@ -29,9 +29,10 @@ class Rows:
     parts: int
 
     @classmethod
-    def of(cls, slots: int) -> Rows:
-        """The block (32 to 128 rows) that pads least; the larger one of equals, which the tensor cores like better."""
-        block = min((128, 64, 32), key=lambda size: (-(-slots // size) * size, -size))
+    def of(cls, slots: int, largest: int = 128) -> Rows:
+        """The block (32 to `largest` rows) that pads least; the larger one of equals, which the tensor cores like better."""
+        sizes = [size for size in (128, 64, 32) if size <= largest]
+        block = min(sizes, key=lambda size: (-(-slots // size) * size, -size))
         return cls(slots, block, -(-slots // block))
 
     @property
@@ -75,7 +76,8 @@ def _measure(
         real = (token >= 0)[:, None] & inside[None, :]
         x = tl.load(X + token[:, None] * x_n + d[None, :], mask=real, other=0.0).to(tl.float32)
         x = tl.where(real, x - (mean + tile_mean)[None, :], 0.0)
-        amax = tl.maximum(amax, tl.max(tl.max(tl.abs(x), 1), 0))
+        # A maximum drops NaN. 0·x adds it back, as it does infinity, so that the scale is not finite where x is not.
+        amax = tl.maximum(amax, tl.max(tl.max(tl.abs(x), 1), 0)) + tl.sum(tl.sum(x * 0, 1), 0)
     tl.store(Scale + out, amax / largest)
 
 

@@ -95,7 +95,8 @@ side = st.integers(1, 3)
 
 @given(
     grid=st.tuples(side, side, side), tile=st.tuples(side, side, side), text=st.integers(0, 5), first=st.booleans(),
-    share=st.floats(0, 1), quant=st.sampled_from(FORMATS), shared=st.tuples(st.booleans(), st.booleans()), seed=st.integers(0, 99),
+    share=st.floats(0, 1), seed=st.integers(0, 99), quant=st.sampled_from(FORMATS),
+    shared=st.tuples(st.booleans(), st.booleans()),
 )  # fmt: skip
 @settings(deadline=None, max_examples=30)
 def test_any_grid_tile_and_map(grid, tile, text, first, share, quant, shared, seed):

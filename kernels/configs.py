@@ -1,0 +1,37 @@
+"""Launch settings of the attention kernel: nobody's first step waits for autotuning.
+
+Chosen on an H100 at 32,768 tokens from blocks of 64 and 128, 4 and 8 warps, 2 to 5 stages (docs/results/sweep_h100.json):
+five stages are 10-25 % faster than three wherever they fit, and 64-row blocks of four warps beat 128 in 16 bits. Elsewhere:
+what compiles without spills into the architecture's shared memory (tests/test_kernel_compile.py), not yet timed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastdit.quant import Quant
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Largest blocks of query and key rows; stages counts the load of the tile list as one, so three give two buffers."""
+
+    block_q: int
+    block_k: int
+    stages: int
+
+    def warps(self, block_q: int, dim: int) -> int:
+        """Eight for 128 rows of wide heads: four spill there on every architecture."""
+        return 8 if block_q * dim >= 128 * 128 or dim > 128 else 4
+
+
+def launch(dim: int, quant: Quant, capability: tuple[int, int]) -> Launch:
+    """Settings for heads of `dim` channels in a format on a compute capability."""
+    roomy = capability in ((9, 0), (10, 0), (10, 3))  # 227 KB of shared memory a block; Ampere and Ada 99-163, sm_120 99
+    if dim > 128:
+        return Launch(64, 64 if roomy else 32, 3 if roomy else 2)
+    if not roomy:
+        return Launch(128 if dim <= 64 else 64, 64, 3)
+    if quant.pv == "none":
+        return Launch(64, 64, 5)
+    return Launch(128, 64 if dim <= 64 else 128, 5)
