@@ -1,121 +1,34 @@
-"""Block-sparse flash attention in Triton: every kept tile in one pass, any format of `fastdit.quant`, out and LSE.
+"""Block-sparse attention on CUDA tensors: what `kernels/cpu.py` promises, by the Triton kernel of `forward.py`.
 
-Each program answers one block of a query tile and walks that tile's list of key tiles (FlashAttention-2, arXiv 2307.08691,
-over a list instead of a range). Q is gathered from token order as it is loaded and the answer scattered back as it is stored;
-K and V were laid out in tile order by `quantize.py`. Scores are kept in base 2.
-
-FP8 and INT8 use the tensor cores' own types. P is scaled to 448, relative to the maximum so far, and each tile's product is
-added to a float32 accumulator of its own, because FP8 tensor cores add in about 22 bits (SageAttention2, arXiv 2411.10958
-§3.3). INT4 K lies packed two to a byte and is unpacked in registers to INT8 products: half the bytes of K, no faster
-arithmetic on Hopper and later, which have no INT4 unit. With Q-smoothing the lost q̄·Kᵀ enters as a bias per query tile.
+Here the inputs are brought into tile order and format, lists of tiles into the order the kernel wants, and the launch is
+sized. INT4 K is half the bytes of INT8 and no faster: Hopper and later have no INT4 unit, and Triton has no INT4 product.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from fastdit.blockmask import tile_map
 from fastdit.kernels import configs
+from fastdit.kernels.forward import forward
 from fastdit.kernels.quantize import Packed, Rows, pack, pack_values
-from fastdit.quant import BLOCK, Quant
+from fastdit.quant import BLOCK, LARGEST, Quant
+from fastdit.reference import merge
 
 LOG2_E = math.log2(math.e)
-
-
-@triton.jit
-def _forward(
-    Q, K, V, Out, Lse, QScale, KScale, VScale, VMean, Bias, QOrder, KCount, Num, Index,
-    scale, heads, n_q, q_tiles, k_tiles, slots, q_b, q_h, q_n, o_b, o_h, o_n, num_b, num_h,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr,
-    QK: tl.constexpr, PV: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr, CENTRED_V: tl.constexpr,
-    P_SHIFT: tl.constexpr,
-):  # fmt: skip
-    block = tl.program_id(0)
-    tile = block // Q_PARTS
-    bh = tl.program_id(1).to(tl.int64)
-    b = bh // heads
-    h = bh % heads
-    rows = tl.arange(0, BM)
-    columns = tl.arange(0, BN)
-    d = tl.arange(0, DP)
-    slot = (block % Q_PARTS) * BM + rows
-    token = tl.load(QOrder + tile * slots + slot, mask=slot < slots, other=-1)
-    live = token >= 0
-
-    HALF: tl.constexpr = DP // 2
-    half = tl.arange(0, HALF)
-    if QK == "none":
-        here = Q + b * q_b + h * q_h + token[:, None] * q_n + d[None, :]
-        q = tl.load(here, mask=live[:, None] & (d < D)[None, :], other=0.0)
-        row_scale = scale
-    else:
-        row = (bh * q_tiles * Q_PARTS + block) * BM + rows
-        row_scale = scale * tl.load(QScale + bh * q_tiles + tile)
-        if QK == "int4":
-            q = tl.load(Q + row[:, None] * DP + half[None, :])
-            q_high = tl.load(Q + row[:, None] * DP + HALF + half[None, :])
-            row_scale = row_scale / 16  # both nibbles of K are used 16 times too large: no shift down
-        else:
-            q = tl.load(Q + row[:, None] * DP + d[None, :])
-
-    keys = k_tiles * K_PARTS * BN
-    K += bh * keys * (HALF if QK == "int4" else DP)
-    V += bh * keys * DP
-    Num += b * num_b + h * num_h
-    Index += (b * num_b + h * num_h + tile) * k_tiles
-    top = tl.full((BM,), -1e30, tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, DP), tl.float32)
-    for i in range(tl.load(Num + tile) * K_PARTS):
-        k_tile = tl.load(Index + i // K_PARTS)
-        first = (k_tile * K_PARTS + i % K_PARTS) * BN
-        if QK == "int4":
-            pair = tl.load(K + (first + columns)[:, None] * HALF + half[None, :])
-            s = tl.dot(q, tl.trans((pair << 4).to(tl.int8)), out_dtype=tl.int32)
-            s = tl.dot(q_high, tl.trans((pair & -16).to(tl.int8)), s, out_dtype=tl.int32).to(tl.float32)
-        else:
-            k = tl.load(K + (first + columns)[:, None] * DP + d[None, :])
-            if QK == "int8":
-                s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)
-            else:
-                s = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-        factor = row_scale
-        if QK != "none":
-            factor = row_scale * tl.load(KScale + bh * k_tiles + k_tile)
-        if BIASED:
-            s = s * factor + tl.load(Bias + (bh * q_tiles + tile) * keys + first + columns)[None, :]
-            factor = 1.0
-        if PADDED:
-            s = tl.where(((i % K_PARTS) * BN + columns < tl.load(KCount + k_tile))[None, :], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1) * factor)
-        keep = tl.math.exp2(top - new)
-        p = tl.math.exp2(tl.math.fma(s, tl.zeros_like(s) + factor, tl.zeros_like(s) + (P_SHIFT - new)[:, None]))
-        total = total * keep + tl.sum(p, 1)
-        top = new
-        if PV == "fp8":
-            v = tl.trans(tl.load(V + d[:, None] * keys + (first + columns)[None, :]))
-            acc = acc * keep[:, None] + tl.dot(p.to(tl.float8e4nv), v)
-        else:
-            v = tl.load(V + (first + columns)[:, None] * DP + d[None, :])
-            acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="tf32x3")
-
-    seen = total > 0
-    # NaN must stay NaN: `seen` is false for it as well.
-    out = acc / tl.where(total == 0, 1.0, total)[:, None]
-    inside = d < D
-    if PV == "fp8":
-        out *= tl.load(VScale + bh * D + d, mask=inside, other=0.0)[None, :]
-    if CENTRED_V:
-        out += tl.where(seen[:, None], tl.load(VMean + bh * D + d, mask=inside, other=0.0)[None, :], 0.0)
-    lse = (top + tl.math.log2(tl.where(total == 0, 1.0, total)) - P_SHIFT) * 0.6931471805599453
-    lse = tl.where(total == 0, float("-inf"), lse)
-    where = Out + b * o_b + h * o_h + token[:, None] * o_n + d[None, :]
-    tl.store(where, out.to(Out.dtype.element_ty), mask=live[:, None] & inside[None, :])
-    tl.store(Lse + bh * n_q + token, lse, mask=live)
+BIAS_BYTES = 512 << 20
+"""The q̄·Kᵀ of Q-smoothing is one float32 per query tile and key: heads beyond this many bytes take turns."""
 
 
 def unsupported(q: Tensor, quant: Quant, capability: tuple[int, int]) -> str | None:
@@ -128,62 +41,202 @@ def unsupported(q: Tensor, quant: Quant, capability: tuple[int, int]) -> str | N
         return f"head dim {q.shape[-1]}: kernels go to 256"
     if "fp8" in (quant.qk, quant.pv) and capability < (8, 9):
         return f"compute capability {capability[0]}.{capability[1]} has no FP8: it needs 8.9 (Ada) or newer"
-    if quant.pv == "int8":
-        return "no kernel for int8 P·V: use fp8 or none"
     return None
+
+
+@dataclass(frozen=True, eq=False)
+class Lists:
+    """A block mask as the kernel walks it: index [b, h, q_tiles, k_tiles] with tiles without padding in front, of which whole
+    [b, h, q_tiles]; schedule: (batch, head, query tile) as one number, longest lists first; count [k_tiles]: real tokens."""
+
+    index: Tensor
+    whole: Tensor
+    schedule: Tensor
+    count: Tensor
+
+
+@triton.jit
+def _sort_lists(Index, Num, Count, Out, Whole, k_tiles, rows, BLOCK: tl.constexpr):
+    """One program a list: tiles of `rows` tokens to the front, the others behind them, both in their order."""
+    which = tl.program_id(0).to(tl.int64)
+    Index += which * k_tiles
+    Out += which * k_tiles
+    num = tl.load(Num + which)
+    whole = 0
+    for start in range(0, num, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tile = tl.load(Index + at, mask=at < num, other=0)
+        full = (at < num) & (tl.load(Count + tile) == rows)
+        tl.store(Out + whole + tl.cumsum(full.to(tl.int32), 0) - 1, tile, mask=full)
+        whole += tl.sum(full.to(tl.int32), 0)
+    behind = whole
+    for start in range(0, num, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tile = tl.load(Index + at, mask=at < num, other=0)
+        ragged = (at < num) & (tl.load(Count + tile) != rows)
+        tl.store(Out + behind + tl.cumsum(ragged.to(tl.int32), 0) - 1, tile, mask=ragged)
+        behind += tl.sum(ragged.to(tl.int32), 0)
+    tl.store(Whole + which, whole)
+
+
+_known: MutableMapping[Tensor, tuple[tuple[int, ...], Lists]] = WeakIdKeyDictionary()
+"""Lists of masks that are still alive, by their `kv_indices`: a static mask serves every layer and step of a run."""
+
+
+def lists_of(num: Tensor, index: Tensor, k_order: Tensor, rows: int, batch: int, heads: int, padded: bool) -> Lists:
+    """The lists of a mask for `batch` × `heads`, where a whole tile has `rows` tokens."""
+    key = (index._version, num._version, rows, batch, heads, padded)
+    known, lists = _known.get(index, ((), None))
+    if lists is not None and known == key:
+        return lists
+    num, index = num.contiguous(), index.contiguous()
+    count = (k_order >= 0).sum(-1, dtype=torch.int32)
+    ordered, whole = index, num
+    if padded:
+        ordered, whole = torch.empty_like(index), torch.empty_like(num)
+        _sort_lists[(num.numel(),)](index, num, count, ordered, whole, index.shape[-1], rows, BLOCK=512)
+    schedule = num.expand(batch, heads, -1).flatten().argsort(descending=True, stable=True).to(torch.int32)
+    lists = Lists(ordered, whole, schedule, count)
+    _known[index] = key, lists
+    return lists
 
 
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, q_order: Tensor, k_order: Tensor,
-    scale: float, quant: Quant,
+    scale: float, quant: Quant, bias_q: Tensor | None = None, bias_k: Tensor | None = None, pooled: bool = False,
+    splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The contract of `kernels/cpu.py`, on CUDA: q, k, v [B, H, N, D] in token order -> out (strides of q), lse [B, H, Nq]."""
+    """The contract of `kernels/cpu.py`, on CUDA: q [B, H, Nq, D], k and v [B, Hkv, Nk, D] in token order, H a multiple of Hkv
+    -> out (strides of q), lse [B, H, Nq].
+
+    bias_q [b, h, Nq, R] and bias_k [b, h, Nk, R]: added to the logits as bias_q·bias_kᵀ (b, h: 1 or B, H), in float32, since
+    16 bits lose positions; bias_k alone, R = 1: added to all logits of a key (log n for a key that stands for n, −inf for
+    one that is masked; FlashBias, arXiv 2505.12044). pooled: a dropped tile enters as one key and value, the means of its
+    own, with log n on its logit. splits: parts of each list, merged by LSE; default: enough to fill the GPU.
+    """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     B, H, Nq, D = q.shape
+    group = H // k.shape[1]
+    if quant.smooth_q:
+        turn = max(1, BIAS_BYTES // (4 * B * group * len(q_order) * k_order.numel())) * group
+        if turn < H:
+            parts = [slice(start, start + turn) for start in range(0, H, turn)]
+            done = [
+                block_sparse_attention(
+                    q[:, part], *(x[:, part.start // group : part.stop // group] for x in (k, v)),
+                    _heads(kv_num_blocks, part), _heads(kv_indices, part), q_order, k_order, scale, quant,
+                    _heads(bias_q, part), _heads(bias_k, part), pooled, splits,
+                )
+                for part in parts
+            ]  # fmt: skip
+            out, lse = (torch.cat(x, 1) for x in zip(*done, strict=True))
+            return torch.empty_like(q).copy_(out), lse
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)  # the interpreter has none
-    launch = configs.launch(q.shape[-1], quant, capability)
+    launch = configs.launch(D, quant, capability)
     q_rows, k_rows = Rows.of(q_order.shape[1], launch.block_q), Rows.of(k_order.shape[1], launch.block_k)
     width = max(triton.next_power_of_2(D), 64 if quant.qk == "int4" else 32 if not quant.is_none else 16)
     q_tiles, k_tiles = len(q_order), len(k_order)
     keys = pack(
-        k, k_order, k_rows, quant.qk, width, quant.smooth_k, granularity=quant.granularity, packed_int4=quant.qk == "int4"
+        k, k_order, k_rows, quant.qk, width, quant.smooth_k, False, pooled, quant.granularity, packed_int4=quant.qk == "int4"
     )
-    values = pack_values(v, k_order, k_rows, quant, width)
-    queries, bias = Packed(q, None, None, None), None
+    values = pack_values(v, k_order, k_rows, quant, width, pooled)
+    queries, tile_bias = None, None
     if quant.qk != "none":
-        queries = pack(q, q_order, q_rows, quant.qk, width, False, quant.smooth_q, quant.granularity)
-    if queries.tile_mean is not None:
-        exact = pack(k, k_order, k_rows, "none", width, quant.smooth_k).data[..., :D].float()
-        bias = (queries.tile_mean @ exact.mT).mul_(scale * LOG2_E)
-    out = torch.empty_like(q)
-    lse = q.new_empty(B, H, Nq, dtype=torch.float32)
-    shared = [
-        stride if size > 1 else 0 for size, stride in zip(kv_num_blocks.shape[:2], kv_num_blocks.stride()[:2], strict=True)
-    ]
-    _forward[(q_tiles * q_rows.parts, B * H)](
-        queries.data, keys.data, values.data, out, lse, queries.scale, keys.scale, values.scale, values.mean, bias,
-        q_order, (k_order >= 0).sum(-1, dtype=torch.int32), kv_num_blocks, kv_indices,
-        scale * LOG2_E, H, Nq, q_tiles, k_tiles, q_rows.slots, q.stride(0), q.stride(1), q.stride(2),
-        out.stride(0), out.stride(1), out.stride(2), *shared,
+        queries = pack(q, q_order, q_rows, quant.qk, width, centre_tile=quant.smooth_q, granularity=quant.granularity)
+        if queries.tile_mean is not None:
+            exact = pack(k, k_order, k_rows, "none", width, quant.smooth_k).data[..., :D].float()
+            grouped = queries.tile_mean.view(B * k.shape[1], group * q_tiles, D)
+            tile_bias = (grouped @ exact.mT).mul_(scale * LOG2_E)
+    factor_q, factor_k, rank = _factors(bias_q, bias_k, k_order, k_rows)
+    padded = k_rows.rows * k_tiles != k.shape[2]
+    lists = lists_of(kv_num_blocks, kv_indices, k_order, k_rows.rows, B, H, padded)
+    pool: tuple[Tensor | None, ...] = (None,) * 4
+    if pooled:
+        kept = tile_map(kv_num_blocks, kv_indices)
+        pool = _pool(keys, values, lists.count, kept, k_rows.block, width, q.dtype)
+    programs = q_tiles * q_rows.parts * B * H
+    if splits is None:
+        splits = configs.splits(programs, k_tiles * k_rows.parts, q.device)
+    out = q.new_empty(splits, B, H, Nq, D, dtype=torch.float32) if splits > 1 else torch.empty_like(q)[None]
+    lse = q.new_empty(splits, B, H, Nq, dtype=torch.float32)
+    num_b, num_h = _shared(kv_num_blocks.contiguous())
+    forward[(programs, splits)](
+        q if queries is None else queries.data, q, keys.data, values.data, out, lse,
+        None if queries is None else queries.scale, keys.scale, values.scale, values.mean, tile_bias, factor_q, factor_k,
+        *pool, q_order, lists.count, kv_num_blocks.contiguous(), lists.whole, lists.index, lists.schedule,
+        scale * LOG2_E, H, group, Nq, q_tiles, k_tiles, q_rows.slots, splits, q.stride(0), q.stride(1), q.stride(2),
+        *out.stride()[:4], num_b, num_h, *((0, 0) if factor_q is None else _shared(factor_q)),
+        *((0, 0) if factor_k is None else _shared(factor_k, 1)), 0 if pool[0] is None else pool[0].shape[1],
         D=D, DP=width, BM=q_rows.block, BN=k_rows.block, Q_PARTS=q_rows.parts, K_PARTS=k_rows.parts,
-        QK=quant.qk, PV=quant.pv,
-        PADDED=k_rows.rows * k_tiles != k.shape[2], BIASED=bias is not None, CENTRED_V=quant.smooth_v,
-        P_SHIFT=math.log2(448) if quant.pv == "fp8" else 0.0, num_warps=launch.warps(q_rows.block, D),
-        num_stages=launch.stages,
+        QK=quant.qk, PV=quant.pv, PADDED=padded, TILE_BIAS=tile_bias is not None, RANK=rank,
+        KEY_BIAS=factor_k is not None and rank == 0, POOLED=pooled, CENTRED_V=quant.smooth_v,
+        P_SHIFT=math.log2(LARGEST[quant.pv]) if quant.pv != "none" else 0.0, LOCAL=launch.local or quant.pv == "int8",
+        SPLIT=splits > 1, ASM=q.is_cuda, num_warps=launch.warps(q_rows.block, D), num_stages=launch.stages,
     )  # fmt: skip
+    if splits > 1:
+        whole, total = merge(list(zip(out, lse, strict=True)))
+        out, lse = torch.empty_like(q).copy_(whole)[None], total[None]
     if keys.mean is not None:  # the LSE of the logits as they were before K was centred
-        lse += scale * (q.float() @ keys.mean.view(B, H, D, 1))[..., 0]
-    return out, lse
+        mean = keys.mean.view(B, k.shape[1], D, 1).repeat_interleave(group, 1)
+        lse += scale * (q.float() @ mean)[..., 0]
+    return out[0], lse[0]
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, quant: Quant) -> tuple[Tensor, Tensor]:
-    """Every query attends every key, in tiles of `BLOCK` consecutive tokens."""
-    q_order, k_order = (_runs(x.shape[2], x.device) for x in (q, k))
-    everything = torch.arange(len(k_order), dtype=torch.int32, device=q.device).expand(1, 1, len(q_order), -1).contiguous()
-    count = torch.full((1, 1, len(q_order)), len(k_order), dtype=torch.int32, device=q.device)
-    return block_sparse_attention(q, k, v, count, everything, q_order, k_order, scale, quant)
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, quant: Quant, **more: Any) -> tuple[Tensor, Tensor]:
+    """Every query attends every key, in tiles of `BLOCK` consecutive tokens; `more` as for `block_sparse_attention`."""
+    return block_sparse_attention(q, k, v, *_everything(q.shape[2], k.shape[2], str(q.device)), scale, quant, **more)
 
 
-def _runs(length: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=32)
+def _everything(q_len: int, k_len: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Block mask of a full tile map: lists and orders."""
+    q_order, k_order = (_runs(length, device) for length in (q_len, k_len))
+    index = torch.arange(len(k_order), dtype=torch.int32, device=device).expand(1, 1, len(q_order), -1).contiguous()
+    return torch.full_like(index[..., 0], len(k_order)), index, q_order, k_order
+
+
+def _runs(length: int, device: str) -> Tensor:
     order = torch.arange(-(-length // BLOCK) * BLOCK, device=device).view(-1, BLOCK)
     return order.masked_fill(order >= length, -1)
+
+
+def _heads(x: Tensor | None, part: slice) -> Tensor | None:
+    return x if x is None or x.shape[1] == 1 else x[:, part]
+
+
+def _shared(x: Tensor, unit: int | None = None) -> tuple[int, int]:
+    """Steps from one batch element and head of x to the next, 0 where all share one; in elements, or in `unit`s of a head."""
+    b, h = x.stride(0), x.stride(1)
+    if unit is not None:
+        b, h = x.shape[1] * unit, unit
+    return (b if x.shape[0] > 1 else 0), (h if x.shape[1] > 1 else 0)
+
+
+def _factors(
+    bias_q: Tensor | None, bias_k: Tensor | None, k_order: Tensor, rows: Rows
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """Low-rank bias for the kernel, base 2: queries [b, h, Nq, rank] in token order, keys [b, h, keys, rank] in tile order; rank
+    is a power of two from 16, the least a product takes, and 0 where all queries share one bias."""
+    if bias_k is None:
+        return None, None, 0
+    tiled = (bias_k.float() * LOG2_E)[:, :, k_order.clamp(min=0)].masked_fill((k_order < 0)[..., None], 0)
+    tiled = F.pad(tiled, (0, 0, 0, rows.rows - rows.slots)).flatten(2, 3)
+    if bias_q is None:
+        return None, tiled.contiguous(), 0
+    rank = max(16, triton.next_power_of_2(bias_q.shape[-1]))
+    pad = (0, rank - bias_q.shape[-1])
+    return F.pad(bias_q.float(), pad).contiguous(), F.pad(tiled, pad).contiguous(), rank
+
+
+def _pool(
+    keys: Packed, values: Packed, count: Tensor, kept: Tensor, block: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Means of each tile's keys and values [B·Hkv, tiles, width], their log2 n, and which are kept; tiles padded to blocks.
+
+    Values are in units of their quantization scale, as the kernel's accumulator is; keys and values as smoothing left them.
+    """
+    assert keys.tile_mean is not None and values.tile_mean is not None  # noqa: PT018
+    pooled_v = values.tile_mean if values.scale is None else values.tile_mean / values.scale[:, None]
+    more = -len(count) % block
+    pooled = [F.pad(x, (0, width - x.shape[-1], 0, more)).to(dtype) for x in (keys.tile_mean, pooled_v)]
+    return pooled[0], pooled[1], F.pad(count.float().log2(), (0, more)), F.pad(kept.to(torch.uint8), (0, more), value=1)

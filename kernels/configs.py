@@ -9,16 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from fastdit.quant import Quant
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Largest blocks of query and key rows; stages counts the load of the tile list as one, so three give two buffers."""
+    """Largest blocks of query and key rows; stages counts the load of the tile list as one, so three give two buffers.
+
+    local: P relative to the maximum of its own tile instead of the maximum so far.
+    """
 
     block_q: int
     block_k: int
     stages: int
+    local: bool = False
 
     def warps(self, block_q: int, dim: int) -> int:
         """Eight for 128 rows of wide heads: four spill there on every architecture."""
@@ -35,3 +41,14 @@ def launch(dim: int, quant: Quant, capability: tuple[int, int]) -> Launch:
     if quant.pv == "none":
         return Launch(64, 64, 5)
     return Launch(128, 64 if dim <= 64 else 128, 5)
+
+
+def splits(programs: int, steps: int, device: torch.device) -> int:
+    """Parts into which to cut each list (LeanAttention, arXiv 2405.10480), so that few query tiles still fill the GPU.
+
+    A part has at least four steps: merging costs more than shorter ones save.
+    """
+    if device.type != "cuda":
+        return 1
+    room = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(room // programs, steps // 4, 32))

@@ -1,8 +1,8 @@
 """Token order to tile order, and to the formats of `fastdit.quant`, in Triton: what the attention kernel reads.
 
 A tile of `slots` tokens becomes `rows` ≥ slots rows, a whole number of the kernel's blocks; the rows behind its tokens are
-zero. Smoothing takes means over real tokens only. One launch measures each tile (mean, scale), one writes it; a 16-bit K or
-V needs the second alone. Nothing here waits for the GPU.
+zero. One launch per tensor measures and writes each tile (it is read once from memory; the second look hits the cache);
+means and extremes over the whole sequence, where a format needs them, are one launch before it. Nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fastdit.quant import LARGEST, STORAGE, Quant
 
-ROUND = 12582912.0
+ROUND = tl.constexpr(12582912.0)
 """1.5 · 2²³: adding and subtracting it rounds a float32 below 2²² to the nearest whole number, half to even."""
+CHUNK = 512
+"""Tokens of one program of `_statistics`."""
 
 
 @dataclass(frozen=True)
@@ -41,98 +43,140 @@ class Rows:
 
 
 @triton.jit
-def _measure(
-    X, Order, Mean, TileMean, Scale, x_b, x_h, x_n, heads, slots, largest,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    CENTRE: tl.constexpr, CENTRE_TILE: tl.constexpr,
-):  # fmt: skip
-    """One program a tile: its mean (after the mean over all tokens is taken out), and its scale."""
-    tile = tl.program_id(0)
+def _statistics(
+    X, Sum, Low, High, x_b, x_h, x_n, heads, length, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):
+    """One program a chunk of tokens: sum, least and greatest of each channel."""
+    chunk = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    X += (bh // heads) * x_b + (bh % heads) * x_h
-    out = bh * tl.num_programs(0) + tile
-    row = tl.arange(0, BLOCK)
+    d = tl.arange(0, DP)
+    X += (bh // heads) * x_b + (bh % heads) * x_h + d[None, :]
+    total = tl.zeros((DP,), tl.float32)
+    low = tl.full((DP,), float("inf"), tl.float32)
+    high = tl.full((DP,), float("-inf"), tl.float32)
+    for start in range(0, CHUNK, BLOCK):
+        token = chunk.to(tl.int64) * CHUNK + start + tl.arange(0, BLOCK)
+        real = (token < length)[:, None] & (d < D)[None, :]
+        x = tl.load(X + token[:, None] * x_n, mask=real, other=0.0).to(tl.float32)
+        total += tl.sum(x, 0)
+        low = tl.minimum(low, tl.min(tl.where(real, x, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(real, x, float("-inf")), 0))
+    where = (bh * tl.num_programs(0) + chunk) * D + d
+    tl.store(Sum + where, total, mask=d < D)
+    tl.store(Low + where, low, mask=d < D)
+    tl.store(High + where, high, mask=d < D)
+
+
+@triton.jit
+def _finish(Sum, Low, High, Mean, Scale, chunks, length, largest, D: tl.constexpr, DP: tl.constexpr, CENTRE: tl.constexpr):
+    """One program a head: the mean of each channel, and the scale that fits what is left when it is taken out."""
+    bh = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DP)
     inside = d < D
-    mean = tl.zeros((DP,), tl.float32)
+    total = tl.zeros((DP,), tl.float32)
+    low = tl.full((DP,), float("inf"), tl.float32)
+    high = tl.full((DP,), float("-inf"), tl.float32)
+    for chunk in range(chunks):
+        where = (bh * chunks + chunk) * D + d
+        total += tl.load(Sum + where, mask=inside, other=0.0)
+        low = tl.minimum(low, tl.load(Low + where, mask=inside, other=0.0))
+        high = tl.maximum(high, tl.load(High + where, mask=inside, other=0.0))
+    mean = total / length
+    tl.store(Mean + bh * D + d, mean, mask=inside)
     if CENTRE:
-        mean = tl.load(Mean + bh * D + d, mask=inside, other=0.0)
-    tile_mean = tl.zeros((DP,), tl.float32)
-    if CENTRE_TILE:
-        count = 0
-        for part in range(PARTS):
-            slot = part * BLOCK + row
-            token = tl.load(Order + tile * slots + slot, mask=slot < slots, other=-1)
-            real = (token >= 0)[:, None] & inside[None, :]
-            x = tl.load(X + token[:, None] * x_n + d[None, :], mask=real, other=0.0).to(tl.float32)
-            tile_mean += tl.sum(tl.where(real, x - mean[None, :], 0.0), 0)
-            count += tl.sum((token >= 0).to(tl.int32), 0)
-        tile_mean = tile_mean / tl.maximum(count, 1)
-        tl.store(TileMean + out * D + d, tile_mean, mask=inside)
-    amax = 0.0
-    for part in range(PARTS):
-        slot = part * BLOCK + row
-        token = tl.load(Order + tile * slots + slot, mask=slot < slots, other=-1)
-        real = (token >= 0)[:, None] & inside[None, :]
-        x = tl.load(X + token[:, None] * x_n + d[None, :], mask=real, other=0.0).to(tl.float32)
-        x = tl.where(real, x - (mean + tile_mean)[None, :], 0.0)
-        # A maximum drops NaN. 0·x adds it back, as it does infinity, so that the scale is not finite where x is not.
-        amax = tl.maximum(amax, tl.max(tl.max(tl.abs(x), 1), 0)) + tl.sum(tl.sum(x * 0, 1), 0)
-    tl.store(Scale + out, amax / largest)
+        low -= mean
+        high -= mean
+    # A maximum drops NaN. 0·x adds it back, as it does infinity, so that the scale is not finite where x is not.
+    scale = tl.maximum(high, -low) / largest + total * 0
+    tl.store(Scale + bh * D + d, tl.where(scale == 0, 1.0, scale), mask=inside)
 
 
 @triton.jit
 def _pack(
     X, Order, Mean, TileMean, Scale, Out, x_b, x_h, x_n, heads, slots, largest,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, FORMAT: tl.constexpr,
-    CENTRE: tl.constexpr, CENTRE_TILE: tl.constexpr, CHANNEL: tl.constexpr, TRANSPOSE: tl.constexpr,
-    ROUND: tl.constexpr,
+    CENTRE: tl.constexpr, TILE_MEAN: tl.constexpr, CENTRE_TILE: tl.constexpr, SCALE: tl.constexpr, TRANSPOSE: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of rows. FORMAT "copy", "fp8", "int8" or "int4"; CHANNEL: one scale a channel, not a tile."""
-    block = tl.program_id(0)
-    tile = block // PARTS
+    """One program a tile. FORMAT "copy", "fp8", "int8" or "int4"; SCALE "none", "tile" (measured here), "measure" (that
+    alone, nothing is written), "given" (a tile's) or "channel". TRANSPOSE: channels × rows, with the rows of each group of 16 in the order in which the tensor core takes P."""
+    tile = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    X += (bh // heads) * x_b + (bh % heads) * x_h
-    row = tl.arange(0, BLOCK)
-    slot = (block % PARTS) * BLOCK + row
-    token = tl.load(Order + tile * slots + slot, mask=slot < slots, other=-1)
     d = tl.arange(0, DP)
     inside = d < D
-    real = (token >= 0)[:, None] & inside[None, :]
-    x = tl.load(X + token[:, None] * x_n + d[None, :], mask=real, other=0.0).to(tl.float32)
+    X += (bh // heads) * x_b + (bh % heads) * x_h + d[None, :]
+    Order += tile * slots
+    row = tl.arange(0, BLOCK)
+    tiles = tl.num_programs(0)
+    mean = tl.zeros((DP,), tl.float32)
     if CENTRE:
-        x -= tl.load(Mean + bh * D + d, mask=inside, other=0.0)[None, :]
-    tiles = tl.num_programs(0) // PARTS
-    if CENTRE_TILE:
-        x -= tl.load(TileMean + (bh * tiles + tile) * D + d, mask=inside, other=0.0)[None, :]
-    if FORMAT != "copy":
-        if CHANNEL:
-            x /= tl.load(Scale + bh * D + d, mask=inside, other=1.0)[None, :]
+        mean = tl.load(Mean + bh * D + d, mask=inside, other=0.0)
+    if TILE_MEAN:
+        total = tl.zeros((DP,), tl.float32)
+        count = 0
+        for part in range(PARTS):
+            slot = part * BLOCK + row
+            token = tl.load(Order + slot, mask=slot < slots, other=-1)
+            real = (token >= 0)[:, None] & inside[None, :]
+            x = tl.load(X + token[:, None] * x_n, mask=real, other=0.0).to(tl.float32)
+            total += tl.sum(tl.where(real, x - mean[None, :], 0.0), 0)
+            count += tl.sum((token >= 0).to(tl.int32), 0)
+        total = total / tl.maximum(count, 1)
+        tl.store(TileMean + (bh * tiles + tile) * D + d, total, mask=inside)
+        if CENTRE_TILE:
+            mean += total
+    scale = 1.0
+    if SCALE == "tile" or SCALE == "measure":
+        amax = 0.0
+        for part in range(PARTS):
+            slot = part * BLOCK + row
+            token = tl.load(Order + slot, mask=slot < slots, other=-1)
+            real = (token >= 0)[:, None] & inside[None, :]
+            x = tl.load(X + token[:, None] * x_n, mask=real, other=0.0).to(tl.float32)
+            x = tl.where(real, x - mean[None, :], 0.0)
+            amax = tl.maximum(amax, tl.max(tl.max(tl.abs(x), 1), 0)) + tl.sum(tl.sum(x * 0, 1), 0)  # as in _finish
+        scale = amax / largest
+        if SCALE == "tile":
+            scale = tl.where(amax == 0, 1.0, scale)
+        tl.store(Scale + bh * tiles + tile, scale)
+    elif SCALE == "given":
+        scale = tl.load(Scale + bh * tiles + tile)
+    for part in range(0 if SCALE == "measure" else PARTS):
+        slot = part * BLOCK + row
+        if TRANSPOSE:  # row 16g + 4t + 2j + e holds slot 16g + 8j + 2t + e
+            slot = part * BLOCK + (row & -16) + ((row >> 1) & 1) * 8 + ((row >> 2) & 3) * 2 + (row & 1)
+        token = tl.load(Order + slot, mask=slot < slots, other=-1)
+        real = (token >= 0)[:, None] & inside[None, :]
+        x = tl.load(X + token[:, None] * x_n, mask=real, other=0.0).to(tl.float32) - mean[None, :]
+        if SCALE == "channel":
+            x = x / tl.load(Scale + bh * D + d, mask=inside, other=1.0)[None, :]
+        elif SCALE != "none":
+            x = x / scale
+        if FORMAT != "copy":
+            # A minimum may drop NaN; in FP8 it must stay. Codes of whole numbers have none: their scale carries it.
+            x = tl.where(x != x, x, tl.minimum(tl.maximum(x, -largest), largest))
+            if FORMAT != "fp8":
+                x = (x + ROUND) - ROUND
+        x = tl.where(real, x, 0.0)
+        first = (tile * PARTS + part) * BLOCK
+        if TRANSPOSE:
+            where = (bh * DP + d[None, :]) * (tiles * PARTS * BLOCK) + first + row[:, None]
+            tl.store(Out + where, x.to(Out.dtype.element_ty))
+        elif FORMAT == "int4":
+            # The low nibbles hold the first half of the channels and the high ones the second: the kernel's two products.
+            HALF: tl.constexpr = DP // 2
+            low, high = tl.split(tl.permute(tl.reshape(x.to(tl.int8), (BLOCK, 2, HALF)), (0, 2, 1)))
+            half = tl.arange(0, HALF)
+            where = (bh * tiles * PARTS * BLOCK + first + row[:, None]) * HALF + half[None, :]
+            tl.store(Out + where, (low & 0xF) | (high << 4))
         else:
-            x /= tl.load(Scale + bh * tiles + tile)
-        x = tl.minimum(tl.maximum(x, -largest), largest)
-        if FORMAT != "fp8":
-            x = (x + ROUND) - ROUND
-    x = tl.where(real, x, 0.0)
-    y = x.to(Out.dtype.element_ty) if FORMAT != "int4" else x.to(tl.int8)
-    blocks = tl.num_programs(0)
-    if TRANSPOSE:
-        tl.store(Out + (bh * DP + d[None, :]) * (blocks * BLOCK) + block * BLOCK + row[:, None], y)
-    elif FORMAT == "int4":
-        # The low nibbles hold the first half of the channels and the high ones the second: the kernel's two products.
-        HALF: tl.constexpr = DP // 2
-        low, high = tl.split(tl.permute(tl.reshape(y, (BLOCK, 2, HALF)), (0, 2, 1)))
-        packed = (low & 0xF) | (high << 4)
-        half = tl.arange(0, HALF)
-        tl.store(Out + ((bh * blocks + block) * BLOCK + row[:, None]) * HALF + half[None, :], packed)
-    else:
-        tl.store(Out + ((bh * blocks + block) * BLOCK + row[:, None]) * DP + d[None, :], y)
+            where = (bh * tiles * PARTS * BLOCK + first + row[:, None]) * DP + d[None, :]
+            tl.store(Out + where, x.to(Out.dtype.element_ty))
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
     """Tensors in tile order. data [B·H, tiles·rows, DP] ([B·H, DP, tiles·rows] transposed; INT4: DP/2 bytes a row); scale
-    [B·H, tiles] (V: [B·H, D]); mean [B·H, D]; tile_mean [B·H, tiles, D]: float32, None where not asked for."""
+    [B·H, tiles] (V: [B·H, D]); mean [B·H, D]; tile_mean [B·H, tiles, D], of what smoothing left: float32 or None."""
 
     data: Tensor
     scale: Tensor | None
@@ -140,52 +184,59 @@ class Packed:
     tile_mean: Tensor | None
 
 
+def statistics(x: Tensor, largest: float, centre: bool) -> tuple[Tensor, Tensor]:
+    """Mean and scale [B·H, D] of each channel of x [B, H, N, D] over all its tokens."""
+    B, H, N, D = x.shape
+    width, chunks = triton.next_power_of_2(D), -(-N // CHUNK)
+    parts = x.new_empty(3, B * H, chunks, D, dtype=torch.float32)
+    mean, scale = x.new_empty(2, B * H, D, dtype=torch.float32).unbind()
+    strides = (x.stride(0), x.stride(1), x.stride(2), H)
+    _statistics[(chunks, B * H)](x, *parts.unbind(), *strides, N, D=D, DP=width, BLOCK=8192 // width, CHUNK=CHUNK)
+    _finish[(B * H,)](*parts.unbind(), mean, scale, chunks, N, largest, D=D, DP=width, CENTRE=centre)
+    return mean, scale
+
+
 def pack(
-    x: Tensor, order: Tensor, rows: Rows, fmt: str, width: int, centre: bool, centre_tile: bool = False,
-    granularity: str = "tile", packed_int4: bool = False,
+    x: Tensor, order: Tensor, rows: Rows, fmt: str, width: int, centre: bool = False, centre_tile: bool = False,
+    tile_mean: bool = False, granularity: str = "tile", packed_int4: bool = False,
 ) -> Packed:  # fmt: skip
     """Q or K [B, H, N, D] in token order (D contiguous) -> tile order, `width` channels of which D are real."""
-    B, H, _, D = x.shape
-    tiles = len(order)
-    mean = x.mean(2, dtype=torch.float32).view(B * H, D).contiguous() if centre else None
-    tile_mean = x.new_empty(B * H, tiles, D, dtype=torch.float32) if centre_tile else None
-    scale = None
-    strides = (x.stride(0), x.stride(1), x.stride(2), H, rows.slots)
-    sizes = {"D": D, "DP": width, "BLOCK": rows.block, "PARTS": rows.parts}
-    if fmt != "none":
-        scale = x.new_empty(B * H, tiles, dtype=torch.float32)
-        _measure[(tiles, B * H)](
-            x, order, mean, tile_mean, scale, *strides, LARGEST[fmt], **sizes, CENTRE=centre, CENTRE_TILE=centre_tile
-        )
-        if granularity != "tile":
-            scale = scale.amax(1 if granularity == "head" else (0, 1), keepdim=True).expand(B * H, tiles).contiguous()
-        scale = torch.where(scale == 0, 1.0, scale)
+    mean = statistics(x, 1.0, True)[0] if centre else None
     kind = "copy" if fmt == "none" else "int4" if packed_int4 else "int8" if fmt == "int4" else fmt
-    data = x.new_empty(B * H, tiles * rows.rows, width // 2 if packed_int4 else width, dtype=STORAGE.get(fmt, x.dtype))
-    _pack[(tiles * rows.parts, B * H)](
-        x, order, mean, tile_mean, scale, data, *strides, LARGEST.get(fmt, 0.0), **sizes, FORMAT=kind, CENTRE=centre,
-        CENTRE_TILE=centre_tile, CHANNEL=False, TRANSPOSE=False, ROUND=ROUND,
-    )  # fmt: skip
-    return Packed(data, scale, mean, tile_mean)
+    work = (x, order, rows, kind, fmt, width, mean)
+    means = (centre_tile or tile_mean, centre_tile)
+    if fmt == "none":
+        return _launch(*work, None, "none", *means)
+    scale = x.new_empty(x.shape[0] * x.shape[1], len(order), dtype=torch.float32)
+    if granularity == "tile":
+        return _launch(*work, scale, "tile", *means)
+    _launch(*work, scale, "measure", *means)
+    scale = scale.amax(1 if granularity == "head" else (0, 1), keepdim=True).expand_as(scale)
+    return _launch(*work, torch.where(scale == 0, 1.0, scale), "given", *means)
 
 
-def pack_values(v: Tensor, order: Tensor, rows: Rows, quant: Quant, width: int) -> Packed:
-    """V [B, H, N, D] -> tile order; FP8 with one scale a channel, transposed (the FP8 tensor core wants keys contiguous)."""
-    B, H, _, D = v.shape
-    tiles = len(order)
-    eight = quant.pv != "none"
-    mean = v.mean(2, dtype=torch.float32).view(B * H, D).contiguous() if quant.smooth_v else None
-    scale = None
-    if eight:
-        low, high = (x.float().view(B * H, D) for x in v.aminmax(dim=2))
-        shift = 0.0 if mean is None else mean
-        scale = torch.maximum(high - shift, shift - low) / LARGEST[quant.pv]
-        scale = torch.where(scale == 0, 1.0, scale).contiguous()
-    shape = (B * H, width, tiles * rows.rows) if eight else (B * H, tiles * rows.rows, width)
-    data = v.new_empty(shape, dtype=STORAGE[quant.pv] if eight else v.dtype)
-    _pack[(tiles * rows.parts, B * H)](
-        v, order, mean, None, scale, data, v.stride(0), v.stride(1), v.stride(2), H, rows.slots,
-        LARGEST.get(quant.pv, 0.0), D=D, DP=width, BLOCK=rows.block, PARTS=rows.parts, FORMAT=quant.pv if eight else "copy",
-        CENTRE=quant.smooth_v, CENTRE_TILE=False, CHANNEL=True, TRANSPOSE=eight, ROUND=ROUND,
+def pack_values(v: Tensor, order: Tensor, rows: Rows, quant: Quant, width: int, tile_mean: bool = False) -> Packed:
+    """V [B, H, N, D] -> tile order; FP8 and INT8 with one scale a channel, transposed (their tensor cores want keys
+    contiguous)."""
+    if quant.pv == "none":
+        return _launch(v, order, rows, "copy", "none", width, None, None, "none", tile_mean)
+    mean, scale = statistics(v, LARGEST[quant.pv], quant.smooth_v)
+    return _launch(v, order, rows, quant.pv, quant.pv, width, mean if quant.smooth_v else None, scale, "channel", tile_mean,
+                   transpose=True)  # fmt: skip
+
+
+def _launch(
+    x: Tensor, order: Tensor, rows: Rows, kind: str, fmt: str, width: int, mean: Tensor | None, scale: Tensor | None,
+    scaling: str, tile_mean: bool, centre_tile: bool = False, transpose: bool = False,
+) -> Packed:  # fmt: skip
+    B, H, _, D = x.shape
+    tiles, channels = len(order), width // 2 if kind == "int4" else width
+    means = x.new_empty(B * H, tiles, D, dtype=torch.float32) if tile_mean else None
+    shape = (B * H, channels, tiles * rows.rows) if transpose else (B * H, tiles * rows.rows, channels)
+    data = x.new_empty(shape, dtype=STORAGE.get(fmt, x.dtype))
+    _pack[(tiles, B * H)](
+        x, order, mean, means, scale, data, x.stride(0), x.stride(1), x.stride(2), H, rows.slots, LARGEST.get(fmt, 0.0),
+        D=D, DP=width, BLOCK=rows.block, PARTS=rows.parts, FORMAT=kind, CENTRE=mean is not None, TILE_MEAN=tile_mean,
+        CENTRE_TILE=centre_tile, SCALE=scaling, TRANSPOSE=transpose, num_warps=4,
     )  # fmt: skip
-    return Packed(data, scale, mean, None)
+    return Packed(data, scale, mean, means)
