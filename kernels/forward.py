@@ -137,7 +137,7 @@ def forward(
                 acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="tf32x3")
             else:
                 p = tl.reshape(tl.permute(tl.reshape(p, (BM, BN // 16, 2, 4, 2)), (0, 1, 3, 2, 4)), (BM, BN))
-                v = tl.trans(tl.load(V + d[:, None] * keys + (first + columns)[None, :]))
+                v = tl.trans(tl.load(V + first * DP + d[:, None] * BN + columns[None, :]))
                 if PV == "fp8":
                     part = tl.dot(p.to(tl.float8e4nv), v)
                 else:
@@ -170,6 +170,9 @@ def forward(
             total = total * keep + tl.sum(p, 1)
             top = new
 
+    # The tokens are loaded again: kept through the loops, they and what is made of them would not fit the registers.
+    token = tl.load(QOrder + tile * slots + slot, mask=slot < slots, other=-1)
+    live = token >= 0
     seen = total != 0  # NaN counts as seen, and stays NaN
     some = tl.where(seen, total, 1.0)
     out = acc / some[:, None]
@@ -178,7 +181,10 @@ def forward(
     if CENTRED_V:
         out += tl.where(seen[:, None], tl.load(VMean + kv * D + d, mask=inside, other=0.0)[None, :], 0.0)
     lse = tl.where(seen, (top + tl.math.log2(some) - P_SHIFT) * LN_2, float("-inf"))
-    split = tl.program_id(1).to(tl.int64)
-    where = Out + split * o_s + b * o_b + h * o_h + token[:, None] * o_n + d[None, :]
+    if SPLIT:
+        split = tl.program_id(1).to(tl.int64)
+        Out += split * o_s
+        Lse += split * (tl.num_programs(0) // (q_tiles * Q_PARTS)) * n_q
+    where = Out + b * o_b + h * o_h + token[:, None] * o_n + d[None, :]
     tl.store(where, out.to(Out.dtype.element_ty), mask=live[:, None] & inside[None, :])
-    tl.store(Lse + (split * tl.num_programs(0) // (q_tiles * Q_PARTS) + bh) * n_q + token, lse, mask=live)
+    tl.store(Lse + bh * n_q + token, lse, mask=live)

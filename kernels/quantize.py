@@ -159,7 +159,7 @@ def _pack(
         x = tl.where(real, x, 0.0)
         first = (tile * PARTS + part) * BLOCK
         if TRANSPOSE:
-            where = (bh * DP + d[None, :]) * (tiles * PARTS * BLOCK) + first + row[:, None]
+            where = (bh * tiles * PARTS * BLOCK + first) * DP + d[None, :] * BLOCK + row[:, None]
             tl.store(Out + where, x.to(Out.dtype.element_ty))
         elif FORMAT == "int4":
             # The low nibbles hold the first half of the channels and the high ones the second: the kernel's two products.
@@ -232,8 +232,7 @@ def _launch(
     B, H, _, D = x.shape
     tiles, channels = len(order), width // 2 if kind == "int4" else width
     means = x.new_empty(B * H, tiles, D, dtype=torch.float32) if tile_mean else None
-    shape = (B * H, channels, tiles * rows.rows) if transpose else (B * H, tiles * rows.rows, channels)
-    data = x.new_empty(shape, dtype=STORAGE.get(fmt, x.dtype))
+    data = x.new_empty(B * H, tiles * rows.rows, channels, dtype=STORAGE.get(fmt, x.dtype))
     _pack[(tiles, B * H)](
         x, order, mean, means, scale, data, x.stride(0), x.stride(1), x.stride(2), H, rows.slots, LARGEST.get(fmt, 0.0),
         D=D, DP=width, BLOCK=rows.block, PARTS=rows.parts, FORMAT=kind, CENTRE=mean is not None, TILE_MEAN=tile_mean,

@@ -1,0 +1,188 @@
+"""Attention kernels against float64, then against the attention that PyTorch has: rows for `fastdit bench kernel`.
+
+A row is one number format at one density. Its time is all of `ops.attention` (packing, quantization, tile lists, scattering
+the answer back), in turns with every baseline; only the choice of the tiles is outside. Nothing is timed beside an answer
+that is wrong.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastdit import ops
+from fastdit.blockmask import BlockMask
+from fastdit.kernels import cpu
+from fastdit.layout import Layout
+from fastdit.policies import Window
+from fastdit.quant import Quant
+from fastdit.reference import attention, relative_error, token_mask
+
+INCLUDES = "packing, quantization, tile lists, attention, scattering back; not the choice of tiles"
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+ROUNDING = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-20}
+
+
+def inputs(layout: Layout, heads: int, dim: int, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
+    """q, k, v as a video model gives them: [B, N, H, D] in memory, keys with a bias of each channel, values with a mean."""
+    generator = torch.Generator(device).manual_seed(seed)
+    q, k, v = (torch.randn(1, layout.length, heads, dim, generator=generator, device=device) for _ in range(3))
+    k = k + 2 * torch.randn(dim, generator=generator, device=device)
+    return [x.to(dtype).transpose(1, 2) for x in (q, k, v + 0.5)]
+
+
+RAGGED = (Layout((3, 12, 12), (1, 8, 8), text_len=9), Layout((5, 9, 17), (2, 8, 8)), Layout((4, 17, 9), (6, 8, 8)))
+"""Layouts to be right on: text, tiles that overhang on every axis, tiles of several blocks."""
+
+
+def wrong(
+    formats: list[Quant], dims: tuple[int, ...], dtype: torch.dtype, device: str, layouts: tuple[Layout, ...] = RAGGED
+) -> list[str]:
+    """Every format on ragged layouts against float64: a line for each answer outside twice its emulation's error."""
+    lines = []
+    for layout in layouts:
+        for dim in dims:
+            q, k, v = inputs(layout, 2, dim, dtype, "cpu")
+            tile_map = torch.rand(1, 2, layout.num_tiles, layout.num_tiles, generator=torch.Generator().manual_seed(1)) < 0.5
+            tile_map[:, 1, 1] = False  # rows that see nothing
+            mask, there = (BlockMask.from_tile_map(tile_map.to(where), layout) for where in ("cpu", device))
+            exact, exact_lse = attention(q.double(), k.double(), v.double(), token_mask(layout, tile_map))
+            for quant in formats:
+                if (reason := ops.unsupported(q.to(device), quant)) is not None:
+                    raise NotImplementedError(reason)
+                out, lse = (x.cpu() for x in ops.attention(*(x.to(device) for x in (q, k, v)), there, quant))
+                lists = (mask.kv_num_blocks, mask.kv_indices, mask.q_order, mask.k_order)
+                emulated, emulated_lse = cpu.block_sparse_attention(q.float(), k.float(), v.float(), *lists, dim**-0.5, quant)
+                error, budget = relative_error(out, exact), 2 * relative_error(emulated, exact) + ROUNDING[dtype]
+                seen = ~exact_lse.isneginf()
+                norm = float((out.double().norm() / exact.norm() - 1).abs())
+                off, room = (float((x - exact_lse)[seen].abs().max()) for x in (lse, emulated_lse))
+                good = error <= budget and norm <= budget and off <= 2 * room + 8 * ROUNDING[dtype]
+                if not (good and torch.equal(seen, ~lse.isneginf()) and not out[~seen].any()):
+                    lines.append(
+                        f"{quant}, head dim {dim}, tile {layout.tile}: error {error:.1e} of {budget:.1e}, "
+                        f"magnitude off by {norm:.1e}, LSE by {off:.1e} of {2 * room:.1e}"
+                    )
+    return lines
+
+
+def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
+    """Dense attention by each kernel there is for these tensors."""
+    found: dict[str, Callable[[], Any]] = {}
+    for name, backend in BACKENDS.items():
+
+        def call(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        try:
+            call()
+        except RuntimeError:  # what PyTorch raises where it has no such kernel for these tensors
+            continue
+        found[f"SDPA {name}"] = call
+    try:
+        from sageattention import sageattn
+    except ImportError:
+        return found
+    return found | {"SageAttention": lambda: sageattn(q, k, v, tensor_layout="HND")}
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: BlockMask) -> Callable[[], Any]:
+    """FlexAttention over the same tiles, the permutation into tile order included; slow to compile."""
+    from torch.nn.attention import flex_attention as flexible
+
+    block = layout.tile_tokens
+    shape = (q.shape[0], q.shape[1], *mask.kv_indices.shape[2:])
+    lists = mask.kv_num_blocks.expand(shape[:-1]).contiguous(), mask.kv_indices.expand(shape).contiguous()
+    blocks = flexible.BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block)
+    compiled = torch.compile(flexible.flex_attention, dynamic=False)
+    return lambda: layout.from_tiles(
+        compiled(*(layout.to_tiles(x).flatten(2, 3) for x in (q, k, v)), block_mask=blocks).unflatten(2, (-1, block))
+    )
+
+
+def milliseconds(calls: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
+    """Median time of each call, taken in turns, after one that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            with clock(device) as took:
+                call()
+            if turn:
+                times[name].append(took[0])
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextmanager
+def clock(device: str) -> Iterator[list[float]]:
+    """Yields a list that holds the milliseconds spent inside, once outside; GPU work is waited for."""
+    took: list[float] = []
+    if device == "cpu":
+        start = time.perf_counter()
+        yield took
+        took.append(1000 * (time.perf_counter() - start))
+        return
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    yield took
+    end.record()
+    torch.cuda.synchronize()
+    took.append(begin.elapsed_time(end))
+
+
+def items(call: Callable[[], Any], device: str) -> dict[str, float]:
+    """Milliseconds of GPU kernels in one call: packing, attention, everything else."""
+    if device == "cpu":
+        return {}
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    spent = {"packing_ms": 0.0, "attention_ms": 0.0, "other_ms": 0.0}
+    for event in seen.key_averages():
+        packing = event.key in ("_pack", "_statistics", "_finish")
+        spent["packing_ms" if packing else "attention_ms" if event.key == "forward" else "other_ms"] += (
+            event.self_device_time_total / 1000
+        )
+    return spent
+
+
+def measure(
+    layout: Layout, heads: int, dim: int, dtype: torch.dtype, formats: list[Quant], densities: list[float], device: str,
+    repeats: int = 7, with_flex: bool = False,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """One row per density and format; density 1 is a full tile map."""
+    q, k, v = inputs(layout, heads, dim, dtype, device)
+    others = baselines(q, k, v)
+    for density in densities:
+        if density == 1:
+            tile_map = torch.ones(1, 1, layout.num_tiles, layout.num_tiles, dtype=torch.bool, device=device)
+        else:
+            tile_map = Window(density=density).select(layout).to(device)
+        mask = BlockMask.from_tile_map(tile_map, layout)
+        calls = dict(others)
+        if with_flex:
+            calls["FlexAttention"] = flex(q, k, v, layout, mask)
+        ours = {str(x): lambda x=x: ops.attention(q, k, v, mask, x) for x in formats}
+        best = milliseconds(calls | ours, repeats, device)
+        some = slice(None, None, max(1, layout.length // 512))
+        exact = attention(q[:, :1, some].double(), k[:, :1].double(), v[:, :1].double())[0]
+        for quant in formats:
+            name = str(quant)
+            row = {"tokens": layout.length, "heads": heads, "head_dim": dim, "tile": list(layout.tile), "quant": name}
+            row |= {"density": mask.density(), "ms": best[name]} | items(ours[name], device)
+            if density == 1:
+                row["error"] = relative_error(ours[name]()[0][:, :1, some], exact)
+            dense = {other: best[other] for other in others}
+            row |= {"baselines_ms": {other: best[other] for other in calls}, "baseline": min(dense, key=lambda x: dense[x])}
+            yield row | {"ratio": dense[row["baseline"]] / best[name]}

@@ -1,0 +1,128 @@
+"""What the attention kernel becomes on a GPU that is not here: compiled by Triton, read from ptxas' report and the SASS.
+
+The inner loop is the smallest backward branch that holds the most tensor-core instructions; for sm_100 that includes
+copies the compiler peeled off, so its length is compared with itself only. Needs nothing but the Triton package, and
+Triton's interpreter must be off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastdit.kernels import configs
+from fastdit.kernels.forward import forward
+from fastdit.quant import LARGEST, Quant
+
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+"""Bytes of shared memory one block may have."""
+MMA = re.compile(r"^(HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA|UTCHMMA|UTCQMMA|UTCIMMA)\b")
+KINDS = {
+    "mma": MMA,
+    "exp2": re.compile(r"^MUFU\.EX2"),
+    "mufu": re.compile(r"^MUFU"),
+    "fma": re.compile(r"^F(FMA|MUL|ADD)"),
+    "alu": re.compile(r"^(FMNMX|LOP|SEL|FSEL|PRMT|F2FP|I2F|I2I|ISETP|FSETP|PLOP|SHF|LEA|VIADD|IADD|IMNMX)"),
+    "spill": re.compile(r"^(STL|LDL)"),
+}
+"""Instructions by the unit that runs them; a pattern takes what those before it left."""
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_BRANCH = re.compile(r"\bBRA(?:\.\S+)*\s+(?:!?U?P\w+,\s*)*(?:`\(\S+\)|(0x[0-9a-f]+))")
+
+
+def compile_forward(arch: int, dim: int, quant: Quant, **changes: Any) -> dict[str, Any]:
+    """One kernel for 16-bit heads of `dim` channels on sm_`arch`, as `configs.launch` would run it; `changes` override its
+    constants and options (num_warps, num_stages)."""
+    launch = configs.launch(dim, quant, divmod(arch, 10))
+    block_q, block_k = changes.get("BM", launch.block_q), changes.get("BN", launch.block_k)
+    options = {"num_warps": launch.warps(block_q, dim), "num_stages": launch.stages, "enable_fp_fusion": True}
+    width = max(triton.next_power_of_2(dim), 64 if quant.qk == "int4" else 32 if not quant.is_none else 16)
+    constants: dict[str, Any] = {
+        "D": dim, "DP": width, "BM": block_q, "BN": block_k, "Q_PARTS": 1, "K_PARTS": 1, "QK": quant.qk, "PV": quant.pv,
+        "PADDED": False, "TILE_BIAS": quant.smooth_q, "RANK": 0, "KEY_BIAS": False, "POOLED": False,
+        "CENTRED_V": quant.smooth_v, "P_SHIFT": LARGEST.get(quant.pv, 1.0), "LOCAL": launch.local or quant.pv == "int8",
+        "SPLIT": False, "ASM": True,
+    }  # fmt: skip
+    for name, value in changes.items():
+        (options if name in options else constants)[name] = value
+    eight = {"none": "bf16", "fp8": "fp8e4nv", "int8": "i8", "int4": "i8"}
+    kinds = {"Q": eight[quant.qk], "RawQ": "bf16", "K": eight[quant.qk], "V": eight[quant.pv], "Out": "bf16", "QOrder": "i64"}
+    kinds |= {"PoolK": "bf16", "PoolV": "bf16", "Kept": "u8"}
+    kinds |= dict.fromkeys(("KCount", "Num", "Whole", "Index", "Schedule"), "i32")
+    kinds |= dict.fromkeys(
+        ("Lse", "QScale", "KScale", "VScale", "VMean", "TileBias", "BiasQ", "BiasK", "PoolSize"), "fp32"
+    )
+    signature = {name: f"*{kind}" for name, kind in kinds.items()} | {"scale": "fp32"}
+    signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in forward.arg_names}
+    aligned = [*kinds, "q_b", "q_h", "q_n", "o_s", "o_b", "o_h", "o_n"]
+    attributes = {(forward.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    done, said = _compile(ASTSource(forward, signature, constants, attributes), arch, options)
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
+    registers = re.search(r"Used (\d+) registers", said)
+    if frame is None or registers is None:
+        raise RuntimeError(f"ptxas said nothing of registers: {said}")
+    code = _sass(done.asm["cubin"])
+    loop = _inner_loop(code)
+    row = {"arch": arch, "dim": dim, "quant": str(quant), "triton": triton.__version__, "block_q": block_q, "block_k": block_k}
+    row |= {"warps": options["num_warps"], "stages": options["num_stages"], "registers": int(registers[1])}
+    row |= {"stack": int(frame[1]), "spills": int(frame[2]), "shared": done.metadata.shared}
+    row |= {"serialized": bool(re.search(r"C75\d\d|serializ", said)), "loop": len(loop)}
+    return row | {"mma": sorted({m[0] for _, text in code if (m := MMA.match(_name(text)))}), "mix": _mix(loop)}
+
+
+def _compile(source: ASTSource, arch: int, options: dict[str, Any]) -> tuple[Any, str]:
+    wanted = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    log = io.StringIO()
+    try:
+        os.environ |= wanted
+        with contextlib.redirect_stdout(log):
+            done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return done, log.getvalue()
+
+
+def _sass(cubin: bytes) -> list[tuple[int, str]]:
+    """(address, instruction) of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    return [(int(m[1], 16), m[2].strip()) for m in map(_INSTRUCTION.match, text.splitlines()) if m]
+
+
+def _name(instruction: str) -> str:
+    """The operation, without the predicate in front of it."""
+    return re.sub(r"^@!?U?P[0-9T]+\s+", "", instruction).split()[0].rstrip(",")
+
+
+def _inner_loop(code: list[tuple[int, str]]) -> list[str]:
+    best: tuple[int, int, list[str]] = (0, 0, [])
+    for end, text in code:
+        branch = _BRANCH.search(text)
+        if branch and branch[1] and (start := int(branch[1], 16)) < end:
+            body = [_name(text) for at, text in code if start <= at <= end]
+            best = max(best, (sum(bool(MMA.match(name)) for name in body), -len(body), body))
+    return best[2]
+
+
+def _mix(loop: list[str]) -> dict[str, int]:
+    counts = Counter(next((kind for kind, pattern in KINDS.items() if pattern.match(name)), "other") for name in loop)
+    return {kind: counts[kind] for kind in (*KINDS, "other")}
