@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,11 @@ from fastdit.quant import Quant
 from fastdit.reference import attention, relative_error, token_mask
 
 INCLUDES = "packing, quantization, tile lists, attention, scattering back; not the choice of tiles"
-BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 ROUNDING = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-20}
 
 
@@ -58,7 +63,8 @@ def wrong(
             for quant in formats:
                 if (reason := ops.unsupported(q.to(device), quant)) is not None:
                     raise NotImplementedError(reason)
-                out, lse = (x.cpu() for x in ops.attention(*(x.to(device) for x in (q, k, v)), there, quant))
+                got = ops.attention(q.to(device), k.to(device), v.to(device), there, quant)
+                out, lse = got[0].cpu(), got[1].cpu()
                 lists = (mask.kv_num_blocks, mask.kv_indices, mask.q_order, mask.k_order)
                 emulated, emulated_lse = cpu.block_sparse_attention(q.float(), k.float(), v.float(), *lists, dim**-0.5, quant)
                 error, budget = relative_error(out, exact), 2 * relative_error(emulated, exact) + ROUNDING[dtype]
@@ -103,10 +109,13 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: BlockMask) -> Ca
     shape = (q.shape[0], q.shape[1], *mask.kv_indices.shape[2:])
     lists = mask.kv_num_blocks.expand(shape[:-1]).contiguous(), mask.kv_indices.expand(shape).contiguous()
     blocks = flexible.BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block)
-    compiled = torch.compile(flexible.flex_attention, dynamic=False)
-    return lambda: layout.from_tiles(
-        compiled(*(layout.to_tiles(x).flatten(2, 3) for x in (q, k, v)), block_mask=blocks).unflatten(2, (-1, block))
-    )
+    compiled: Any = torch.compile(flexible.flex_attention, dynamic=False)
+
+    def call() -> Tensor:
+        tiled = (layout.to_tiles(x).flatten(2, 3) for x in (q, k, v))
+        return layout.from_tiles(compiled(*tiled, block_mask=blocks).unflatten(2, (-1, block)))
+
+    return call
 
 
 def milliseconds(calls: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
@@ -173,16 +182,22 @@ def measure(
         calls = dict(others)
         if with_flex:
             calls["FlexAttention"] = flex(q, k, v, layout, mask)
-        ours = {str(x): lambda x=x: ops.attention(q, k, v, mask, x) for x in formats}
+        ours = {str(x): partial(ops.attention, q, k, v, mask, x) for x in formats}
         best = milliseconds(calls | ours, repeats, device)
         some = slice(None, None, max(1, layout.length // 512))
         exact = attention(q[:, :1, some].double(), k[:, :1].double(), v[:, :1].double())[0]
         for quant in formats:
             name = str(quant)
-            row = {"tokens": layout.length, "heads": heads, "head_dim": dim, "tile": list(layout.tile), "quant": name}
+            row: dict[str, Any] = {
+                "tokens": layout.length,
+                "heads": heads,
+                "head_dim": dim,
+                "tile": list(layout.tile),
+                "quant": name,
+            }
             row |= {"density": mask.density(), "ms": best[name]} | items(ours[name], device)
             if density == 1:
                 row["error"] = relative_error(ours[name]()[0][:, :1, some], exact)
-            dense = {other: best[other] for other in others}
-            row |= {"baselines_ms": {other: best[other] for other in calls}, "baseline": min(dense, key=lambda x: dense[x])}
-            yield row | {"ratio": dense[row["baseline"]] / best[name]}
+            baseline = min(others, key=lambda other: best[other])
+            row |= {"baselines_ms": {other: best[other] for other in calls}, "baseline": baseline}
+            yield row | {"ratio": best[baseline] / best[name]}

@@ -46,13 +46,15 @@ def unsupported(q: Tensor, quant: Quant, capability: tuple[int, int]) -> str | N
 
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """A block mask as the kernel walks it: index [b, h, q_tiles, k_tiles] with tiles without padding in front, of which whole
-    [b, h, q_tiles]; schedule: (batch, head, query tile) as one number, longest lists first; count [k_tiles]: real tokens."""
+    """A block mask as the kernel walks it: index [b, h, q_tiles, k_tiles] with tiles without padding in front (None: all
+    are), of which whole [b, h, q_tiles]; schedule: (batch, head, query tile) as one number, longest lists first; count
+    [k_tiles]: real tokens. made_of: what else it was made of than `kv_indices`."""
 
-    index: Tensor
+    index: Tensor | None
     whole: Tensor
     schedule: Tensor
     count: Tensor
+    made_of: tuple[Any, ...]
 
 
 @triton.jit
@@ -79,25 +81,23 @@ def _sort_lists(Index, Num, Count, Out, Whole, k_tiles, rows, BLOCK: tl.constexp
     tl.store(Whole + which, whole)
 
 
-_known: MutableMapping[Tensor, tuple[tuple[int, ...], Lists]] = WeakIdKeyDictionary()
+_known: MutableMapping[Tensor, Lists] = WeakIdKeyDictionary()
 """Lists of masks that are still alive, by their `kv_indices`: a static mask serves every layer and step of a run."""
 
 
 def lists_of(num: Tensor, index: Tensor, k_order: Tensor, rows: int, batch: int, heads: int, padded: bool) -> Lists:
-    """The lists of a mask for `batch` × `heads`, where a whole tile has `rows` tokens."""
-    key = (index._version, num._version, rows, batch, heads, padded)
-    known, lists = _known.get(index, ((), None))
-    if lists is not None and known == key:
+    """The lists of a contiguous mask for `batch` × `heads`, where a tile without padding has `rows` tokens."""
+    made_of = (num, k_order, num._version, index._version, rows, batch, heads, padded)
+    lists = _known.get(index)
+    if lists is not None and lists.made_of[2:] == made_of[2:] and lists.made_of[0] is num and lists.made_of[1] is k_order:
         return lists
-    num, index = num.contiguous(), index.contiguous()
     count = (k_order >= 0).sum(-1, dtype=torch.int32)
-    ordered, whole = index, num
+    ordered, whole = None, num
     if padded:
         ordered, whole = torch.empty_like(index), torch.empty_like(num)
         _sort_lists[(num.numel(),)](index, num, count, ordered, whole, index.shape[-1], rows, BLOCK=512)
     schedule = num.expand(batch, heads, -1).flatten().argsort(descending=True, stable=True).to(torch.int32)
-    lists = Lists(ordered, whole, schedule, count)
-    _known[index] = key, lists
+    lists = _known[index] = Lists(ordered, whole, schedule, count, made_of)  # holds no `index`: that would keep it alive
     return lists
 
 
@@ -120,15 +120,13 @@ def block_sparse_attention(
     if quant.smooth_q:
         turn = max(1, BIAS_BYTES // (4 * B * group * len(q_order) * k_order.numel())) * group
         if turn < H:
-            parts = [slice(start, start + turn) for start in range(0, H, turn)]
-            done = [
-                block_sparse_attention(
-                    q[:, part], *(x[:, part.start // group : part.stop // group] for x in (k, v)),
-                    _heads(kv_num_blocks, part), _heads(kv_indices, part), q_order, k_order, scale, quant,
-                    _heads(bias_q, part), _heads(bias_k, part), pooled, splits,
-                )
-                for part in parts
-            ]  # fmt: skip
+            done = []
+            for start in range(0, H, turn):
+                part, shared = slice(start, start + turn), slice(start // group, (start + turn) // group)
+                left, right = (None if x is None else _heads(x, part) for x in (bias_q, bias_k))
+                masks = _heads(kv_num_blocks, part), _heads(kv_indices, part), q_order, k_order
+                heads = q[:, part], k[:, shared], v[:, shared]
+                done.append(block_sparse_attention(*heads, *masks, scale, quant, left, right, pooled))
             out, lse = (torch.cat(x, 1) for x in zip(*done, strict=True))
             return torch.empty_like(q).copy_(out), lse
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)  # the interpreter has none
@@ -149,6 +147,7 @@ def block_sparse_attention(
             tile_bias = (grouped @ exact.mT).mul_(scale * LOG2_E)
     factor_q, factor_k, rank = _factors(bias_q, bias_k, k_order, k_rows)
     padded = k_rows.rows * k_tiles != k.shape[2]
+    kv_num_blocks, kv_indices = kv_num_blocks.contiguous(), kv_indices.contiguous()
     lists = lists_of(kv_num_blocks, kv_indices, k_order, k_rows.rows, B, H, padded)
     pool: tuple[Tensor | None, ...] = (None,) * 4
     if pooled:
@@ -159,26 +158,24 @@ def block_sparse_attention(
         splits = configs.splits(programs, k_tiles * k_rows.parts, q.device)
     out = q.new_empty(splits, B, H, Nq, D, dtype=torch.float32) if splits > 1 else torch.empty_like(q)[None]
     lse = q.new_empty(splits, B, H, Nq, dtype=torch.float32)
-    num_b, num_h = _shared(kv_num_blocks.contiguous())
+    num_b, num_h = _shared(kv_num_blocks)
     forward[(programs, splits)](
         q if queries is None else queries.data, q, keys.data, values.data, out, lse,
         None if queries is None else queries.scale, keys.scale, values.scale, values.mean, tile_bias, factor_q, factor_k,
-        *pool, q_order, lists.count, kv_num_blocks.contiguous(), lists.whole, lists.index, lists.schedule,
+        keys.mean, *pool, q_order, lists.count, kv_num_blocks, lists.whole,
+        kv_indices if lists.index is None else lists.index, lists.schedule,
         scale * LOG2_E, H, group, Nq, q_tiles, k_tiles, q_rows.slots, splits, q.stride(0), q.stride(1), q.stride(2),
         *out.stride()[:4], num_b, num_h, *((0, 0) if factor_q is None else _shared(factor_q)),
         *((0, 0) if factor_k is None else _shared(factor_k, 1)), 0 if pool[0] is None else pool[0].shape[1],
         D=D, DP=width, BM=q_rows.block, BN=k_rows.block, Q_PARTS=q_rows.parts, K_PARTS=k_rows.parts,
         QK=quant.qk, PV=quant.pv, PADDED=padded, TILE_BIAS=tile_bias is not None, RANK=rank,
-        KEY_BIAS=factor_k is not None and rank == 0, POOLED=pooled, CENTRED_V=quant.smooth_v,
+        KEY_BIAS=factor_k is not None and rank == 0, POOLED=pooled, CENTRED_K=keys.mean is not None, CENTRED_V=quant.smooth_v,
         P_SHIFT=math.log2(LARGEST[quant.pv]) if quant.pv != "none" else 0.0, LOCAL=launch.local or quant.pv == "int8",
         SPLIT=splits > 1, ASM=q.is_cuda, num_warps=launch.warps(q_rows.block, D), num_stages=launch.stages,
     )  # fmt: skip
     if splits > 1:
         whole, total = merge(list(zip(out, lse, strict=True)))
         out, lse = torch.empty_like(q).copy_(whole)[None], total[None]
-    if keys.mean is not None:  # the LSE of the logits as they were before K was centred
-        mean = keys.mean.view(B, k.shape[1], D, 1).repeat_interleave(group, 1)
-        lse += scale * (q.float() @ mean)[..., 0]
     return out[0], lse[0]
 
 
@@ -200,8 +197,8 @@ def _runs(length: int, device: str) -> Tensor:
     return order.masked_fill(order >= length, -1)
 
 
-def _heads(x: Tensor | None, part: slice) -> Tensor | None:
-    return x if x is None or x.shape[1] == 1 else x[:, part]
+def _heads(x: Tensor, part: slice) -> Tensor:
+    return x if x.shape[1] == 1 else x[:, part]
 
 
 def _shared(x: Tensor, unit: int | None = None) -> tuple[int, int]:
@@ -215,8 +212,8 @@ def _shared(x: Tensor, unit: int | None = None) -> tuple[int, int]:
 def _factors(
     bias_q: Tensor | None, bias_k: Tensor | None, k_order: Tensor, rows: Rows
 ) -> tuple[Tensor | None, Tensor | None, int]:
-    """Low-rank bias for the kernel, base 2: queries [b, h, Nq, rank] in token order, keys [b, h, keys, rank] in tile order; rank
-    is a power of two from 16, the least a product takes, and 0 where all queries share one bias."""
+    """Low-rank bias for the kernel, base 2: queries [b, h, Nq, rank] in token order, keys [b, h, keys, rank] in tile order;
+    rank is a power of two from 16, the least a product takes, and 0 where all queries share one bias."""
     if bias_k is None:
         return None, None, 0
     tiled = (bias_k.float() * LOG2_E)[:, :, k_order.clamp(min=0)].masked_fill((k_order < 0)[..., None], 0)

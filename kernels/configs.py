@@ -1,8 +1,9 @@
 """Launch settings of the attention kernel: nobody's first step waits for autotuning.
 
-Chosen on an H100 at 32,768 tokens from blocks of 64 and 128, 4 and 8 warps, 2 to 5 stages (docs/results/sweep_h100.json):
-five stages are 10-25 % faster than three wherever they fit, and 64-row blocks of four warps beat 128 in 16 bits. Elsewhere:
-what compiles without spills into the architecture's shared memory (tests/test_kernel_compile.py), not yet timed.
+Chosen on an H100 and an H200 at 32,768 tokens from blocks of 64 and 128, 4 and 8 warps, 2 to 5 stages (docs/results/
+sweep_h100.json, bench_kernel_h200.json): five stages are 10-25 % faster than three wherever they fit; 64-row blocks of four
+warps beat 128 rows, by a quarter in 8 bits, since two blocks on a multiprocessor hide each other's softmax. Elsewhere: what
+compiles without spills into the architecture's shared memory (tests/test_kernel_compile.py), not yet timed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def launch(dim: int, quant: Quant, capability: tuple[int, int]) -> Launch:
         return Launch(128 if dim <= 64 else 64, 64, 3)
     if quant.pv == "none":
         return Launch(64, 64, 5)
-    return Launch(128, 64 if dim <= 64 else 128, 5)
+    return Launch(128, 64, 5) if dim <= 64 else Launch(64, 128, 5)
 
 
 def splits(programs: int, steps: int, device: torch.device) -> int:

@@ -22,14 +22,14 @@ FLOOR = tl.constexpr(-1e30)
 
 @triton.jit
 def forward(
-    Q, RawQ, K, V, Out, Lse, QScale, KScale, VScale, VMean, TileBias, BiasQ, BiasK, PoolK, PoolV, PoolSize, Kept,
+    Q, RawQ, K, V, Out, Lse, QScale, KScale, VScale, VMean, TileBias, BiasQ, BiasK, KMean, PoolK, PoolV, PoolSize, Kept,
     QOrder, KCount, Num, Whole, Index, Schedule,
     scale, heads, group, n_q, q_tiles, k_tiles, slots, parts, q_b, q_h, q_n, o_s, o_b, o_h, o_n, num_b, num_h, bq_b, bq_h,
     bk_b, bk_h, pooled,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr,
     QK: tl.constexpr, PV: tl.constexpr, PADDED: tl.constexpr, TILE_BIAS: tl.constexpr, RANK: tl.constexpr,
-    KEY_BIAS: tl.constexpr, POOLED: tl.constexpr, CENTRED_V: tl.constexpr, P_SHIFT: tl.constexpr, LOCAL: tl.constexpr,
-    SPLIT: tl.constexpr, ASM: tl.constexpr,
+    KEY_BIAS: tl.constexpr, POOLED: tl.constexpr, CENTRED_K: tl.constexpr, CENTRED_V: tl.constexpr,
+    P_SHIFT: tl.constexpr, LOCAL: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     item = tl.load(Schedule + block // Q_PARTS)  # heavy tiles first: the last programs to run are short ones
@@ -94,7 +94,7 @@ def forward(
             k_tile = tl.load(Index + i // K_PARTS)
             first = (k_tile * K_PARTS + i % K_PARTS) * BN
             if QK == "int4":
-                pair = tl.load(K + (first + columns)[:, None] * HALF + half[None, :])
+                pair = tl.load(K + first * HALF + (columns[:, None] * HALF + half[None, :]))
                 if ASM:
                     k, k_high = tl.inline_asm_elementwise(
                         "shl.b32 $0, $2, 4; and.b32 $0, $0, 0xF0F0F0F0; and.b32 $1, $2, 0xF0F0F0F0;",
@@ -106,7 +106,7 @@ def forward(
                 s = tl.dot(q, tl.trans(k), out_dtype=tl.int32)
                 s = tl.dot(q_high, tl.trans(k_high), s, out_dtype=tl.int32).to(tl.float32)
             else:
-                k = tl.load(K + (first + columns)[:, None] * DP + d[None, :])
+                k = tl.load(K + first * DP + (columns[:, None] * DP + d[None, :]))
                 if QK == "int8":
                     s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)
                 else:
@@ -133,15 +133,16 @@ def forward(
             p = tl.math.exp2(tl.math.fma(s, tl.zeros_like(s) + factor, tl.zeros_like(s) + (P_SHIFT - base)[:, None]))
             row_sum = tl.sum(p, 1)
             if PV == "none":
-                v = tl.load(V + (first + columns)[:, None] * DP + d[None, :])
+                v = tl.load(V + first * DP + (columns[:, None] * DP + d[None, :]))
                 acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="tf32x3")
             else:
                 p = tl.reshape(tl.permute(tl.reshape(p, (BM, BN // 16, 2, 4, 2)), (0, 1, 3, 2, 4)), (BM, BN))
-                v = tl.trans(tl.load(V + first * DP + d[:, None] * BN + columns[None, :]))
+                v = tl.trans(tl.load(V + first * DP + (d[:, None] * BN + columns[None, :])))
                 if PV == "fp8":
                     part = tl.dot(p.to(tl.float8e4nv), v)
                 else:
-                    part = tl.dot((p + 0.5).to(tl.int8), v, out_dtype=tl.int32).to(tl.float32)
+                    code = (p + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)  # 1.5 · 2²³ rounds: the low byte is p
+                    part = tl.dot(code, v, out_dtype=tl.int32).to(tl.float32)
                 if LOCAL:
                     share = tl.math.exp2(here - new)
                     part *= share[:, None]
@@ -181,6 +182,11 @@ def forward(
     if CENTRED_V:
         out += tl.where(seen[:, None], tl.load(VMean + kv * D + d, mask=inside, other=0.0)[None, :], 0.0)
     lse = tl.where(seen, (top + tl.math.log2(some) - P_SHIFT) * LN_2, float("-inf"))
+    if CENTRED_K:  # the LSE of the logits as they were before K was centred
+        raw = RawQ + b * q_b + h * q_h + token[:, None] * q_n + d[None, :]
+        q = tl.load(raw, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        mean = tl.load(KMean + kv * D + d, mask=inside, other=0.0)
+        lse += scale * LN_2 * tl.sum(q * mean[None, :], 1)
     if SPLIT:
         split = tl.program_id(1).to(tl.int64)
         Out += split * o_s

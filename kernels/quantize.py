@@ -97,8 +97,9 @@ def _pack(
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, FORMAT: tl.constexpr,
     CENTRE: tl.constexpr, TILE_MEAN: tl.constexpr, CENTRE_TILE: tl.constexpr, SCALE: tl.constexpr, TRANSPOSE: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile. FORMAT "copy", "fp8", "int8" or "int4"; SCALE "none", "tile" (measured here), "measure" (that
-    alone, nothing is written), "given" (a tile's) or "channel". TRANSPOSE: channels × rows, with the rows of each group of 16 in the order in which the tensor core takes P."""
+    """One program a tile. FORMAT "copy", "fp8", "int8" or "int4"; SCALE "none", "tile" (measured here), "measure" (only
+    measured, nothing is written), "given" (a tile's) or "channel". TRANSPOSE: each block channels × rows, its rows relabelled
+    inside groups of 16 in the order in which the attention kernel has P."""
     tile = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, DP)
@@ -125,7 +126,7 @@ def _pack(
         if CENTRE_TILE:
             mean += total
     scale = 1.0
-    if SCALE == "tile" or SCALE == "measure":
+    if SCALE == "tile" or (SCALE == "measure" and FORMAT != "copy"):
         amax = 0.0
         for part in range(PARTS):
             slot = part * BLOCK + row
@@ -175,7 +176,7 @@ def _pack(
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Tensors in tile order. data [B·H, tiles·rows, DP] ([B·H, DP, tiles·rows] transposed; INT4: DP/2 bytes a row); scale
+    """Tensors in tile order. data [B·H, tiles·rows, DP] (transposed: [DP, block] in each block; INT4: DP/2 bytes a row); scale
     [B·H, tiles] (V: [B·H, D]); mean [B·H, D]; tile_mean [B·H, tiles, D], of what smoothing left: float32 or None."""
 
     data: Tensor
@@ -239,3 +240,12 @@ def _launch(
         CENTRE_TILE=centre_tile, SCALE=scaling, TRANSPOSE=transpose, num_warps=4,
     )  # fmt: skip
     return Packed(data, scale, mean, means)
+
+
+def tile_means(x: Tensor, order: Tensor) -> Tensor:
+    """[B, H, N, D] in token order -> the mean of each tile's tokens, float32 [B, H, tiles, D]."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows = Rows.of(order.shape[1])
+    means = _launch(x, order, rows, "copy", "none", triton.next_power_of_2(x.shape[-1]), None, None, "measure", True).tile_mean
+    assert means is not None
+    return means.view(*x.shape[:2], len(order), -1)

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdit.kernels import configs
+from fastdit.kernels.attention import unsupported
 from fastdit.kernels.forward import forward
 from fastdit.quant import LARGEST, Quant
 
@@ -41,18 +45,18 @@ _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _BRANCH = re.compile(r"\bBRA(?:\.\S+)*\s+(?:!?U?P\w+,\s*)*(?:`\(\S+\)|(0x[0-9a-f]+))")
 
 
-def compile_forward(arch: int, dim: int, quant: Quant, **changes: Any) -> dict[str, Any]:
+def compile_forward(arch: int, dim: int, quant: Quant, kernel: Any = forward, **changes: Any) -> dict[str, Any]:
     """One kernel for 16-bit heads of `dim` channels on sm_`arch`, as `configs.launch` would run it; `changes` override its
-    constants and options (num_warps, num_stages)."""
-    launch = configs.launch(dim, quant, divmod(arch, 10))
+    constants and options (num_warps, num_stages), `kernel` its code."""
+    launch = configs.launch(dim, quant, (arch // 10, arch % 10))
     block_q, block_k = changes.get("BM", launch.block_q), changes.get("BN", launch.block_k)
     options = {"num_warps": launch.warps(block_q, dim), "num_stages": launch.stages, "enable_fp_fusion": True}
     width = max(triton.next_power_of_2(dim), 64 if quant.qk == "int4" else 32 if not quant.is_none else 16)
     constants: dict[str, Any] = {
         "D": dim, "DP": width, "BM": block_q, "BN": block_k, "Q_PARTS": 1, "K_PARTS": 1, "QK": quant.qk, "PV": quant.pv,
         "PADDED": False, "TILE_BIAS": quant.smooth_q, "RANK": 0, "KEY_BIAS": False, "POOLED": False,
-        "CENTRED_V": quant.smooth_v, "P_SHIFT": LARGEST.get(quant.pv, 1.0), "LOCAL": launch.local or quant.pv == "int8",
-        "SPLIT": False, "ASM": True,
+        "CENTRED_K": quant.smooth_k, "CENTRED_V": quant.smooth_v, "P_SHIFT": LARGEST.get(quant.pv, 1.0),
+        "LOCAL": launch.local or quant.pv == "int8", "SPLIT": False, "ASM": True,
     }  # fmt: skip
     for name, value in changes.items():
         (options if name in options else constants)[name] = value
@@ -61,13 +65,13 @@ def compile_forward(arch: int, dim: int, quant: Quant, **changes: Any) -> dict[s
     kinds |= {"PoolK": "bf16", "PoolV": "bf16", "Kept": "u8"}
     kinds |= dict.fromkeys(("KCount", "Num", "Whole", "Index", "Schedule"), "i32")
     kinds |= dict.fromkeys(
-        ("Lse", "QScale", "KScale", "VScale", "VMean", "TileBias", "BiasQ", "BiasK", "PoolSize"), "fp32"
+        ("Lse", "QScale", "KScale", "VScale", "VMean", "TileBias", "BiasQ", "BiasK", "KMean", "PoolSize"), "fp32"
     )
     signature = {name: f"*{kind}" for name, kind in kinds.items()} | {"scale": "fp32"}
-    signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in forward.arg_names}
+    signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
     aligned = [*kinds, "q_b", "q_h", "q_n", "o_s", "o_b", "o_h", "o_n"]
-    attributes = {(forward.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    done, said = _compile(ASTSource(forward, signature, constants, attributes), arch, options)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    done, said = _compile(ASTSource(kernel, signature, constants, attributes), arch, options)
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
     registers = re.search(r"Used (\d+) registers", said)
     if frame is None or registers is None:
@@ -77,8 +81,29 @@ def compile_forward(arch: int, dim: int, quant: Quant, **changes: Any) -> dict[s
     row = {"arch": arch, "dim": dim, "quant": str(quant), "triton": triton.__version__, "block_q": block_q, "block_k": block_k}
     row |= {"warps": options["num_warps"], "stages": options["num_stages"], "registers": int(registers[1])}
     row |= {"stack": int(frame[1]), "spills": int(frame[2]), "shared": done.metadata.shared}
+    # C7510 and its neighbours say that ptxas waits for every wgmma before the next.
     row |= {"serialized": bool(re.search(r"C75\d\d|serializ", said)), "loop": len(loop)}
     return row | {"mma": sorted({m[0] for _, text in code if (m := MMA.match(_name(text)))}), "mix": _mix(loop)}
+
+
+FORMATS = (
+    Quant(),
+    Quant("fp8", "fp8"),
+    Quant("int8", "fp8", smooth_k=True),
+    Quant("int8", smooth_k=True),
+    Quant("int8", "int8", smooth_k=True),
+    Quant("int4", "fp8", smooth_q=True, smooth_k=True),
+    Quant("int4", smooth_k=True),
+)
+"""What is compiled for the table: each pair of formats there is a kernel for."""
+
+
+def cases(archs: Iterable[int] = SHARED, dims: Iterable[int] = (64, 128, 256)) -> Iterator[tuple[int, int, Quant]]:
+    """Every kernel an architecture is given."""
+    for arch, dim, quant in itertools.product(archs, dims, FORMATS):
+        q = torch.empty(1, 1, 1, dim, dtype=torch.bfloat16)
+        if unsupported(q, quant, (arch // 10, arch % 10)) is None:
+            yield arch, dim, quant
 
 
 def _compile(source: ASTSource, arch: int, options: dict[str, Any]) -> tuple[Any, str]:

@@ -29,6 +29,7 @@ FORMATS = [
     Quant("int4", smooth_k=True),
     Quant("fp8", "fp8", smooth_v=True, granularity="tensor"),
     Quant("none", "fp8"),
+    Quant("int8", "int8", smooth_k=True, smooth_v=True),
 ]
 
 
@@ -138,7 +139,8 @@ def test_blocks_pad_least(slots, block, parts):
         ((7, 5), Quant(), torch.float16, 64, "8.0"),
         ((8, 6), Quant("fp8"), torch.float16, 64, "FP8"),
         ((8, 6), Quant("int8", smooth_k=True), torch.float16, 64, None),
-        ((9, 0), Quant("int8", "int8"), torch.float16, 64, "int8 P"),
+        ((8, 0), Quant("int8", "int8"), torch.float16, 64, None),
+        ((8, 0), Quant("int8", "fp8"), torch.float16, 64, "FP8"),
         ((9, 0), Quant(), torch.float64, 64, "float64"),
         ((9, 0), Quant(), torch.float16, 320, "256"),
         ((12, 0), Quant("fp8", "fp8"), torch.bfloat16, 128, None),

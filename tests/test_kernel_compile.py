@@ -1,10 +1,11 @@
-"""What the kernels compile to on GPUs that are not here: no spills, shared memory that fits, the tensor cores that were meant.
+"""What the kernels compile to on GPUs that are not here: enough registers and shared memory, the tensor cores that were meant.
 
-`compile_table.json` holds what was read when it was last looked at (Triton 3.9): registers and instructions may move by a
-tenth with another ptxas, tensor-core instructions may not. Remake it with `python tests/compile_kernels.py`.
+`compile_table.json` holds what was read when it was last looked at, with two versions of Triton. Tensor-core instructions may
+not change, the inner loop may grow by a twentieth. Remake it with `python tests/compile_kernels.py` (once per version).
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,44 +15,90 @@ import pytest
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 HERE = Path(__file__).parent
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-TABLE = {(r["arch"], r["dim"], r["quant"]): r for r in map(json.loads, (HERE / "compile_table.json").read_text().splitlines())}
+"""Bytes of shared memory one block may have, from NVIDIA's tables."""
+KEY = ("triton", "arch", "dim", "quant")
+TABLE = {tuple(row[k] for k in KEY): row for row in map(json.loads, (HERE / "compile_table.json").read_text().splitlines())}
+MEANT = {
+    (80, "none"): "HMMA", (80, "int8"): "IMMA", (86, "none"): "HMMA", (86, "int8"): "IMMA", (89, "none"): "HMMA",
+    (89, "int8"): "IMMA", (89, "fp8"): "QMMA", (90, "none"): "HGMMA", (90, "int8"): "IGMMA", (90, "fp8"): "QGMMA",
+    (100, "none"): "UTCHMMA", (100, "int8"): "UTCIMMA", (100, "fp8"): "UTCQMMA", (120, "none"): "HMMA", (120, "int8"): "IMMA",
+    (120, "fp8"): "QMMA",
+}  # fmt: skip
+"""The tensor-core instruction of each format; INT4 is unpacked to INT8."""
 
 
-def run(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=None)
+def run(*arguments, path=""):
+    """Rows that `compile_kernels.py` prints, with a Triton from `path`."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, str(HERE.parent), environment.get("PYTHONPATH"))))
+    command = [sys.executable, "compile_kernels.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def clean(row):
-    return row["spills"] == row["stack"] == 0 and not row["serialized"] and row["shared"] <= SHARED[row["arch"]]
+def faults(row, longest):
+    """What is wrong with a compiled kernel whose inner loop may have `longest` instructions."""
+    qk, _, pv = row["quant"].partition("+")[0].partition("/")
+    meant = {MEANT[row["arch"], {"int4": "int8", "": "none"}.get(x, x)] for x in (qk, pv)}
+    if row["triton"] < "3.9" and row["arch"] == 100 and "int" in qk:
+        meant = {"IMMA" if name == "UTCIMMA" else name for name in meant}  # that version has no tcgen05 for INT8
+    found = {
+        f"spills {row['spills']} bytes": row["spills"] > 16,  # a scalar or two around the loop: ptxas, not the kernel
+        "spills in the loop": row["mix"]["spill"] > 0,
+        "wgmma serialized": row["serialized"],
+        f"shared memory {row['shared']}": row["shared"] > SHARED[row["arch"]],
+        f"{row['mma']} instead of {sorted(meant)}": set(row["mma"]) != meant,
+        f"{row['loop']} instructions in the loop, not {longest}": row["loop"] > longest,
+    }
+    return [fault for fault, there in found.items() if there]
 
 
-@pytest.mark.parametrize(
-    "arch",
-    [80, 90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (86, 89, 100, 120))],
-    ids=lambda arch: f"sm_{arch}",
-)
-def test_every_shipped_kernel_compiles_as_it_should(arch):
-    rows = run(
-        "import json, compile_kernels as c\n"
-        f"for case in c.cases(({arch},)): print(json.dumps(c.compile_forward(*case)), flush=True)"
-    )
-    assert {(r["arch"], r["dim"], r["quant"]) for r in rows} == {key for key in TABLE if key[0] == arch}
+def check(rows, dims):
+    versions = {row["triton"] for row in rows}
+    assert len(versions) == 1
+    known = {key[1:]: row for key, row in TABLE.items() if key[0] in versions and key[2] in dims}
+    if not known:  # a Triton that nobody has looked at yet: only the budgets that hold for all
+        known = {key[1:]: row | {"loop": 2 * row["loop"]} for key, row in TABLE.items() if key[2] in dims}
+    assert {tuple(row[k] for k in KEY[1:]) for row in rows} == set(known)
+    wrong = {
+        tuple(row[k] for k in KEY[1:]): found
+        for row in rows
+        if (found := faults(row, 1.05 * known[tuple(row[k] for k in KEY[1:])]["loop"]))
+    }
+    assert not wrong, wrong
+
+
+def test_every_shipped_kernel_of_head_dim_128_compiles_as_it_should():
+    check(run("128"), {128})
+
+
+@pytest.mark.slow
+def test_every_shipped_kernel_compiles_as_it_should():
+    check(run(), {64, 128, 256})
+
+
+@pytest.mark.slow
+def test_triton_3_6_too(tmp_path):
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "triton==3.6.0"]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"Triton 3.6.0 cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    check(run(path=str(tmp_path)), {64, 128, 256})
+
+
+def test_fp8_on_hopper_keeps_within_560_instructions_a_tile():
+    """128 keys and 16 queries a warp: what 8 warps do of a 128×128 tile, or 4 warps of 64×128."""
+    for version in {key[0] for key in TABLE}:
+        row = TABLE[version, 90, 128, "fp8/fp8"]
+        assert row["block_k"] == 128
+        assert row["block_q"] == 16 * row["warps"]
+        assert row["loop"] <= 560
+
+
+def test_mistakes_in_the_kernel_are_caught():
+    """Each mutant of the FP8 kernel on sm_90 goes over the 560 instructions, or spills."""
+    rows = run("controls")
+    assert len(rows) == 5
     for row in rows:
-        expected = TABLE[row["arch"], row["dim"], row["quant"]]
-        assert clean(row), row
-        assert row["mma"] == expected["mma"], row
-        assert row["registers"] <= max(1.1 * expected["registers"], 64), (row, expected)
-        assert row["instructions"] <= 1.1 * expected["instructions"], (row, expected)
-
-
-def test_controls_are_caught():
-    """Four warps for 128 rows spill; a mask in every iteration costs instructions."""
-    spilled, masked, plain = run(
-        "import json, compile_kernels as c\n"
-        "for changes in (dict(BM=128, BN=128, num_warps=4), dict(PADDED=True), {}):\n"
-        "    print(json.dumps(c.compile_forward(90, 128, c.Quant(), **changes)), flush=True)"
-    )
-    assert not clean(spilled)
-    assert masked["instructions"] > 1.05 * plain["instructions"]
+        assert faults(row, 560), row["control"]

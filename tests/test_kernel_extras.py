@@ -1,0 +1,244 @@
+"""The Triton kernel's options under the interpreter, against float64: grouped heads, q_len ≠ kv_len, biases and key masks, the
+pooled remainder, split lists, turns; and the tile scores of `kernels/score.py`."""
+
+import interpreter  # noqa: F401, I001  (first: it turns Triton's interpreter on)
+
+import pytest
+import torch
+from test_kernel_attention import hurtful
+
+from fastdit.blockmask import BlockMask
+from fastdit.kernels import attention as kernels
+from fastdit.kernels import score
+from fastdit.kernels.attention import block_sparse_attention, lists_of
+from fastdit.layout import Layout
+from fastdit.quant import Quant, emulate
+from fastdit.reference import relative_error, token_mask
+
+LAYOUT = Layout((3, 7, 6), (1, 4, 4), text_len=5)  # tiles that overhang, and text
+SCALE = 0.2
+FORMATS = [Quant(), Quant("int8", "fp8", smooth_k=True), Quant("int4", "fp8", smooth_q=True, smooth_k=True, smooth_v=True)]
+
+
+def draw(heads=2, kv_heads=2, dim=32, dtype=torch.float32, layout=LAYOUT, share=0.5, seed=0):
+    q, k, v = hurtful(1, heads, layout.length, dim, dtype, seed)
+    tile_map = torch.rand(1, heads, layout.num_tiles, layout.num_tiles, generator=torch.Generator().manual_seed(seed)) < share
+    m = BlockMask.from_tile_map(tile_map, layout)
+    return q, k[:, :kv_heads], v[:, :kv_heads], tile_map, (m.kv_num_blocks, m.kv_indices, m.q_order, m.k_order)
+
+
+def attend(logits, values):
+    lse = logits.logsumexp(-1)
+    return (logits - lse.masked_fill(lse.isneginf(), 0)[..., None]).exp() @ values, lse
+
+
+def exact(q, k, v, tile_map, bias=0.0, layout=LAYOUT, pooled=False):
+    """float64, every pair written out."""
+    q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    logits = ((q @ k.mT) * SCALE + bias).masked_fill(~token_mask(layout, tile_map), float("-inf"))
+    if not pooled:
+        return attend(logits, v)
+    tiles, counts = (layout.order() >= 0)[..., None], layout.counts()[:, None]
+    means = [(layout.to_tiles(x) * tiles).sum(3) / counts for x in (k, v)]
+    tile_of = torch.empty(layout.length, dtype=torch.long)
+    tile_of[layout.order()[tiles[..., 0]]] = torch.arange(layout.num_tiles).repeat_interleave(layout.counts())
+    far = (q @ means[0].mT) * SCALE + layout.counts().double().log()
+    far = far.masked_fill(tile_map[:, :, tile_of], float("-inf"))
+    return attend(torch.cat([logits, far], -1), torch.cat([v, means[1]], 2))
+
+
+def check(got, q, k, v, quant, expected, **orders):
+    """Budget: twice the error of the same format in eager emulation over all keys, and a rounding."""
+    budget, lse_budget = 1e-5, 1e-4
+    if not quant.is_none:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        x = emulate(q.float(), k.float(), v.float(), quant, **orders)
+        logits = (q.double() @ k.double().mT) * SCALE
+        rough = (x.q @ x.k.mT) * SCALE
+        if x.shift is not None:
+            rough = rough + SCALE * x.shift[..., None]
+        lse_budget += float((rough - logits).abs().max())
+        budget += 0.05 if quant.qk == "int8" else 0.25
+    out, lse = got
+    assert relative_error(out, expected[0]) <= budget
+    assert abs(float(out.double().norm() / expected[0].norm()) - 1) <= budget
+    seen = ~expected[1].isneginf()
+    assert torch.equal(seen, ~lse.isneginf())
+    assert (lse - expected[1])[seen].abs().max() <= lse_budget
+    assert (out[~seen] == 0).all()
+
+
+@pytest.mark.parametrize("quant", FORMATS, ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_heads(quant, kv_heads):
+    q, k, v, tile_map, masks = draw(4, kv_heads)
+    check(block_sparse_attention(q, k, v, *masks, SCALE, quant), q, k, v, quant, exact(q, k, v, tile_map))
+
+
+@pytest.mark.parametrize("quant", FORMATS, ids=str)
+def test_more_keys_than_queries(quant):
+    """Queries of text alone, against all keys: the orders of a mask need not be of one sequence."""
+    q, k, v, *_ = draw()
+    q = q[:, :, :10]
+    q_order = torch.cat([torch.arange(10), torch.full((6,), -1)]).view(1, 16)
+    k_order = LAYOUT.order()
+    kept = torch.tensor([[[[1, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 1]]]], dtype=torch.bool)
+    index = kept.to(torch.int8).argsort(-1, descending=True, stable=True).to(torch.int32)
+    got = block_sparse_attention(q, k, v, kept.sum(-1, dtype=torch.int32), index, q_order, k_order, SCALE, quant)
+    expected = exact(torch.cat([q, q.new_zeros(1, 2, LAYOUT.length - 10, 32)], 2), k, v, kept.expand(1, 1, 13, 13))
+    check(got, q, k, v, quant, (expected[0][:, :, :10], expected[1][:, :, :10]), q_order=q_order, k_order=k_order)
+
+
+@pytest.mark.parametrize("quant", FORMATS[:2], ids=str)
+@pytest.mark.parametrize("shared", [True, False])
+def test_low_rank_bias(quant, shared):
+    q, k, v, tile_map, masks = draw()
+    left, right = torch.randn(2, 1, 1 if shared else 2, LAYOUT.length, 3, generator=torch.Generator().manual_seed(3)).unbind()
+    got = block_sparse_attention(q, k, v, *masks, SCALE, quant, bias_q=left, bias_k=right)
+    check(got, q, k, v, quant, exact(q, k, v, tile_map, (left @ right.mT).double()))
+
+
+def test_bias_by_position_survives_sixteen_bits():
+    """ALiBi at video lengths: positions that bfloat16 rounds by hundreds and float16 cannot hold."""
+    q, k, v, tile_map, masks = draw(dtype=torch.float16, share=1)
+    far = 70_000 + torch.arange(LAYOUT.length, dtype=torch.float32)
+    left = torch.stack([far / 64, torch.full_like(far, 1 / 64)], -1)[None, None] * -1
+    right = torch.stack([torch.full_like(far, -1), far], -1)[None, None]
+    bias = (far.double()[:, None] - far.double()) / 64
+    torch.testing.assert_close((left.double() @ right.double().mT)[0, 0], bias)
+    out, _ = block_sparse_attention(q, k, v, *masks, SCALE, Quant(), bias_q=left, bias_k=right)
+    assert relative_error(out, exact(q, k, v, tile_map, bias)[0]) < 2e-3
+
+
+@pytest.mark.parametrize("quant", FORMATS, ids=str)
+def test_bias_of_a_key_is_its_number_and_a_mask(quant):
+    q, k, v, tile_map, masks = draw()
+    bias = torch.rand(1, 1, LAYOUT.length, 1, generator=torch.Generator().manual_seed(4))
+    bias[:, :, ::5] = float("-inf")
+    got = block_sparse_attention(q, k, v, *masks, SCALE, quant, bias_k=bias)
+    check(got, q, k, v, quant, exact(q, k, v, tile_map, bias.mT.double()))
+
+
+def test_log_n_equals_n_equal_keys():
+    layout = Layout((1, 8, 8), (1, 8, 8))
+    q, k, v = (x.clone() for x in hurtful(1, 1, 64, 32, torch.float32))
+    k[:, :, 1:8], v[:, :, 1:8] = k[:, :, :1], v[:, :, :1]
+    m = BlockMask.from_tile_map(torch.ones(1, 1, 1, 1, dtype=torch.bool), layout)
+    whole = block_sparse_attention(q, k, v, m.kv_num_blocks, m.kv_indices, m.q_order, m.k_order, SCALE, Quant())
+    one = torch.zeros(1, 1, 64, 1)
+    one[:, :, 0], one[:, :, 1:8] = torch.tensor(8.0).log(), float("-inf")
+    merged = block_sparse_attention(q, k, v, m.kv_num_blocks, m.kv_indices, m.q_order, m.k_order, SCALE, Quant(), bias_k=one)
+    for got, expected in zip(merged, whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quant", FORMATS, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_pooled_remainder(quant, share):
+    q, k, v, tile_map, masks = draw(share=share)
+    got = block_sparse_attention(q, k, v, *masks, SCALE, quant, pooled=True)
+    check(got, q, k, v, quant, exact(q, k, v, tile_map, pooled=True))
+
+
+def test_pooled_remainder_of_equal_keys_is_exact():
+    """Keys and values that are equal inside each tile: nothing is lost, whatever is dropped."""
+    q, k, v, tile_map, masks = draw(share=0.3)
+    tiles = LAYOUT.order()
+    for x in (k, v):
+        for tile in tiles:
+            x[:, :, tile[tile >= 0]] = x[:, :, tile[:1]]
+    expected = exact(q, k, v, torch.ones_like(tile_map))
+    check(block_sparse_attention(q, k, v, *masks, SCALE, Quant(), pooled=True), q, k, v, Quant(), expected)
+
+
+@pytest.mark.parametrize("quant", FORMATS, ids=str)
+@pytest.mark.parametrize("splits", [2, 3, 7])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_split_lists_merge_exactly(quant, splits, pooled):
+    q, k, v, _, masks = draw()
+    whole = block_sparse_attention(q, k, v, *masks, SCALE, quant, pooled=pooled, splits=1)
+    parts = block_sparse_attention(q, k, v, *masks, SCALE, quant, pooled=pooled, splits=splits)
+    # P is rounded against another maximum in each part, so eight-bit answers agree to its rounding only.
+    assert relative_error(parts[0], whole[0]) < (1e-6 if quant.is_none else 0.03)
+    torch.testing.assert_close(parts[1], whole[1], rtol=1e-5, atol=1e-5)
+
+
+def test_heads_take_turns_when_the_bias_of_tiles_is_too_large(monkeypatch):
+    q, k, v, _, masks = draw(4, 2)
+    quant = FORMATS[2]
+    whole = block_sparse_attention(q, k, v, *masks, SCALE, quant)
+    monkeypatch.setattr(kernels, "BIAS_BYTES", 1)
+    calls = []
+    monkeypatch.setattr(kernels, "lists_of", lambda *x: calls.append(x[5]) or lists_of(*x))
+    for got, expected in zip(block_sparse_attention(q, k, v, *masks, SCALE, quant), whole, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert calls == [2, 2]
+
+
+def test_lists_are_kept_and_never_stale():
+    q, k, v, tile_map, masks = draw()
+    num, index, _, order = masks
+    first = lists_of(num, index, order, 16, 1, 2, True)
+    assert lists_of(num, index, order, 16, 1, 2, True) is first
+    assert lists_of(num, index, order, 16, 2, 2, True) is not first
+    num.fill_(1)
+    again = lists_of(num, index, order, 16, 1, 2, True)
+    assert (again.whole <= 1).all()
+    count = (order >= 0).sum(-1)
+    for row, whole, ordered in zip(num.flatten(), again.whole.flatten(), again.index.flatten(0, 2), strict=True):
+        assert (count[ordered[:whole].long()] == 16).all()
+        assert (count[ordered[whole:row].long()] < 16).all()
+    entries = len(kernels._known)
+    del index, masks, first, again, ordered
+    assert len(kernels._known) == entries - 1
+
+
+def test_long_lists_first():
+    num = torch.tensor([[[1, 3]], [[2, 3]]], dtype=torch.int32)
+    index = torch.zeros(2, 1, 2, 4, dtype=torch.int32)
+    lists = lists_of(num, index, torch.zeros(4, 16, dtype=torch.long), 16, 2, 1, False)
+    assert lists.schedule.tolist() == [1, 3, 2, 0]
+
+
+def brute_force(q, k, stride):
+    """Antidiagonal mass of each pair of tiles, cell by cell."""
+    layout = LAYOUT
+    q, k = (layout.to_tiles(x.double()) for x in (q, k))
+    B, H, T, n, D = q.shape
+    cells = n // stride
+    q, k = (x.reshape(B, H, T * cells, stride, D) for x in (q, k))
+    logits = sum(q[:, :, :, stride - 1 - s] @ k[:, :, :, s].mT for s in range(stride)) * SCALE / stride
+    live = (layout.order() >= 0).view(T * cells, stride).any(-1)
+    p = logits.masked_fill(~live, float("-inf")).softmax(-1).view(B, H, T, cells, T, cells).sum(-1)
+    return (p * live.view(T, cells, 1)).sum(3) / live.view(T, cells).sum(1)[:, None]
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8])
+def test_antidiagonal_scores(stride):
+    q, k, *_ = draw()
+    got = score.antidiagonal(q, k, LAYOUT.order(), LAYOUT.order(), stride, SCALE)
+    torch.testing.assert_close(got, brute_force(q, k, stride).float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got.sum(-1), torch.ones(1, 2, LAYOUT.num_tiles))
+
+
+def test_pooled_scores():
+    q, k, *_ = draw()
+    tiles, real = LAYOUT.order(), (LAYOUT.order() >= 0)[..., None]
+    means = [(LAYOUT.to_tiles(x.double()) * real).sum(3) / LAYOUT.counts()[:, None] for x in (q, k)]
+    expected = ((means[0] @ means[1].mT) * SCALE + LAYOUT.counts().log()).softmax(-1)
+    got = score.pooled(q, k, tiles, tiles, SCALE)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_scores_find_a_planted_tile():
+    """An antidiagonal finds single keys that means wash out."""
+    layout = Layout((1, 16, 16), (1, 8, 8))
+    q, k = torch.randn(2, 1, 1, 256, 32, generator=torch.Generator().manual_seed(1)).unbind()
+    tiles = layout.order()
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(2))
+    q[0, 0, tiles[0]] += 2 * direction
+    k[0, 0, tiles[3, ::8]] += 4 * direction
+    k[0, 0, tiles[3, 1::8]] -= 4 * direction
+    mass = score.antidiagonal(q, k, tiles, tiles, 8)
+    assert score.pooled(q, k, tiles, tiles)[0, 0, 0].argmax() != 3 or mass[0, 0, 0, 3] > 0.25
+    assert mass.isfinite().all()
