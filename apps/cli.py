@@ -1,4 +1,4 @@
-"""The `fastdit` command: `render`, `presets`, `bench`.
+"""The `fastdit` command: `render`, `presets`, `bench`, `bench kernel`.
 
 Each command is one file in `apps/` with a function of the command's name; nothing heavy is imported before it runs.
 Whatever a user can mend ends in one line on standard error. Exit status: 0 done, 1 failed while running, 2 wrong usage,
@@ -11,19 +11,31 @@ import signal
 import sys
 from importlib import import_module
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 from fastdit.apps.media import UserError
 
-COMMANDS = ("render", "bench")
-"""Modules of `fastdit.apps`, each with a function of its own name: adding a command is adding one here."""
+COMMANDS = ("render", "bench", "bench_kernel")
+"""Modules of `fastdit.apps`, each with a function of its own name: adding a command is adding one here. A command of two words
+has an underscore between them."""
 
 INTERRUPTED = 130
 
+
+class TwoWords(typer.core.TyperGroup):
+    """Commands whose name may be two words."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        two = " ".join(args[:2])
+        return (two, self.commands[two], args[2:]) if two in self.commands else super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="fastdit",
+    cls=TwoWords,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -31,7 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name in COMMANDS:
-    app.command(_name)(getattr(import_module(f"fastdit.apps.{_name}"), _name))
+    app.command(_name.replace("_", " "))(getattr(import_module(f"fastdit.apps.{_name}"), _name))
 
 
 def _version(wanted: bool) -> None:

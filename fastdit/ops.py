@@ -27,12 +27,18 @@ def attention(
     block_mask: BlockMask | None = None,
     quant: Quant | None = None,
     scale: float | None = None,
+    remainder: str = "none",
+    bias_q: Tensor | None = None,
+    bias_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the tiles a block mask keeps (all of them without one), in a number format.
 
-    q [B, H, Nq, D], k and v [B, H, Nk, D] in token order, any strides; quant: default none (the inputs' own dtype);
-    scale: default D^-½. Returns out like q and natural-log lse [B, H, Nq] in float32 (float64 for float64 inputs).
-    A query whose tiles hold no key gets out = 0 and lse = −inf.
+    q [B, H, Nq, D], k and v [B, Hkv, Nk, D] in token order, any strides, H a multiple of Hkv; quant: default none (the
+    inputs' own dtype); scale: default D^-½. remainder "pooled": each dropped tile enters as one key and one value, the means
+    of its own, log n heavier; exact where a tile's keys are equal. bias_q [b, h, Nq, R] and bias_k [b, h, Nk, R] (b, h: 1 or
+    B, H): bias_q·bias_kᵀ is added to the logits (FlashBias, arXiv 2505.12044); bias_k alone, R = 1: to all logits of a key,
+    log n where it stands for n, −inf where it is masked (finite beside a bias_q). Returns out like q and natural-log lse
+    [B, H, Nq] in float32 (float64 for float64 inputs). A query whose tiles hold no key gets out = 0 and lse = −inf.
 
     Raises ValueError for shapes, dtypes or a mask that do not fit, NotImplementedError for a device without a kernel.
     """
@@ -41,10 +47,14 @@ def attention(
     if refusal:
         raise NotImplementedError(f"fastdit.ops.attention: {refusal}")
     _check(q, k, v, block_mask)
+    if remainder not in ("none", "pooled"):
+        raise ValueError(f"remainder must be none or pooled, got {remainder!r}")
+    _check_bias(q, k, bias_q, bias_k, remainder)
     masks = (None,) * 4 if block_mask is None else (
         block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.q_order, block_mask.k_order
     )  # fmt: skip
-    return _attention(q, k, v, *masks, str(quant), q.shape[-1] ** -0.5 if scale is None else float(scale))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _attention(q, k, v, *masks, str(quant), scale, remainder == "pooled", bias_q, bias_k)
 
 
 def unsupported(q: Tensor, quant: Quant) -> str | None:
@@ -62,8 +72,10 @@ def unsupported(q: Tensor, quant: Quant) -> str | None:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not q.ndim == k.ndim == v.ndim == 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention needs q [B, H, Nq, D] and k, v [B, H, Nk, D], got {shapes}")
+    if not q.ndim == k.ndim == v.ndim == 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention needs q [B, H, Nq, D] and k, v [B, Hkv, Nk, D], got {shapes}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"attention needs a multiple of the {k.shape[1]} key heads as query heads, got {q.shape[1]}: {shapes}")
     if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention needs one floating dtype for q, k and v, got {q.dtype}, {k.dtype}, {v.dtype}")
     if not q.device == k.device == v.device:
@@ -76,6 +88,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> Non
     for name, tokens, length in (("query", block_mask.q_len, q.shape[2]), ("key", block_mask.k_len, k.shape[2])):
         if tokens != length:
             raise ValueError(f"the block mask is for {tokens} {name} tokens, got {length}: {shapes}")
+
+
+def _check_bias(q: Tensor, k: Tensor, bias_q: Tensor | None, bias_k: Tensor | None, remainder: str) -> None:
+    if bias_k is None:
+        if bias_q is not None:
+            raise ValueError("bias_q needs a bias_k")
+        return
+    if remainder != "none":
+        raise ValueError("no pooled remainder beside a bias: the bias of a dropped tile is not known")
+    rank = 1 if bias_q is None else bias_q.shape[-1]
+    for name, bias, length in (("bias_q", bias_q, q.shape[2]), ("bias_k", bias_k, k.shape[2])):
+        if bias is None:
+            continue
+        fits = bias.ndim == 4 and bias.shape[0] in (1, q.shape[0]) and bias.shape[1] in (1, q.shape[1])
+        if not fits or bias.shape[2:] != (length, rank):
+            raise ValueError(
+                f"{name} must be [1 or {q.shape[0]}, 1 or {q.shape[1]}, {length}, {rank}], got {tuple(bias.shape)}"
+            )
 
 
 def _kernels(q: Tensor) -> Any:
@@ -98,13 +128,17 @@ def _attention(
     k_order: Tensor | None,
     quant: str,
     scale: float,
+    pooled: bool = False,
+    bias_q: Tensor | None = None,
+    bias_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     fmt = Quant.parse(quant)
     kernels = _kernels(q)
     if kv_num_blocks is None or kv_indices is None or q_order is None or k_order is None:
-        out, lse = kernels.dense_attention(q, k, v, scale, fmt)
+        out, lse = kernels.dense_attention(q, k, v, scale, fmt, bias_q, bias_k)  # nothing is dropped: no remainder
     else:
-        out, lse = kernels.block_sparse_attention(q, k, v, kv_num_blocks, kv_indices, q_order, k_order, scale, fmt)
+        masks = (kv_num_blocks, kv_indices, q_order, k_order)
+        out, lse = kernels.block_sparse_attention(q, k, v, *masks, scale, fmt, bias_q, bias_k, pooled)
     expected = torch.empty_like(q)  # the memory layout the fake kernel promised to the compiler
     return (out if out.stride() == expected.stride() else expected.copy_(out)), lse.contiguous()
 

@@ -170,7 +170,7 @@ def block_sparse_attention(
         D=D, DP=width, BM=q_rows.block, BN=k_rows.block, Q_PARTS=q_rows.parts, K_PARTS=k_rows.parts,
         QK=quant.qk, PV=quant.pv, PADDED=padded, TILE_BIAS=tile_bias is not None, RANK=rank,
         KEY_BIAS=factor_k is not None and rank == 0, POOLED=pooled, CENTRED_K=keys.mean is not None, CENTRED_V=quant.smooth_v,
-        P_SHIFT=math.log2(LARGEST[quant.pv]) if quant.pv != "none" else 0.0, LOCAL=launch.local or quant.pv == "int8",
+        P_SHIFT=math.log2(LARGEST[quant.pv]) if quant.pv != "none" else 0.0, LOCAL=launch.local,
         SPLIT=splits > 1, ASM=q.is_cuda, num_warps=launch.warps(q_rows.block, D), num_stages=launch.stages,
     )  # fmt: skip
     if splits > 1:
@@ -179,9 +179,11 @@ def block_sparse_attention(
     return out[0], lse[0]
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, quant: Quant, **more: Any) -> tuple[Tensor, Tensor]:
-    """Every query attends every key, in tiles of `BLOCK` consecutive tokens; `more` as for `block_sparse_attention`."""
-    return block_sparse_attention(q, k, v, *_everything(q.shape[2], k.shape[2], str(q.device)), scale, quant, **more)
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, quant: Quant, bias_q: Tensor | None = None, bias_k: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Every query attends every key, in tiles of `BLOCK` consecutive tokens."""
+    return block_sparse_attention(q, k, v, *_everything(q.shape[2], k.shape[2], str(q.device)), scale, quant, bias_q, bias_k)
 
 
 @lru_cache(maxsize=32)

@@ -20,9 +20,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastdit.blockmask import tile_map
 from fastdit.quant import Quant, emulate, rounded_attention
+from fastdit.reference import attention, merge
 
 CHUNK_BYTES = 4 << 20
 """Gathered keys and values of one call. 4 MB stays in a core's caches; 64 MB was 1.2-2 × slower on two Zen 4 cores."""
+
+UNSEEN = -1e30
+"""What minus infinity in a bias becomes: ATen's kernel makes NaN of a row of infinities."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -47,12 +51,15 @@ def attend_quantized(q: Tensor, k: Tensor, v: Tensor, scale: float, pv: str) -> 
     return torch.cat([out for out, _ in parts], -2), torch.cat([lse for _, lse in parts], -1)
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, quant: Quant) -> tuple[Tensor, Tensor]:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, quant: Quant, bias_q: Tensor | None = None, bias_k: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Every query attends every key. Quantization is emulated: the numbers are the format's, the time is not."""
-    if quant.is_none:
+    k, v = _for_every_head(q, k, v)
+    if quant.is_none and bias_k is None:
         return attend(q, k, v, scale)
     x = emulate(q, k, v, quant)
-    out, lse = x.finish(*attend_quantized(x.q, x.k, x.v, scale, quant.pv), scale)
+    out, lse = x.finish(*_see(*attend_quantized(*_widen(x.q, x.k, scale, bias_q, bias_k), x.v, scale, quant.pv)), scale)
     return out.to(q.dtype), lse
 
 
@@ -66,14 +73,62 @@ def block_sparse_attention(
     k_order: Tensor,
     scale: float,
     quant: Quant,
+    bias_q: Tensor | None = None,
+    bias_k: Tensor | None = None,
+    pooled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, H, Nq, D], k and v [B, H, Nk, D] in token order; masks as in `BlockMask`. Returns out like q and lse [B, H, Nq]."""
-    if not quant.is_none:
+    """q [B, H, Nq, D], k and v [B, Hkv, Nk, D] in token order; masks as in `BlockMask`, biases and pooled as in
+    `ops.attention`. Returns out like q and lse [B, H, Nq]."""
+    k, v = _for_every_head(q, k, v)
+    masks = (kv_num_blocks, kv_indices, q_order, k_order)
+    if quant.is_none and bias_k is None:
+        out, lse = _sparse(q, k, v, *masks, scale, attend)
+    else:
         x = emulate(q, k, v, quant, q_order, k_order)
         core = partial(attend_quantized, pv=quant.pv)
-        out, lse = x.finish(*_sparse(x.q, x.k, x.v, kv_num_blocks, kv_indices, q_order, k_order, scale, core), scale)
-        return out.to(q.dtype), lse
-    return _sparse(q, k, v, kv_num_blocks, kv_indices, q_order, k_order, scale, attend)
+        out, lse = _sparse(*_widen(x.q, x.k, scale, bias_q, bias_k), x.v, *masks, scale, core)
+        out, lse = x.finish(*_see(out, lse), scale)
+    if pooled:
+        out, lse = merge([(out, lse), _dropped(q, k, v, *masks, scale)])
+    return out.to(q.dtype), lse
+
+
+def _for_every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of grouped heads, once for each query head."""
+    group = q.shape[1] // k.shape[1]
+    return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+
+
+def _widen(q: Tensor, k: Tensor, scale: float, bias_q: Tensor | None, bias_k: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A low-rank bias as more channels (FlashBias, arXiv 2505.12044): [q, bias_q]·[k, bias_k / scale] · scale."""
+    if bias_k is None:
+        return q, k
+    right = (bias_k.to(k.dtype) / scale).clamp(min=UNSEEN).expand(*k.shape[:2], -1, -1)
+    left = torch.ones_like(q[..., :1]) if bias_q is None else bias_q.to(q.dtype).expand(*q.shape[:2], -1, -1)
+    return torch.cat([q, left], -1), torch.cat([k, right], -1)
+
+
+def _see(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries all of whose keys a bias of minus infinity hides: out = 0, lse = −inf."""
+    hidden = lse < UNSEEN / 1e4
+    return out.masked_fill(hidden[..., None], 0), lse.masked_fill(hidden, float("-inf"))
+
+
+def _dropped(
+    q: Tensor, k: Tensor, v: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, q_order: Tensor, k_order: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to the tiles a mask drops: of each one key and value, the means of its own, with log n on the logit."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    real, count = (k_order >= 0)[..., None], (k_order >= 0).sum(-1)
+    keys, values = ((x.to(dtype)[:, :, k_order.clamp(min=0)] * real).sum(3) / count.clamp(min=1)[:, None] for x in (k, v))
+    dropped = ~tile_map(kv_num_blocks, kv_indices) & (count > 0)
+    wide = _widen(q.to(dtype), keys, scale, None, count.clamp(min=1).to(dtype).log()[:, None])
+    tile_of = torch.empty(q.shape[2], dtype=torch.long)
+    tile_of[q_order[q_order >= 0]] = torch.arange(len(q_order))[:, None].expand_as(q_order)[q_order >= 0]
+    rows = max(1, CHUNK_BYTES // (len(k_order) * q.shape[0] * q.shape[1] * dtype.itemsize))
+    parts = zip(wide[0].split(rows, 2), tile_of.split(rows), strict=True)
+    done = [attention(part, wide[1], values, dropped[:, :, tiles], scale) for part, tiles in parts]
+    return torch.cat([out for out, _ in done], 2), torch.cat([lse for _, lse in done], 2)
 
 
 def _sparse(

@@ -56,7 +56,7 @@ def compile_forward(arch: int, dim: int, quant: Quant, kernel: Any = forward, **
         "D": dim, "DP": width, "BM": block_q, "BN": block_k, "Q_PARTS": 1, "K_PARTS": 1, "QK": quant.qk, "PV": quant.pv,
         "PADDED": False, "TILE_BIAS": quant.smooth_q, "RANK": 0, "KEY_BIAS": False, "POOLED": False,
         "CENTRED_K": quant.smooth_k, "CENTRED_V": quant.smooth_v, "P_SHIFT": LARGEST.get(quant.pv, 1.0),
-        "LOCAL": launch.local or quant.pv == "int8", "SPLIT": False, "ASM": True,
+        "LOCAL": launch.local, "SPLIT": False, "ASM": True,
     }  # fmt: skip
     for name, value in changes.items():
         (options if name in options else constants)[name] = value
