@@ -2,8 +2,8 @@
 
 Per multiprocessor and clock an H100 or H200 issues 4 instructions of a warp, runs 16 lanes of special functions (exp2), 64 of
 the integer and conversion pipe, 128 of float32, and 4096 (FP8, INT8) or 2048 (16 bits) multiply-adds of the tensor cores. A
-step is one block of keys: the tensor cores' cycles and the busiest of the other pipes' either overlap wholly (overlapped) or not
-at all (serial). Bytes are what must cross the memory bus once: Q, K, V and the answer. Nominal rates, and no waiting for
+step is one block of keys: the tensor cores' cycles and the busiest of the other pipes' either overlap wholly ("overlapped") or
+not at all ("serial"). Bytes are what must cross the memory bus once: Q, K, V and the answer. Nominal rates, and no waiting for
 anything: something to hold a measurement against, not a promise (docs/kernels.md does that).
 """
 

@@ -104,10 +104,15 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: BlockMask) -> Ca
     """FlexAttention over the same tiles, the permutation into tile order included; slow to compile."""
     from torch.nn.attention import flex_attention as flexible
 
-    block = layout.tile_tokens
-    shape = (q.shape[0], q.shape[1], *mask.kv_indices.shape[2:])
-    lists = mask.kv_num_blocks.expand(shape[:-1]).contiguous(), mask.kv_indices.expand(shape).contiguous()
-    blocks = flexible.BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=block)
+    block, kept = layout.tile_tokens, mask.to_tile_map()
+    kept = kept.expand(q.shape[0], q.shape[1], -1, -1)
+
+    def attends(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return kept[b, h, i // block, j // block]
+
+    lists = mask.kv_num_blocks.expand(kept.shape[:3]).contiguous(), mask.kv_indices.expand(kept.shape).contiguous()
+    # Whole blocks: the compiled kernel looks at the lists alone, eager evaluation at `attends` alone.
+    blocks = flexible.BlockMask.from_kv_blocks(torch.zeros_like(lists[0]), lists[1], *lists, block, attends)
     compiled: Any = torch.compile(flexible.flex_attention, dynamic=False)
 
     def call() -> Tensor:

@@ -42,7 +42,7 @@ def launch(dim: int, quant: Quant, capability: tuple[int, int]) -> Launch:
         return Launch(64, 64 if roomy else 32, 3 if roomy else 2, local)
     if not roomy:
         return Launch(128 if dim <= 64 and not local else 64, 64, 3, local)
-    if quant.pv == "none" or dim <= 64 and local:
+    if quant.pv == "none" or (dim <= 64 and local):
         return Launch(64, 64, 5, local)
     return Launch(128, 64, 5) if dim <= 64 else Launch(64, 128, 5, local)
 
