@@ -106,3 +106,18 @@ def test_model_is_printed_without_a_gpu():
     assert done.returncode == 0, done.stderr
     assert "64x128, 4 warps" in done.stdout
     assert "tensor 2.05" in done.stdout
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+@pytest.mark.parametrize("dim", [64, 128, 80])
+def test_every_format_is_right_on_the_gpu_at_hand(dim):
+    """In a process of its own: in this one Triton may be in interpreter mode."""
+    code = (
+        "import torch\nfrom fastdit.apps.kernel_rows import wrong\nfrom fastdit.kernels.sass import FORMATS\n"
+        "from fastdit import ops\nq = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16, device='cuda')\n"
+        f"print(wrong([x for x in FORMATS if ops.unsupported(q, x) is None], ({dim},), torch.bfloat16, 'cuda'))"
+    )
+    plain = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("[]"), done.stdout

@@ -84,6 +84,16 @@ def test_every_head_dim(dim, quant):
     check(layout, tile_map, *hurtful(1, 1, layout.length, dim, torch.float16), quant)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [16, 40, 64, 72, 80, 96, 128, 160, 256])
+@pytest.mark.parametrize("quant", FORMATS, ids=str)
+@pytest.mark.parametrize("dense", [True, False])
+def test_every_head_dim_in_every_format(dim, quant, dense):
+    layout = Layout((1, 7, 8), (1, 4, 8), text_len=3)
+    tile_map = torch.tensor([[1, dense, dense], [1, 1, dense], [dense, dense, 1]]).bool()[None, None]
+    check(layout, tile_map, *hurtful(1, 2, layout.length, dim, torch.float16), quant)
+
+
 @pytest.mark.parametrize("tile", [(2, 3, 3), (2, 8, 8), (3, 8, 8), (2, 9, 8), (6, 8, 8)])
 def test_tiles_of_any_size(tile):
     layout = Layout((3, 10, 9), tile)

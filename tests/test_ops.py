@@ -34,6 +34,15 @@ def test_opcheck(heads, transposed, quant):
     assert ops._attention(*arguments)[0].stride() == torch.empty_like(q).stride()
 
 
+@pytest.mark.parametrize("options", ["pooled", "key", "low rank"])
+def test_opcheck_of_options(options):
+    (q, k, v), m = qkv(), block_mask()
+    bias = torch.randn(1, 1, 32, 3), torch.randn(1, 2, 32, 3)
+    more = {"pooled": (True,), "key": (False, None, bias[1][..., :1]), "low rank": (False, *bias)}[options]
+    arguments = (q, k, v, m.kv_num_blocks, m.kv_indices, m.q_order, m.k_order, "int8/none", 0.25, *more)
+    torch.library.opcheck(ops._attention, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_compiles_to_one_graph():
     q, k, v = qkv()
     m = block_mask()
