@@ -39,6 +39,8 @@ def unsupported(q: Tensor, quant: Quant, capability: tuple[int, int]) -> str | N
         return "no float64 kernel"
     if q.shape[-1] > 256:
         return f"head dim {q.shape[-1]}: kernels go to 256"
+    if q.dtype == torch.float32 and q.shape[-1] > 128 and "none" in (quant.qk, quant.pv):
+        return f"head dim {q.shape[-1]} in float32: kernels of 32 bits go to 128"
     if "fp8" in (quant.qk, quant.pv) and capability < (8, 9):
         return f"compute capability {capability[0]}.{capability[1]} has no FP8: it needs 8.9 (Ada) or newer"
     return None
@@ -130,7 +132,7 @@ def block_sparse_attention(
             out, lse = (torch.cat(x, 1) for x in zip(*done, strict=True))
             return torch.empty_like(q).copy_(out), lse
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)  # the interpreter has none
-    launch = configs.launch(D, quant, capability)
+    launch = configs.launch(D, quant, capability, q.dtype == torch.float32)
     q_rows, k_rows = Rows.of(q_order.shape[1], launch.block_q), Rows.of(k_order.shape[1], launch.block_k)
     width = max(triton.next_power_of_2(D), 64 if quant.qk == "int4" else 32 if not quant.is_none else 16)
     q_tiles, k_tiles = len(q_order), len(k_order)
@@ -152,7 +154,7 @@ def block_sparse_attention(
     pool: tuple[Tensor | None, ...] = (None,) * 4
     if pooled:
         kept = tile_map(kv_num_blocks, kv_indices)
-        pool = _pool(keys, values, lists.count, kept, k_rows.block, width, q.dtype)
+        pool = _pool(keys, values, lists.count, kept, min(64, k_rows.block), width, q.dtype)
     programs = q_tiles * q_rows.parts * B * H
     if splits is None:
         splits = configs.splits(programs, k_tiles * k_rows.parts, q.device)

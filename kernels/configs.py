@@ -32,8 +32,10 @@ class Launch:
         return 8 if block_q * dim >= 128 * 128 or dim > 128 else 4
 
 
-def launch(dim: int, quant: Quant, capability: tuple[int, int]) -> Launch:
-    """Settings for heads of `dim` channels in a format on a compute capability."""
+def launch(dim: int, quant: Quant, capability: tuple[int, int], wide: bool = False) -> Launch:
+    """Settings for heads of `dim` channels in a format on a compute capability; wide: inputs of 32 bits, not 16."""
+    if wide and "none" in (quant.qk, quant.pv):
+        return Launch(32, 32, 2)  # three TF32 products for one: larger blocks spill by the kilobyte, or do not fit
     roomy = capability in ((9, 0), (10, 0), (10, 3))  # 227 KB of shared memory a block; Ampere and Ada 99-163, sm_120 99
     # INT8 steps are even, so P below 1/127 of the maximum so far would vanish. On Ada, ptxas folds the accumulator of FP8 into
     # the tensor core, which adds in 22 bits: a factor of its own for each tile keeps them apart.

@@ -159,14 +159,16 @@ def forward(
         PoolV += kv * pooled * DP
         Kept += lists * pooled
         last = pooled if not SPLIT else tl.where(tl.program_id(1) == 0, pooled, 0)
-        for first in range(0, last, BN):
-            k = tl.load(PoolK + (first + columns)[:, None] * DP + d[None, :])
-            weight = tl.where(tl.load(Kept + first + columns) == 0, tl.load(PoolSize + first + columns), float("-inf"))
+        FEW: tl.constexpr = BN if BN < 64 else 64
+        few = tl.arange(0, FEW)
+        for first in tl.range(0, last, FEW, num_stages=1):  # short, and in 16 bits: not worth shared memory of its own
+            k = tl.load(PoolK + first * DP + (few[:, None] * DP + d[None, :]))
+            weight = tl.where(tl.load(Kept + first + few) == 0, tl.load(PoolSize + first + few), float("-inf"))
             s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale + weight[None, :]
             new = tl.maximum(top, tl.max(s, 1))
             keep = tl.math.exp2(top - new)
             p = tl.math.exp2(s + (P_SHIFT - new)[:, None])
-            v = tl.load(PoolV + (first + columns)[:, None] * DP + d[None, :])
+            v = tl.load(PoolV + first * DP + (few[:, None] * DP + d[None, :]))
             acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="tf32x3")
             total = total * keep + tl.sum(p, 1)
             top = new

@@ -45,10 +45,14 @@ _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _BRANCH = re.compile(r"\bBRA(?:\.\S+)*\s+(?:!?U?P\w+,\s*)*(?:`\(\S+\)|(0x[0-9a-f]+))")
 
 
-def compile_forward(arch: int, dim: int, quant: Quant, kernel: Any = forward, **changes: Any) -> dict[str, Any]:
-    """One kernel for 16-bit heads of `dim` channels on sm_`arch`, as `configs.launch` would run it; `changes` override its
-    constants and options (num_warps, num_stages), `kernel` its code."""
-    launch = configs.launch(dim, quant, (arch // 10, arch % 10))
+def compile_forward(
+    arch: int, dim: int, quant: Quant, kernel: Any = forward, wide: bool = False, **changes: Any
+) -> dict[str, Any]:
+    """One kernel for heads of `dim` channels in bfloat16 (wide: float32) on sm_`arch`, as `configs.launch` would run it.
+
+    `changes` override its constants and options (num_warps, num_stages), `kernel` its code.
+    """
+    launch = configs.launch(dim, quant, (arch // 10, arch % 10), wide)
     block_q, block_k = changes.get("BM", launch.block_q), changes.get("BN", launch.block_k)
     options = {"num_warps": launch.warps(block_q, dim), "num_stages": launch.stages, "enable_fp_fusion": True}
     width = max(triton.next_power_of_2(dim), 64 if quant.qk == "int4" else 32 if not quant.is_none else 16)
@@ -60,9 +64,10 @@ def compile_forward(arch: int, dim: int, quant: Quant, kernel: Any = forward, **
     }  # fmt: skip
     for name, value in changes.items():
         (options if name in options else constants)[name] = value
-    eight = {"none": "bf16", "fp8": "fp8e4nv", "int8": "i8", "int4": "i8"}
-    kinds = {"Q": eight[quant.qk], "RawQ": "bf16", "K": eight[quant.qk], "V": eight[quant.pv], "Out": "bf16", "QOrder": "i64"}
-    kinds |= {"PoolK": "bf16", "PoolV": "bf16", "Kept": "u8"}
+    plain = "fp32" if wide else "bf16"
+    eight = {"none": plain, "fp8": "fp8e4nv", "int8": "i8", "int4": "i8"}
+    kinds = {"Q": eight[quant.qk], "RawQ": plain, "K": eight[quant.qk], "V": eight[quant.pv], "Out": plain, "QOrder": "i64"}
+    kinds |= {"PoolK": plain, "PoolV": plain, "Kept": "u8"}
     kinds |= dict.fromkeys(("KCount", "Num", "Whole", "Index", "Schedule"), "i32")
     kinds |= dict.fromkeys(
         ("Lse", "QScale", "KScale", "VScale", "VMean", "TileBias", "BiasQ", "BiasK", "KMean", "PoolSize"), "fp32"

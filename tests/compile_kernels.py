@@ -1,6 +1,7 @@
 """The compile table: `python tests/compile_kernels.py [dim ...]` prints it, one JSON line a kernel, for `compile_table.json`.
 
-A program of its own: in the test process Triton is in interpreter mode. With a word for `dim`, one control of `CONTROLS`.
+A program of its own: in the test process Triton is in interpreter mode. `controls`: each of `CONTROLS`; `options`: kernels with
+what can be asked for beside the format, and those of float32.
 """
 
 import importlib.util
@@ -48,6 +49,15 @@ if __name__ == "__main__":
                 print(json.dumps({"control": name} | row), flush=True)
             row = sass.compile_forward(90, 128, Quant("fp8", "fp8"), BM=128, num_warps=4)
             print(json.dumps({"control": "four warps for 128 rows"} | row), flush=True)
+        elif sys.argv[1:] == ["options"]:
+            whole = {"PADDED": True, "POOLED": True, "SPLIT": True}
+            for arch in sass.SHARED:
+                for quant in (Quant(), Quant("int8", "none" if arch < 89 else "fp8", smooth_k=True)):
+                    for changes in (whole, whole | {"KEY_BIAS": True, "POOLED": False}, {"PADDED": True, "RANK": 16}):
+                        row = sass.compile_forward(arch, 128, quant, **changes)
+                        print(json.dumps({"options": changes} | row), flush=True)
+                for dim in (64, 128):
+                    print(json.dumps({"options": "wide"} | sass.compile_forward(arch, dim, Quant(), wide=True)), flush=True)
         else:
             for case in sass.cases(dims=[int(dim) for dim in sys.argv[1:]] or (64, 128, 256)):
                 print(json.dumps(sass.compile_forward(*case)), flush=True)

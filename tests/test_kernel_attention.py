@@ -153,6 +153,8 @@ def test_blocks_pad_least(slots, block, parts):
         ((8, 0), Quant("int8", "fp8"), torch.float16, 64, "FP8"),
         ((9, 0), Quant(), torch.float64, 64, "float64"),
         ((9, 0), Quant(), torch.float16, 320, "256"),
+        ((9, 0), Quant(), torch.float32, 160, "128"),
+        ((9, 0), Quant("fp8", "fp8"), torch.float32, 160, None),
         ((12, 0), Quant("fp8", "fp8"), torch.bfloat16, 128, None),
     ],
 )
