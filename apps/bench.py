@@ -194,13 +194,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replace what stands between the markers of a Markdown file. Raises UserError if it has none."""
+    """The rows as a table, into a Markdown file. Raises UserError."""
+    write_block(path, BEGIN, END, markdown(rows))
+
+
+def write_block(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marking lines of a Markdown file. Raises UserError if it has none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        old = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from None
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{path} has no {BEGIN} … {END}: put these two lines where the table is to be")
-    path.write_text(f"{before}{BEGIN}\n{markdown(rows)}\n{END}{after}", encoding="utf-8")
+    before, found, rest = old.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise UserError(f"{path} has no {begin} … {end}: put these two lines where the table is to be")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import fastdit
 from fastdit import Config, Phase, Window, ops
+from fastdit.apps.bench import write_block
 from fastdit.blockmask import BlockMask
 from fastdit.kernels import cpu
 from fastdit.layout import Layout
@@ -34,6 +35,7 @@ SHAPES = {
     "Wan 14B, 8 of its 40 layers, 81 frames, 720p": (8, 40, 13824, (21, 90, 160)),
 }
 FORMATS = (Quant(), Quant("fp8", "fp8"), Quant("int8", "fp8", smooth_k=True), Quant("int8", smooth_k=True))
+BEGIN, END = "<!-- bench:gpu -->", "<!-- /bench:gpu -->"
 INT4 = Quant("int4", "fp8", smooth_q=True, smooth_k=True)
 
 
@@ -90,10 +92,11 @@ def measure(name: str, repeats: int) -> list[dict[str, Any]]:
     """Rows of one denoiser: stock against every configuration."""
     from diffusers import WanTransformer3DModel
 
+    denoiser: Any = WanTransformer3DModel  # diffusers' own types hide nn.Module's methods
     layers, heads, ffn, latent = SHAPES[name]
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model: Any = WanTransformer3DModel(
+        model = denoiser(
             patch_size=(1, 2, 2), num_attention_heads=heads, attention_head_dim=128, in_channels=16, out_channels=16,
             text_dim=4096, freq_dim=256, ffn_dim=ffn, num_layers=layers,
         ).to(torch.bfloat16).eval()  # fmt: skip
@@ -131,11 +134,31 @@ def measure(name: str, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def markdown(measured: dict[str, Any]) -> str:
+    """The rows as a Markdown table: a line per model and configuration."""
+    lines = [
+        f"One call of the denoiser on {measured['device']}, torch {measured['torch']}, bfloat16, random weights:",
+        "",
+        "| model | tokens | dense (SDPA) | configuration | density | fast | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in measured["rows"]:
+        lines.append(
+            f"| {row['model']} | {row['tokens']:,} | {row['dense_ms']:.0f} ms | {row['config']} | {row['density']:.2f} "
+            f"| {row['fast_ms']:.0f} ms | {row['ratio']:.2f} × |"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/results/wan_gpu.json"), help="JSON file of rows")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved calls of each; the best counts")
+    parser.add_argument("--table", type=Path, help="measure nothing: write the rows of --out into this Markdown file")
     options = parser.parse_args(arguments)
+    if options.table:
+        write_block(options.table, BEGIN, END, markdown(json.loads(options.out.read_text(encoding="utf-8"))))
+        return
     if not torch.cuda.is_available():
         sys.exit("bench_gpu: PyTorch sees no CUDA GPU here; fastdit bench measures on a CPU")
     if wrong := check():
