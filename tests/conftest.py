@@ -1,12 +1,16 @@
-"""Fixtures: the small pipeline of `util`, in memory and saved."""
+"""Fixtures: the small pipeline of `util`, in memory and saved. Triton kernels of this process run interpreted."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 from util import tiny_wan_pipeline
+
+if find_spec("triton"):  # before any test module imports Triton, whichever comes first
+    import interpreter  # noqa: F401
 
 
 @pytest.fixture

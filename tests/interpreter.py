@@ -1,4 +1,4 @@
-"""Import this before a Triton kernel: it turns Triton's interpreter on, and repairs what it gets wrong.
+"""Imported by `conftest.py` before any Triton kernel: it turns Triton's interpreter on, and repairs what it gets wrong.
 
 The interpreter (3.6 and 3.9) multiplies bfloat16 as if it were integers, and its casts to FP8 neither carry nor saturate
 (1000 becomes 256; a GPU gives 448). Left alone, that makes FP8 attention three times worse than it is, and a tolerance set

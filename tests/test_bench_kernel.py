@@ -1,7 +1,5 @@
 """`fastdit bench kernel`: rows on this CPU, refusal beside a wrong answer, and the static model."""
 
-import interpreter  # noqa: F401, I001  (first: what is tested here imports Triton, and other tests need it interpreted)
-
 import json
 import os
 import subprocess

@@ -4,12 +4,12 @@ Budget of an error: twice what the same format costs in eager emulation, plus a 
 through the interpreter's repair (`interpreter.py`): what is tested of it is the kernel's arithmetic, not the hardware's.
 """
 
-import interpreter  # noqa: F401, I001  (first: it turns Triton's interpreter on)
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from fastdit.blockmask import BlockMask
 from fastdit.kernels import cpu
@@ -122,7 +122,7 @@ def test_dense_is_tiles_of_consecutive_tokens(quant):
     q, k, v = hurtful(1, 2, 150, 32, torch.float32)
     out, lse = dense_attention(q, k, v, 0.2, quant)
     expected, expected_lse = cpu.dense_attention(q, k, v, 0.2, quant)
-    assert relative_error(out, expected) < (0.03 if quant.pv == "fp8" else 1e-5)
+    assert relative_error(out, expected) < {"none": 1e-5, "int8": 0.005, "fp8": 0.03}[quant.pv]  # P is rounded block by block
     torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-5)
 
 
