@@ -13,6 +13,7 @@ from typing import Any
 from fastdit.layout import Grid
 from fastdit.policies import Dense, Policy, policy_from_dict
 from fastdit.quant import Quant
+from fastdit.remainder import REMAINDERS
 
 
 @dataclass(frozen=True)
@@ -20,13 +21,15 @@ class Phase:
     """What holds while σ is in (low, high] (σ = 0 belongs to a phase that reaches down to 0), in a range of layers.
 
     sigma: (high, low), the way a run passes through it. layers: (first, last), half-open, counted over the self-attention
-    sites of one denoiser, negative from its end as in a slice; None is all of them.
+    sites of one denoiser, negative from its end as in a slice; None is all of them. remainder: what stands in for the
+    tiles that the policy drops, one of `REMAINDERS`.
     """
 
     sigma: tuple[float, float] = (1.0, 0.0)
     policy: Policy = field(default_factory=Dense)
     quant: Quant = field(default_factory=Quant)
     layers: tuple[int, int | None] | None = None
+    remainder: str = "none"
 
     def __post_init__(self) -> None:
         high, low = self.sigma
@@ -34,6 +37,8 @@ class Phase:
             raise ValueError(f"phase: sigma must be (high, low) with 1 >= high > low >= 0, got {self.sigma}")
         if self.layers is not None and (len(self.layers) != 2 or not isinstance(self.layers[0], int)):
             raise ValueError(f"phase: layers must be (first, last), whole numbers as in a slice, got {self.layers}")
+        if self.remainder not in REMAINDERS:
+            raise ValueError(f"phase: remainder must be one of {', '.join(REMAINDERS)}, got {self.remainder!r}")
         if not isinstance(self.policy, Policy):
             raise ValueError(f"phase: policy must be a policy such as Window(...), got {self.policy!r}")
 
@@ -48,11 +53,12 @@ class Phase:
             "policy": self.policy.to_dict(),
             "quant": self.quant.to_dict(),
             "layers": None if self.layers is None else list(self.layers),
+            "remainder": self.remainder,
         }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Phase:
-        unknown = set(fields) - {"sigma", "policy", "quant", "layers"}
+        unknown = set(fields) - {"sigma", "policy", "quant", "layers", "remainder"}
         if unknown:
             raise ValueError(f"phase: unknown field {', '.join(sorted(unknown))}")
         high, low = fields.get("sigma", (1.0, 0.0))
@@ -62,6 +68,7 @@ class Phase:
             policy=policy_from_dict(fields.get("policy", {"name": "dense"})),
             quant=Quant.from_dict(fields.get("quant", {})),
             layers=None if layers is None else (layers[0], layers[1]),
+            remainder=fields.get("remainder", "none"),
         )
 
 
@@ -71,7 +78,8 @@ class Config:
 
     tile: tokens (t, h, w) of a tile; None fits one of about `tile_tokens` to each grid (`layout.fit_tile`).
     min_tokens: shorter sequences stay dense; max_density: so do tile maps denser than this. Both mark where the bookkeeping
-    costs more than it saves: on CPU, attention is under half of a denoiser's time below 2,300 tokens.
+    costs more than it saves: on CPU, attention is under half of a denoiser's time below 2,300 tokens. first_frame: every tile
+    attends the first latent frame as well, which many video models use as a sink.
     """
 
     phases: tuple[Phase, ...] = ()
@@ -79,6 +87,7 @@ class Config:
     tile_tokens: int = 64
     min_tokens: int = 4096
     max_density: float = 0.75
+    first_frame: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -103,6 +112,7 @@ class Config:
             "tile_tokens": self.tile_tokens,
             "min_tokens": self.min_tokens,
             "max_density": self.max_density,
+            "first_frame": self.first_frame,
         }
 
     @classmethod

@@ -32,6 +32,7 @@ class Plan:
     block_mask: BlockMask | None
     quant: Quant
     reason: str | None
+    remainder: str = "none"
 
 
 def layout_of(config: Config, grid: Grid, text_len: int = 0, text_first: bool = False) -> Layout:
@@ -51,8 +52,9 @@ def make_plan(
     text_first: bool,
     q: Tensor,
     k: Tensor,
+    v: Tensor,
 ) -> Plan:
-    """Resolve one call. q and k: [B, H, N, D] in token order; layer: index among the denoiser's `layers` sites."""
+    """Resolve one call. q, k and v: [B, H, N, D] in token order; layer: index among the denoiser's `layers` sites."""
     phase = config.at(sigma, layer, layers)
     if phase is None:
         return _dense(phase, f"no phase for noise level {sigma:.3f}" if config.phases else "the configuration is dense")
@@ -66,21 +68,25 @@ def make_plan(
         return _dense(phase, "the phase is dense") if quant.is_none else Plan(phase, 1.0, None, quant, None)
     layout = layout_of(config, grid, text_len, text_first)
     if policy.static:
-        block_mask, density = _static(policy, layout, str(q.device))
+        block_mask, density = _static(policy, layout, config.first_frame, str(q.device))
     else:
-        block_mask, density = _select(policy, layout, q, k)
+        block_mask, density = _select(policy, layout, config.first_frame, q, k, v)
+    if block_mask.kv_indices.shape[1] not in (1, q.shape[1]):
+        raise ValueError(f"{policy} is for {block_mask.kv_indices.shape[1]} heads, this layer has {q.shape[1]}")
     if density > config.max_density:
         return _dense(phase, f"density {density:.2f} is above {config.max_density:g}: dense is faster")
-    return Plan(phase, density, block_mask, quant, None)
+    return Plan(phase, density, block_mask, quant, None, config.phases[phase].remainder)
 
 
-def complete(video: Tensor, layout: Layout) -> Tensor:
+def complete(video: Tensor, layout: Layout, first_frame: bool = False) -> Tensor:
     """A policy's map bool [b, h, video_tiles, video_tiles] -> that of all tiles, with own tiles and text kept."""
     n, tiles = layout.video_tiles, layout.num_tiles
     if video.dtype != torch.bool or video.ndim != 4 or video.shape[2:] != (n, n):
         raise ValueError(f"a policy must give bool [b, h, {n}, {n}], got {video.dtype} {tuple(video.shape)}")
     kept = torch.ones(*video.shape[:2], tiles, tiles, dtype=torch.bool, device=video.device)
     kept[:, :, :n, :n] = video | torch.eye(n, dtype=torch.bool, device=video.device)
+    if first_frame:
+        kept[..., : n // layout.tile_grid[0]] = True
     return kept
 
 
@@ -89,12 +95,13 @@ def _dense(phase: int | None, reason: str) -> Plan:
 
 
 @lru_cache(maxsize=64)
-def _static(policy: Policy, layout: Layout, device: str) -> tuple[BlockMask, float]:
-    block_mask = BlockMask.from_tile_map(complete(policy.select(layout, None, None).to(device), layout), layout)
+def _static(policy: Policy, layout: Layout, first_frame: bool, device: str) -> tuple[BlockMask, float]:
+    kept = complete(policy.select(layout).to(device), layout, first_frame)
+    block_mask = BlockMask.from_tile_map(kept, layout)
     return block_mask, block_mask.density()
 
 
-def _select(policy: Policy, layout: Layout, q: Tensor, k: Tensor) -> tuple[BlockMask, float]:
-    video = [layout.to_tiles(x)[:, :, : layout.video_tiles] for x in (q, k)]
-    block_mask = BlockMask.from_tile_map(complete(policy.select(layout, *video), layout), layout)
+def _select(policy: Policy, layout: Layout, first_frame: bool, *qkv: Tensor) -> tuple[BlockMask, float]:
+    video = (layout.to_tiles(x)[:, :, : layout.video_tiles] for _, x in zip(policy.reads, qkv, strict=False))
+    block_mask = BlockMask.from_tile_map(complete(policy.select(layout, *video), layout, first_frame), layout)
     return block_mask, block_mask.density()

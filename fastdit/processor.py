@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
-from fastdit import ops
+from fastdit import ops, remainder
 from fastdit.handle import Adapter, Denoiser, Handle, Observe, Site
 from fastdit.plan import make_plan
 
@@ -182,13 +182,13 @@ def _site_attention(
     t, h, w = grid
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))
     plan = make_plan(
-        handle.config, float(sigma), site.layer, len(site.denoiser.sites), (t, h, w), text_len, text_first, query, key
+        handle.config, float(sigma), site.layer, len(site.denoiser.sites), (t, h, w), text_len, text_first, query, key, value
     )
     if plan.reason is None and (refusal := ops.unsupported(query, plan.quant)):
         plan = replace(plan, density=1.0, block_mask=None, reason=refusal)
     site.record(plan)
     if plan.reason is None:
-        out = ops.attention(query, key, value, plan.block_mask, plan.quant, scale)[0].transpose(1, 2)
+        out = remainder.attention(query, key, value, plan.block_mask, plan.quant, scale, plan.remainder)[0].transpose(1, 2)
     elif backend == _SDPA:
         out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
     else:

@@ -4,13 +4,13 @@ import torch
 from fastdit.config import Config, Phase
 from fastdit.layout import Layout
 from fastdit.plan import complete, layout_of, make_plan
-from fastdit.policies import Dense, Window
+from fastdit.policies import Dense, HeadProfile, Policy, SpatialTemporal, Window
 from fastdit.quant import Quant
 
 
 def plan(config, sigma=0.5, grid=(2, 8, 8), layer=0, text=0, text_first=False, tokens=None):
     q = torch.zeros(1, 1, tokens or grid[0] * grid[1] * grid[2] + text, 8)
-    return make_plan(config, sigma, layer, 4, grid, text, text_first, q, q)
+    return make_plan(config, sigma, layer, 4, grid, text, text_first, q, q, q)
 
 
 def windowed(**overrides):
@@ -68,15 +68,34 @@ def test_tiles_are_cut_to_the_grid():
 def test_a_policy_that_looks_at_the_tensors():
     """The plan hands a dynamic policy the video tokens in tile order, text left out."""
 
-    class Nearest:
-        name, static = "nearest", False
-
-        def select(self, layout, q, k):
-            assert q.shape == (1, 1, layout.video_tiles, layout.tile_tokens, 8)
+    class Nearest(Policy):
+        def select(self, layout, q=None, k=None, v=None):
+            assert q.shape == k.shape == (1, 1, layout.video_tiles, layout.tile_tokens, 8)
+            assert v is None
             return torch.eye(layout.video_tiles, dtype=torch.bool)[None, None] & (q.sum() == 0)
-
-        def to_dict(self):
-            return {"name": self.name}
 
     got = plan(windowed(phases=(Phase(policy=Nearest()),)), text=5)
     assert got.density == pytest.approx((8 * 16 * 16 + 2 * 5 * 128 + 25) / 133**2)
+
+
+def test_a_policy_that_reads_values_gets_them():
+    got = plan(windowed(phases=(Phase(policy=SpatialTemporal(density=0.3)),)))
+    assert got.reason is None
+    assert got.block_mask is not None
+
+
+def test_first_frame_is_a_sink():
+    got = plan(windowed(first_frame=True))
+    kept = got.block_mask.to_tile_map()[0, 0]
+    assert kept[:, :4].all()  # four tiles of the first frame
+    assert torch.equal(kept[4:, 4:], torch.eye(4, dtype=torch.bool))
+
+
+def test_a_profile_of_other_heads_is_refused():
+    profile = HeadProfile((Window(size=(1, 1, 1)), Dense()), (0, 1))
+    with pytest.raises(ValueError, match="for 2 heads, this layer has 1"):
+        plan(windowed(phases=(Phase(policy=profile),)))
+
+
+def test_remainder_of_the_phase():
+    assert plan(windowed(phases=(Phase(policy=Window(size=(1, 1, 1)), remainder="pooled"),))).remainder == "pooled"

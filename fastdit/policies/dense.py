@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fastdit.layout import Layout
+from fastdit.policies.base import Policy
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Policy):
     """Every tile attends every tile."""
 
     name: ClassVar[str] = "dense"
-    static: ClassVar[bool] = True
+    reads: ClassVar[str] = ""
 
-    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None) -> Tensor:
+    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         return torch.ones(1, 1, layout.video_tiles, layout.video_tiles, dtype=torch.bool)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name}
-
-    def __str__(self) -> str:
-        return self.name

@@ -18,19 +18,20 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fastdit.layout import Grid, Layout
+from fastdit.policies.base import Policy
 
 TIME_SHARE = 3
 """How many times more of height and width than of time a window covers when only its density is asked for."""
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Policy):
     """Attend to a box of tiles around the own tile: `size` = (t, h, w) in tiles, or the box nearest to `density`."""
 
     size: Grid | None = None
@@ -38,7 +39,7 @@ class Window:
     border: Literal["clamp", "truncate"] = "clamp"
 
     name: ClassVar[str] = "window"
-    static: ClassVar[bool] = True
+    reads: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if (self.size is None) == (self.density is None):
@@ -52,19 +53,11 @@ class Window:
         if self.border not in ("clamp", "truncate"):
             raise ValueError(f"window: border must be 'clamp' (STA) or 'truncate' (FPSAttention), got {self.border!r}")
 
-    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None) -> Tensor:
+    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         size = self.size or fit_window(layout.tile_grid, self.density or 1.0, self.border)
         near_t, near_h, near_w = (near(n, w, self.border) for n, w in zip(layout.tile_grid, size, strict=True))
         box = near_t[:, None, None, :, None, None] & near_h[:, None, None, :, None] & near_w[:, None, None, :]
         return box.reshape(1, 1, layout.video_tiles, layout.video_tiles)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "size": self.size and list(self.size),
-            "density": self.density,
-            "border": self.border,
-        }
 
     def __str__(self) -> str:
         what = "×".join(map(str, self.size)) if self.size else f"{self.density:g}"

@@ -1,0 +1,80 @@
+"""Policies made of policies: what any of them keeps, what all of them keep, and another one for each head.
+
+HeadProfile is the idea of RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819), that heads have trades. The
+mass exp(LSE_pattern − LSE_full) that a cheap pattern retains in a head is measured once, offline (`fastdit.profile`), and
+the cheapest pattern that retains enough is that head's from then on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdit.layout import Layout
+from fastdit.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class _Composed(Policy):
+    policies: tuple[Policy, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.policies or not all(isinstance(policy, Policy) for policy in self.policies):
+            raise ValueError(f"{self.name}: policies must be one policy or more, got {self.policies!r}")
+
+    @property
+    def reads(self) -> str:  # type: ignore[override]
+        """As much as the most curious of them."""
+        return max((policy.reads for policy in self.policies), key=len)
+
+    def _maps(self, layout: Layout, *tensors: Tensor | None) -> list[Tensor]:
+        device = next((x.device for x in tensors if x is not None), torch.device("cpu"))
+        return [policy.select(layout, *tensors).to(device) for policy in self.policies]
+
+
+@dataclass(frozen=True)
+class Union(_Composed):
+    """A tile pair is kept if any of the policies keeps it."""
+
+    name: ClassVar[str] = "union"
+
+    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        return reduce(torch.logical_or, self._maps(layout, q, k, v))
+
+
+@dataclass(frozen=True)
+class Intersect(_Composed):
+    """A tile pair is kept if all of the policies keep it; each tile attends itself in any case."""
+
+    name: ClassVar[str] = "intersect"
+
+    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        return reduce(torch.logical_and, self._maps(layout, q, k, v))
+
+
+@dataclass(frozen=True)
+class HeadProfile(_Composed):
+    """heads: for each head of a layer, the index of its policy."""
+
+    heads: tuple[int, ...] = ()
+
+    name: ClassVar[str] = "head_profile"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.heads or any(not 0 <= head < len(self.policies) for head in self.heads):
+            raise ValueError(
+                f"head_profile: heads must be indices of its {len(self.policies)} policies, one a head, got {self.heads}"
+            )
+
+    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        if q is not None and q.shape[1] != len(self.heads):
+            raise ValueError(f"head_profile: made for {len(self.heads)} heads, this layer has {q.shape[1]}: profile this model")
+        maps = self._maps(layout, q, k, v)
+        batch = max(x.shape[0] for x in maps)
+        chosen = [maps[policy].expand(batch, len(self.heads), -1, -1)[:, head] for head, policy in enumerate(self.heads)]
+        return torch.stack(chosen, 1)

@@ -1,0 +1,54 @@
+"""HyperAttention (Han et al., arXiv 2310.05869 §2, §4): sort by angle, attend within blocks of the sorted order.
+
+Random hyperplanes give each key and query a word of sign bits; read as a Gray code, words that differ in one bit are
+neighbours (sortLSH). Queries and keys are sorted by it, each on their own, and attended in equal blocks of the sorted
+order, so what points the same way meets. The paper sorts tokens; this sorts tiles by their mean, K centred, since tiles
+are what a kernel can skip. The paper's second half, a sampled estimate of everything else, is the remainder "sampled".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdit.layout import Layout
+from fastdit.policies.base import Policy, check_share
+from fastdit.policies.scores import means
+
+
+@dataclass(frozen=True)
+class LSH(Policy):
+    """density: size of a block over all tiles, in (0, 1]. planes: hyperplanes (the paper's r = 7), drawn from `seed` once."""
+
+    density: float = 0.25
+    planes: int = 7
+    seed: int = 0
+
+    name: ClassVar[str] = "lsh"
+
+    def __post_init__(self) -> None:
+        check_share(self.name, density=self.density)
+        if not 1 <= self.planes <= 30:
+            raise ValueError(f"lsh: planes must be 1 to 30, got {self.planes}")
+
+    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        if q is None or k is None:
+            raise ValueError("lsh needs q and k")
+        queries, keys = means(q, layout), means(k, layout)
+        planes = torch.randn(q.shape[-1], self.planes, generator=torch.Generator().manual_seed(self.seed)).to(q.device)
+        rows, columns = (
+            buckets(x, planes).argsort(dim=-1, stable=True).argsort(-1) for x in (queries, keys - keys.mean(2, keepdim=True))
+        )
+        size = max(1, round(self.density * layout.video_tiles))
+        finite = (queries.isfinite() & keys.isfinite().all(2, keepdim=True)).all(-1)
+        return (rows[..., None] // size == columns[..., None, :] // size) | ~finite[..., None]
+
+
+def buckets(x: Tensor, planes: Tensor) -> Tensor:
+    """[..., D] -> rank in Gray order of the word of sign bits, int64 [...]: words next to each other differ in one bit."""
+    bits = (x @ planes > 0).long()
+    binary = bits.cumsum(-1) % 2  # Gray code -> its rank: each bit is the parity of those up to it
+    return (binary << torch.arange(planes.shape[1] - 1, -1, -1, device=x.device)).sum(-1)

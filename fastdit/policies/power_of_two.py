@@ -1,0 +1,43 @@
+"""PowerAttention (Chen et al., arXiv 2503.03588 §3): distances that are powers of two, so that depth reaches everything.
+
+A query attends its neighbours and the blocks at distance 1, 2, 4, …: after ⌈log2 n⌉ layers information has come from
+everywhere, at O(log n) blocks a query. The paper's is causal and one-dimensional; a video has three axes and no order, so
+*axes* takes powers of two along each axis from the own tile, and *raster* the distance between tile numbers. Static and
+blind to the data, and made to be trained: alone it is no better than random tiles (docs/policies.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fastdit.layout import Grid, Layout
+from fastdit.policies.base import Policy
+from fastdit.policies.scores import places
+from fastdit.policies.window import Window
+
+
+@dataclass(frozen=True)
+class PowerOfTwo(Policy):
+    """window: tiles (t, h, w) around the own one, attended as well. along: "axes" or "raster"."""
+
+    window: Grid = (1, 1, 1)
+    along: Literal["axes", "raster"] = "axes"
+
+    name: ClassVar[str] = "power_of_two"
+    reads: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        Window(size=self.window)  # raises ValueError for a window that is none
+        if self.along not in ("axes", "raster"):
+            raise ValueError(f"power_of_two: along must be 'axes' or 'raster', got {self.along!r}")
+
+    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        axes = places(layout) if self.along == "axes" else (torch.arange(layout.video_tiles),)
+        far = torch.stack([(x[:, None] - x).abs() for x in axes])
+        power = (far & (far - 1)) == 0  # and zero
+        reach = power.all(0) & ((far > 0).sum(0) <= 1)
+        return Window(size=self.window).select(layout) | reach

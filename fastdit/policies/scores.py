@@ -1,0 +1,80 @@
+"""What the policies that look at the data share: scores of tile pairs, and which pairs a row of scores keeps.
+
+Scores are masses: float32 [B, H, tiles, tiles], rows sum to 1 as attention's do. Nothing of size N × N is ever held.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdit.layout import Layout
+
+ROWS_BYTES = 64 << 20
+"""Size of the logits that `antidiagonal` holds at a time."""
+
+
+def means(x: Tensor, layout: Layout) -> Tensor:
+    """[B, H, tiles, tokens, D] in tile order -> mean of each tile's real tokens, float32 [B, H, tiles, D]."""
+    return x.float().sum(3) / layout.counts(x.device)[: layout.video_tiles, None]
+
+
+def pooled(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
+    """softmax_j(q̄_i·k̄_j·D^-½ + log n_j): the mass of tiles whose tokens are all alike (SpargeAttn, arXiv 2502.18137 §3.2)."""
+    logits = (means(q, layout) @ means(k, layout).mT) * q.shape[-1] ** -0.5
+    return (logits + layout.counts(q.device)[: layout.video_tiles].log()).softmax(-1)
+
+
+def antidiagonal(q: Tensor, k: Tensor, layout: Layout, stride: int) -> Tensor:
+    """XAttention's score (arXiv 2503.16428 §3.1), at 1/stride of the cost of Q·Kᵀ.
+
+    A cell is `stride` consecutive tokens of a tile. The logit of cells a and b is the mean of q[aS + S−1−s]·k[bS + s]·D^-½
+    over s, which one product of the flattened cells gives, one of them reversed; softmax over all cells, summed by tiles.
+    Cells of padding are no cells; in a cell that lacks tokens the missing ones count as zero vectors.
+    """
+    order = layout.order(q.device)[: layout.video_tiles]
+    if q.is_cuda:
+        from fastdit.kernels import score
+
+        flat = torch.arange(order.numel(), device=q.device).view_as(order).masked_fill(order < 0, -1)
+        return score.antidiagonal(q.flatten(2, 3), k.flatten(2, 3), flat, flat, stride)
+    pad = -order.shape[1] % stride
+    cells = (order.shape[1] + pad) // stride
+    live = torch.nn.functional.pad(order, (0, pad), value=-1).view(-1, cells, stride).ge(0).any(-1).flatten()
+    queries, keys = (
+        torch.nn.functional.pad(x.float(), (0, 0, 0, pad)).unflatten(3, (cells, stride)).flatten(2, 3) for x in (q, k)
+    )
+    keys = keys.flatten(3)
+    queries = queries.flip(3).flatten(3) * (q.shape[-1] ** -0.5 / stride)
+    rows = max(1, ROWS_BYTES // (4 * cells * keys.shape[0] * keys.shape[1] * keys.shape[2])) * cells
+    hidden = torch.zeros(len(live)).masked_fill(~live, float("-inf"))
+    tiles = []
+    for part, seen in zip(queries.split(rows, 2), live.split(rows), strict=True):
+        mass = (part @ keys.mT).add_(hidden).softmax(-1).unflatten(-1, (-1, cells)).sum(-1)
+        tiles.append((mass * seen[:, None]).unflatten(2, (-1, cells)).sum(3))
+    return torch.cat(tiles, 2) / live.view(-1, cells).sum(1)[:, None]
+
+
+def keep(mass: Tensor, tau: float | None, density: float | None) -> Tensor:
+    """Of each row, the fewest tiles whose mass sums to tau of all, or the `density` share of tiles that weigh most.
+
+    A row that is not finite (NaN or Inf in q or k) keeps everything: what is wrong there must show, not be hidden.
+    """
+    tiles = mass.shape[-1]
+    if 1 in (tau, density):
+        return torch.ones_like(mass, dtype=torch.bool)
+    weights, order = mass.sort(dim=-1, descending=True, stable=True)
+    if tau is None:
+        kept = (torch.arange(tiles, device=mass.device) < max(1, round((density or 0) * tiles))).expand_as(mass)
+    else:
+        before = weights.double().cumsum(-1) - weights  # of the tiles ahead
+        kept = before < tau * weights.double().sum(-1, keepdim=True)
+    found = torch.zeros_like(kept).scatter_(-1, order, kept)
+    return found | ~mass.isfinite().all(-1, keepdim=True)
+
+
+def places(layout: Layout, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    """Coordinates (t, h, w) of each video tile in the tile grid, int64 [video_tiles] each."""
+    t, h, w = (torch.arange(n, device=device) for n in layout.tile_grid)
+    grid = torch.meshgrid(t, h, w, indexing="ij")
+    return grid[0].flatten(), grid[1].flatten(), grid[2].flatten()

@@ -1,0 +1,73 @@
+"""Sparse VideoGen (Xi et al., arXiv 2502.01776 §4): a head looks either around its own frame or along time, and shows which.
+
+*Spatial* heads attend a band of frames around their own, whole; *temporal* heads attend the same place, and a band around it,
+in all frames. The paper's temporal mask is its spatial one on tokens reordered so that all frames of one place are
+neighbours (`permute` below); tiles are bricks, so no token moves and both are maps of the same tiles. The band's half-width
+follows from the density r as in the paper: N·(1 − √(1 − r)) on each side of the diagonal, in tiles.
+
+Each call, a few query rows (32 in the paper's code) are computed exactly, under the spatial map and under the temporal one;
+a head takes the map with the smaller squared error of the output.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdit.layout import Layout
+from fastdit.policies.base import Policy, check_share
+from fastdit.policies.scores import places
+from fastdit.reference import attention
+
+
+@dataclass(frozen=True)
+class SpatialTemporal(Policy):
+    """density: of either map, in (0, 1]. rows: query rows drawn for the choice, the same in every call (`seed`)."""
+
+    density: float = 0.25
+    rows: int = 32
+    seed: int = 0
+
+    name: ClassVar[str] = "spatial_temporal"
+    reads: ClassVar[str] = "qkv"
+
+    def __post_init__(self) -> None:
+        check_share(self.name, density=self.density)
+        if self.rows < 1:
+            raise ValueError(f"spatial_temporal: rows must be >= 1, got {self.rows}")
+
+    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        if q is None or k is None or v is None:
+            raise ValueError("spatial_temporal needs q, k and v")
+        spatial, temporal = (x.to(q.device) for x in self.maps(layout))
+        real = layout.order(q.device)[: layout.video_tiles].flatten() >= 0
+        slots = real.nonzero().flatten()
+        drawn = torch.randperm(len(slots), generator=torch.Generator().manual_seed(self.seed))[: self.rows].to(q.device)
+        rows, tile = slots[drawn], slots[drawn] // layout.tile_tokens
+        query, key, value = q.flatten(2, 3)[:, :, rows], k.flatten(2, 3), v.flatten(2, 3)
+        full, near_space, near_time = (
+            attention(query, key, value, kept[tile].repeat_interleave(layout.tile_tokens, -1) & real)[0].float()
+            for kept in (torch.ones_like(spatial), spatial, temporal)
+        )
+        errors = [(near - full).square().sum((-1, -2), keepdim=True) for near in (near_space, near_time)]
+        return torch.where(errors[0] <= errors[1], spatial, temporal)
+
+    def maps(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The spatial and the temporal map, bool [video_tiles, video_tiles] each."""
+        n = layout.video_tiles
+        half = max(0, round(n * (1 - math.sqrt(1 - self.density))) - 1)
+        index = torch.arange(n)
+        band = (index[:, None] - index).abs() <= half
+        rank = permute(layout)
+        return band, band[rank[:, None], rank]
+
+
+def permute(layout: Layout) -> Tensor:
+    """Rank of each video tile when tiles are ordered by place first and by frame within it, int64 [video_tiles]."""
+    t, h, w = places(layout)
+    T, _, W = layout.tile_grid
+    return (h * W + w) * T + t

@@ -1,0 +1,66 @@
+"""AnchorAttention (Zhang et al., arXiv 2505.23520 §3): keys nearly as heavy as the heaviest one nearby, for a group of queries.
+
+The paper computes attention exactly over the initial block and a local window; the largest logit found there is a query's
+*anchor*. Queries and anchors are averaged over blocks, and of all other keys those are kept whose logit with a block's mean
+query comes within theta of its mean anchor, for any block of the group: what is dropped weighs less than e^−theta of
+the anchor. A video has no causal order, so "initial" is the first frame and "local" a window of tiles.
+
+This is the paper's method at the granularity of tiles: a key tile is kept if any of its keys passes. The mean query is
+compared, not each query, so a key that one query alone wants can be missed, in the paper as here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdit.layout import Grid, Layout
+from fastdit.policies.base import Policy
+from fastdit.policies.scores import means, places
+from fastdit.policies.window import Window
+
+
+@dataclass(frozen=True)
+class Stripe(Policy):
+    """theta: natural-log logit units, the paper's 12; ∞ keeps everything, −∞ the first frame and the window alone.
+    window: local tiles (t, h, w). group: query tiles that share their keys, in tile order (the paper: 16 blocks)."""
+
+    theta: float = 12.0
+    window: Grid = (1, 3, 3)
+    group: int = 1
+
+    name: ClassVar[str] = "stripe"
+
+    def __post_init__(self) -> None:
+        Window(size=self.window)  # raises ValueError for a window that is none
+        if self.theta != self.theta or self.group < 1:
+            raise ValueError(f"stripe: theta must be a number and group >= 1, got {self.theta} and {self.group}")
+
+    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        if q is None or k is None:
+            raise ValueError("stripe needs q and k")
+        anchors = self.anchors(layout).to(q.device)
+        pooled, keys, scale = means(q, layout), k.float(), q.shape[-1] ** -0.5
+        real = (layout.order(q.device)[: layout.video_tiles] >= 0)[:, None]
+        kept = []
+        for tile, rows in enumerate(q.unbind(2)):  # a tile's queries against all keys at a time
+            seen = keys[:, :, anchors[tile]].flatten(2, 3)
+            hidden = ~real[anchors[tile], 0].flatten()
+            top = (rows.float() @ seen.mT * scale).masked_fill(hidden, float("-inf")).amax(-1)
+            anchor = (top * real[tile, 0]).sum(-1) / real[tile].sum()
+            logits = (pooled[:, :, tile, None, None] @ keys.mT).squeeze(3) * scale
+            heaviest = logits.masked_fill(~real[:, 0], float("-inf")).amax(-1)
+            kept.append(~(heaviest + self.theta < anchor[..., None]))  # NaN keeps
+        found = torch.stack(kept, 2)
+        if self.group > 1:
+            groups = found.split(self.group, 2)
+            found = torch.cat([x.any(2, keepdim=True).expand_as(x) for x in groups], 2)
+        return found | anchors
+
+    def anchors(self, layout: Layout) -> Tensor:
+        """First frame and local window, bool [video_tiles, video_tiles]."""
+        t, _, _ = places(layout)
+        return Window(size=self.window).select(layout)[0, 0] | (t == 0)

@@ -1,0 +1,97 @@
+"""What stands in for dropped keys: nothing, the means of tiles, a sample."""
+
+import math
+
+import pytest
+import torch
+
+from fastdit import remainder
+from fastdit.blockmask import BlockMask
+from fastdit.config import Phase
+from fastdit.layout import Layout
+from fastdit.policies import Window
+from fastdit.quant import Quant
+from fastdit.reference import attention, merge, relative_error, token_mask
+
+LAYOUT = Layout((4, 7, 9), (1, 4, 4), text_len=6)
+
+
+def problem(seed=0, heads=2, kv_heads=2, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (
+        torch.randn(2, n, LAYOUT.length, 16, dtype=torch.float64, generator=generator) * scale
+        for n in (heads, kv_heads, kv_heads)
+    )
+    kept = torch.rand(2, heads, LAYOUT.num_tiles, LAYOUT.num_tiles, generator=generator) < 0.4
+    kept |= torch.eye(LAYOUT.num_tiles, dtype=torch.bool)
+    return q, k, v + 1, kept
+
+
+def test_the_sample_is_right_on_average():
+    """Over many draws the estimates of numerator and denominator of what was dropped meet the truth (both are unbiased)."""
+    q, k, v, kept = problem()
+    mask = BlockMask.from_tile_map(kept, LAYOUT)
+    out, lse = attention(q, k, v, ~token_mask(LAYOUT, kept))
+    top, bottom = torch.zeros_like(out), torch.zeros_like(lse)
+    draws = 300
+    for seed in range(draws):
+        some, weight = remainder.sampled(q, k, v, mask, samples=64, seed=seed)
+        bottom += weight.exp() / draws
+        top += some * weight.exp()[..., None] / draws
+    assert relative_error(bottom, lse.exp()) < 0.05
+    assert relative_error(top, out * lse.exp()[..., None]) < 0.08
+
+
+@pytest.mark.parametrize("quant", [Quant(), Quant("int8", "fp8", smooth_k=True)], ids=str)
+def test_sample_merges_with_the_kept_tiles(quant):
+    q, k, v, kept = problem(1)
+    q, k, v = q.float(), k.float(), v.float()
+    mask = BlockMask.from_tile_map(kept, LAYOUT)
+    out, lse = remainder.attention(q, k, v, mask, quant, remainder="sampled")
+    parts = [remainder.attention(q, k, v, mask, quant), remainder.sampled(q, k, v, mask)]
+    expected, expected_lse = merge(parts)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    dense = attention(q, k, v)[0]
+    assert relative_error(out, dense) < relative_error(parts[0][0], dense)
+    assert torch.equal(out, remainder.attention(q, k, v, mask, quant, remainder="sampled")[0])  # one draw for a whole run
+
+
+def test_keys_of_kept_tiles_are_not_counted_twice():
+    """With everything kept the sample adds nothing; and no sampled key lies in a kept tile."""
+    q, k, v, kept = problem(2)
+    everything = BlockMask.from_tile_map(torch.ones_like(kept), LAYOUT)
+    assert (remainder.sampled(q, k, v, everything)[1] == -math.inf).all()
+    out, _ = remainder.attention(q, k, v, everything, remainder="sampled")
+    assert relative_error(out, attention(q, k, v)[0]) < 1e-12
+    seen = token_mask(LAYOUT, kept)
+    spoiled = v.masked_fill(seen[:, :, 5, :, None], 1e30)  # what query 5 attends exactly
+    out, _ = remainder.sampled(q, k, spoiled, BlockMask.from_tile_map(kept, LAYOUT))
+    assert out[:, :, 5].abs().max() < 100
+
+
+def test_sample_of_grouped_heads_and_in_pieces(monkeypatch):
+    q, k, v, kept = problem(3, heads=4, kv_heads=2)
+    mask = BlockMask.from_tile_map(kept, LAYOUT)
+    out, lse = remainder.sampled(q, k, v, mask)
+    monkeypatch.setattr(remainder, "LOGITS_BYTES", 1)
+    again, lse_again = remainder.sampled(q, k, v, mask)
+    assert torch.allclose(out, again, atol=1e-12)
+    assert torch.allclose(lse, lse_again, atol=1e-12)
+
+
+@pytest.mark.parametrize("quant", [Quant(), Quant("fp8", "fp8"), Quant("int8", smooth_k=True)], ids=str)
+@pytest.mark.parametrize("kind", ["pooled", "sampled"])
+def test_what_is_flat_is_stood_for_exactly(kind, quant):
+    """Equal keys and values everywhere: means and samples both are the truth, whatever is dropped."""
+    q, k, v, kept = problem(4)
+    k, v = k[:, :, :1].expand_as(k).float(), v[:, :, :1].expand_as(v).float()
+    mask = BlockMask.from_tile_map(kept, LAYOUT)
+    out, _ = remainder.attention(q.float(), k, v, mask, quant, remainder=kind)
+    dense, _ = remainder.attention(q.float(), k, v, None, quant, remainder=kind)
+    assert relative_error(out, dense) < (0.02 if quant.pv == "fp8" else 2e-3)
+
+
+def test_unknown_remainder_is_named():
+    with pytest.raises(ValueError, match="none, pooled, sampled"):
+        Phase(policy=Window(density=0.2), remainder="guess")
