@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "layout": 0, "quant": 0, "reference": 0, "blockmask": 0,
     "ops": 1, "kernels": 1,
-    "policies": 2, "plan": 2, "remainder": 2, "config": 2, "memory": 2,
+    "policies": 2, "plan": 2, "remainder": 2, "profile": 2, "config": 2, "memory": 2,
     "handle": 3, "processor": 3, "clock": 3, "report": 3, "guard": 3,
     "api": 4, "presets": 4, "pipelines": 4, "": 4,
     "apps": 5, "__main__": 5,

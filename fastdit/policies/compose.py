@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdit.layout import Layout
+from fastdit.layout import Grid, Layout
 from fastdit.policies.base import Policy
 
 
@@ -58,9 +58,10 @@ class Intersect(_Composed):
 
 @dataclass(frozen=True)
 class HeadProfile(_Composed):
-    """heads: for each head of a layer, the index of its policy."""
+    """heads: for each head of a layer, the index of its policy. grid: that it was measured on; None fits any."""
 
     heads: tuple[int, ...] = ()
+    grid: Grid | None = None
 
     name: ClassVar[str] = "head_profile"
 
@@ -72,6 +73,8 @@ class HeadProfile(_Composed):
             )
 
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        if self.grid is not None and layout.grid != self.grid:
+            raise ValueError(f"head_profile: measured on the grid {self.grid}, this clip has {layout.grid}: profile this size")
         if q is not None and q.shape[1] != len(self.heads):
             raise ValueError(f"head_profile: made for {len(self.heads)} heads, this layer has {q.shape[1]}: profile this model")
         maps = self._maps(layout, q, k, v)

@@ -1,0 +1,83 @@
+"""How much of each head's attention a cheap pattern keeps, measured once, and the configuration that follows from it.
+
+The mass of a query that a pattern retains is exp(LSE_pattern − LSE_full), which Re-ttention (arXiv 2505.22918 §3.2) calls ρ. It
+stands in for the squared error of Sliding Tile Attention's search over windows (arXiv 2502.04507 §3.3) and needs no values.
+Heads have trades that hardly depend on the prompt, so a few prompts are enough.
+
+    seen = Seen(layout)
+    seen.add(sigma, layer, q, k)  # wherever they come from: `fastdit.apps.profile` takes them from a pipeline's own run
+    config = choose(seen, [Window(density=0.125), Radial(density=0.125)])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastdit.config import Config, Phase
+from fastdit.layout import Layout
+from fastdit.policies import HeadProfile, Policy
+
+LOGITS_BYTES = 64 << 20
+
+
+@dataclass(eq=False)
+class Seen:
+    """True mass of each tile pair, [1, heads, tiles, tiles], by (noise level, layer), summed over `calls` calls."""
+
+    layout: Layout
+    mass: dict[tuple[float, int], Tensor] = field(default_factory=dict)
+    calls: dict[tuple[float, int], int] = field(default_factory=dict)
+
+    def add(self, sigma: float, layer: int, q: Tensor, k: Tensor) -> None:
+        """q and k: video tokens in tile order, [B, H, tiles, tokens, D]."""
+        key = (sigma, layer)
+        found = tile_mass(q, k, self.layout).mean(0, keepdim=True)
+        self.mass[key] = self.mass.get(key, torch.zeros(())) + found
+        self.calls[key] = self.calls.get(key, 0) + 1
+
+
+def tile_mass(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
+    """Softmax attention summed over key tiles and averaged over the queries of a tile: [B, H, tiles, tiles], rows sum to 1.
+
+    q and k: [B, H, tiles, tokens, D] in tile order. Computed exactly, a few query tiles at a time: O(N²) time, not memory.
+    """
+    real = (layout.order(q.device)[: layout.video_tiles] >= 0).flatten()
+    keys = k.flatten(2, 3).float()
+    hidden = torch.zeros(len(real), device=q.device).masked_fill(~real, float("-inf"))
+    step = max(1, LOGITS_BYTES // (4 * keys.shape[0] * keys.shape[1] * len(real) * layout.tile_tokens))
+    rows = []
+    for part, live in zip(q.split(step, 2), real.view(-1, layout.tile_tokens).split(step), strict=True):
+        logits = (part.flatten(2, 3).float() @ keys.mT) * q.shape[-1] ** -0.5 + hidden
+        mass = logits.softmax(-1).unflatten(-1, (-1, layout.tile_tokens)).sum(-1).unflatten(2, (-1, layout.tile_tokens))
+        rows.append((mass * live[..., None]).sum(3) / live.sum(1)[:, None])
+    return torch.cat(rows, 2)
+
+
+def retained(mass: Tensor, kept: Tensor, layout: Layout) -> Tensor:
+    """Share of attention in the kept tiles, mean over queries: mass and kept [b, h, tiles, tiles] -> [b, h] in [0, 1]."""
+    counts = layout.counts(mass.device)[: layout.video_tiles]
+    return ((mass * kept).sum(-1) * counts).sum(-1) / counts.sum()
+
+
+def choose(seen: Seen, policies: Sequence[Policy]) -> Config:
+    """The policy of these that retains most mass in each head of each layer, as one phase a layer over all noise levels.
+
+    policies: static ones of about equal density. Raises ValueError if nothing was seen or a policy looks at the data.
+    """
+    if not seen.mass:
+        raise ValueError("nothing was seen: run the pipeline inside `watch`, on a clip that fastdit would make sparse")
+    if any(not policy.static for policy in policies):
+        raise ValueError("a profile chooses among static policies: the others choose by themselves in every call")
+    maps = [policy.select(seen.layout) for policy in policies]
+    phases = []
+    for layer in sorted({layer for _, layer in seen.mass}):
+        mass = sum(total / seen.calls[key] for key, total in seen.mass.items() if key[1] == layer)
+        assert isinstance(mass, Tensor)
+        best = torch.stack([retained(mass, kept.to(mass.device), seen.layout)[0] for kept in maps]).argmax(0)
+        profile = HeadProfile(tuple(policies), tuple(best.tolist()), seen.layout.grid)
+        phases.append(Phase(policy=profile, layers=(layer, layer + 1)))
+    return Config(tuple(phases), seen.layout.tile, min_tokens=0)
