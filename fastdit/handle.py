@@ -29,14 +29,23 @@ _handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
 class Facts(NamedTuple):
     """One denoiser call as its adapter reads it: where the tokens sit, and how noisy they are.
 
-    grid: video tokens (T, H, W) after patching; text_len: text tokens in the same self-attention, before the video if
-    text_first; sigma: tensor of noise levels in [0, 1], any shape (per batch element or per token: the largest counts).
+    grid: tokens (T, H, W) after patching, in raster order; an int tensor of three where only the call's tensors tell.
+    sigma: tensor of noise levels in [0, 1], any shape (per batch element or per token: the largest counts).
+    before, after: other tokens of the same sequence (text, reference images), in front of the grid's and behind them.
+    ragged: each batch element has its own number of tokens before the grid, and padding behind it.
+    coarser: further grids, of the lower resolutions of a UNet; a site's number of tokens tells which is its own.
     """
 
-    grid: Grid
+    grid: Grid | Tensor
     sigma: Tensor
-    text_len: int = 0
-    text_first: bool = False
+    before: int = 0
+    after: int = 0
+    ragged: bool = False
+    coarser: tuple[Grid, ...] = ()
+
+    @property
+    def text_len(self) -> int:
+        return self.before + self.after
 
 
 class Adapter(Protocol):
@@ -46,17 +55,22 @@ class Adapter(Protocol):
         """(name, module) of every self-attention, in the order in which they run."""
         ...
 
+    def left(self, model: nn.Module) -> Iterator[tuple[str, str]]:
+        """(name, why) of every other attention module of the model."""
+        ...
+
     def facts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
         """Read one call of the denoiser's forward. Traced by torch.compile: tensor operations and plain Python only."""
         ...
 
 
 class Ran(NamedTuple):
-    """What one call of a site did; phase as in `Plan`, reason None where it ran sparse or quantized."""
+    """What one call of a site did; phase as in `Plan`, reason None where it ran sparse or quantized; trimmed: keys cut."""
 
     phase: int | None
     density: float
     reason: str | None
+    trimmed: int = 0
 
 
 @dataclass(eq=False)
@@ -71,8 +85,8 @@ class Site:
     refusal: str | None = None
     """Why the last call went straight to the pipeline's own attention, seen when the call was traced."""
 
-    def record(self, plan: Plan) -> None:
-        self.ran[Ran(plan.phase, plan.density, plan.reason)] += 1
+    def record(self, plan: Plan, trimmed: int = 0) -> None:
+        self.ran[Ran(plan.phase, plan.density, plan.reason, trimmed)] += 1
 
 
 @dataclass(eq=False)
@@ -83,9 +97,15 @@ class Denoiser:
     adapter: Adapter
     handle: Handle
     sites: list[Site] = field(default_factory=list)
+    left: Counter[str] = field(default_factory=Counter)
+    """Attention modules that are no sites, counted by the reason why."""
     grid: Grid = (0, 0, 0)
-    text_len: int = 0
-    text_first: bool = False
+    coarser: tuple[Grid, ...] = ()
+    before: int = 0
+    after: int = 0
+    ragged: bool = False
+    where: Tensor | None = None
+    """The grid, on the CPU, where it is only known when the call runs."""
     sigma: Tensor = field(default_factory=lambda: torch.zeros(()))
     """On the CPU: the op reads it at every site, and only one transfer a call may wait for the GPU."""
 
@@ -100,13 +120,14 @@ class Observe:
     denoiser: Denoiser
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        facts = self.denoiser.adapter.facts(model, args, kwargs)
-        self.denoiser.grid, self.denoiser.text_len, self.denoiser.text_first = (
-            facts.grid,
-            facts.text_len,
-            facts.text_first,
-        )
-        self.denoiser.sigma = facts.sigma.amax().to("cpu", torch.float32)
+        denoiser, facts = self.denoiser, self.denoiser.adapter.facts(model, args, kwargs)
+        if isinstance(facts.grid, Tensor):
+            denoiser.grid, denoiser.where = (0, 0, 0), facts.grid.to("cpu", torch.int64)
+        else:
+            denoiser.grid, denoiser.where = facts.grid, None
+        denoiser.before, denoiser.after, denoiser.ragged = facts.before, facts.after, facts.ragged
+        denoiser.coarser = facts.coarser
+        denoiser.sigma = facts.sigma.amax().to("cpu", torch.float32)
 
 
 class Handle:

@@ -2,11 +2,11 @@
 
 A bound processor runs a clone of the original processor's `__call__` in whose globals `dispatch_attention_fn` and
 `F.scaled_dot_product_attention` are ours. So projections, norms, rotary embedding, LoRA and fused weights stay the
-model's own code. Both names end in one opaque op, `fastdit::site_attention`, which decides at run time (noise level, phase,
-plan), so that a compiled denoiser is one graph for all steps and, block by block, one graph for all layers.
+model's own code. Both names end in one opaque op (`fastdit.attend`), which decides at run time (noise level, phase, plan), so
+that a compiled denoiser is one graph for all steps and, block by block, one graph for all layers.
 
-What fastdit does not do (masks, causal or grouped attention, dropout, attention split over processes, cross-attention) goes
-to the original function, with the original backend, and is reported.
+What fastdit does not do (causal or grouped attention, dropout, attention split over processes, cross-attention) goes to the
+original function, with the original backend, and is reported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import inspect
 import threading
 import types
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,9 +24,8 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
-from fastdit import ops, remainder
+from fastdit.attend import SDPA, attend
 from fastdit.handle import Adapter, Denoiser, Handle, Observe, Site
-from fastdit.plan import make_plan
 
 _current = threading.local()
 """`.site`: the site whose processor is running in this thread, between the bound processor and the core attention."""
@@ -102,7 +100,7 @@ def _dispatch(
 ) -> Tensor:
     """Stands for diffusers' `dispatch_attention_fn`: q, k, v [B, N, H, D]."""
     bound = _current.site
-    refusal = _refusal(query, key, attn_mask, dropout_p, is_causal, enable_gqa)
+    refusal = _refusal(query, key, dropout_p, is_causal, enable_gqa)
     if parallel_config is not None:
         refusal = "attention is split over processes"
     bound.site.refusal = refusal
@@ -112,7 +110,7 @@ def _dispatch(
             backend=backend, parallel_config=parallel_config,
         )  # fmt: skip
     name = "" if backend is None else str(AttentionBackendName(backend).value)
-    return _at_site(bound, query, key, value, scale, name)
+    return attend(bound.site.denoiser, bound.ids, query, key, value, attn_mask, scale, name)
 
 
 def _sdpa(
@@ -127,27 +125,22 @@ def _sdpa(
 ) -> Tensor:
     """Stands for `F.scaled_dot_product_attention`: q, k, v [B, H, N, D]."""
     bound = _current.site
-    refusal = _refusal(query.transpose(1, 2), key.transpose(1, 2), attn_mask, dropout_p, is_causal, enable_gqa)
+    refusal = _refusal(query.transpose(1, 2), key.transpose(1, 2), dropout_p, is_causal, enable_gqa)
     bound.site.refusal = refusal
     if refusal is not None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return _at_site(bound, query, key, value, scale, _SDPA).transpose(1, 2)
+    return attend(bound.site.denoiser, bound.ids, query, key, value, attn_mask, scale, SDPA).transpose(1, 2)
 
 
-_SDPA = "F.scaled_dot_product_attention"
 _functional = types.ModuleType("fastdit_functional")
 _functional.__dict__.update({name: thing for name, thing in vars(F).items() if not name.startswith("__")})
 _functional.scaled_dot_product_attention = _sdpa  # type: ignore[attr-defined]
 
 
-def _refusal(
-    query: Tensor, key: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, enable_gqa: bool
-) -> str | None:
-    if mask is not None:
-        return "attention mask"
+def _refusal(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool, enable_gqa: bool) -> str | None:
     if is_causal or enable_gqa or dropout_p:
         return "causal or grouped attention, or dropout"
     if query.shape[1] != key.shape[1]:
@@ -155,70 +148,24 @@ def _refusal(
     return None
 
 
-def _at_site(bound: BoundProcessor, q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> Tensor:
-    denoiser = bound.site.denoiser
-    facts = (list(denoiser.grid), denoiser.text_len, denoiser.text_first)
-    return _site_attention(q, k, v, bound.ids, denoiser.sigma, *facts, scale, backend)
-
-
-@torch.library.custom_op("fastdit::site_attention", mutates_args=())
-def _site_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ids: Tensor,
-    sigma: Tensor,
-    grid: list[int],
-    text_len: int,
-    text_first: bool,
-    scale: float | None,
-    backend: str,
-) -> Tensor:
-    """[B, N, H, D] -> [B, N, H, D], contiguous, by whatever the plan of this site says for this noise level."""
-    number, index = ids.tolist()
-    handle = Handle.find(number)
-    site = handle.sites[index]
-    handle.begin_call(float(sigma))
-    t, h, w = grid
-    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
-    plan = make_plan(
-        handle.config, float(sigma), site.layer, len(site.denoiser.sites), (t, h, w), text_len, text_first, query, key, value
-    )
-    if plan.reason is None and (refusal := ops.unsupported(query, plan.quant)):
-        plan = replace(plan, density=1.0, block_mask=None, reason=refusal)
-    site.record(plan)
-    if plan.reason is None:
-        out = remainder.attention(query, key, value, plan.block_mask, plan.quant, scale, plan.remainder)[0].transpose(1, 2)
-    elif backend == _SDPA:
-        out = F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
-    else:
-        out = dispatch_attention_fn(q, k, v, scale=scale, backend=AttentionBackendName(backend) if backend else None)
-    return out.contiguous()
-
-
-@_site_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-def _no_backward(*_: Any) -> None:
-    raise RuntimeError("a pipeline accelerated by fastdit is for inference only: call fastdit.restore(pipe) before training")
-
-
-torch.library.register_autograd("fastdit::site_attention", _no_backward)
-
-
 def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> None:
     """Bind every self-attention site of a model into a handle. The model must not be installed yet."""
     denoiser = Denoiser(name, adapter, handle)
     first = len(handle.sites)
-    for layer, (site_name, module) in enumerate(adapter.sites(model)):
-        site = Site(site_name, first + layer, layer, denoiser)
-        cls: Any = type(module.processor)
-        _set(module, _bound_class(cls)(module.processor, site))
-        denoiser.sites.append(site)
+    for layer, (site_name, _) in enumerate(adapter.sites(model)):
+        denoiser.sites.append(Site(site_name, first + layer, layer, denoiser))
+    denoiser.left.update(why for _, why in adapter.left(model))
     handle.denoisers.append(denoiser)
+    bind(model, denoiser)
     model.register_forward_pre_hook(Observe(denoiser), with_kwargs=True)
+
+
+def bind(model: nn.Module, denoiser: Denoiser) -> None:
+    """Wrap the processor of every site that is not wrapped; again after diffusers replaced them (`fuse_qkv_projections`)."""
+    for site, (_, module) in zip(denoiser.sites, denoiser.adapter.sites(model), strict=True):
+        if not isinstance(module.processor, BoundProcessor):
+            cls: Any = type(module.processor)
+            _set(module, _bound_class(cls)(module.processor, site))
 
 
 def uninstall(model: nn.Module) -> None:

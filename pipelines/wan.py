@@ -20,6 +20,11 @@ class Wan:
             if getattr(module, "is_cross_attention", None) is False and hasattr(module, "processor"):
                 yield name, module
 
+    def left(self, model: nn.Module) -> Iterator[tuple[str, str]]:
+        for name, module in model.named_modules():
+            if getattr(module, "is_cross_attention", None) and hasattr(module, "processor"):
+                yield name, "cross-attention"
+
     def facts(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
         hidden_states, timestep = (
             kwargs[name] if name in kwargs else args[position] for position, name in enumerate(("hidden_states", "timestep"))

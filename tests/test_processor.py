@@ -132,7 +132,7 @@ def test_what_is_not_ours_goes_to_the_original_and_is_reported(model):
         got = attn.processor(attn, hidden, attention_mask=mask)
         expected = attn.processor.inner(attn, hidden, attention_mask=mask)
     assert torch.equal(got, expected)
-    assert fastdit.report(model).sites[0].reason == "attention mask"
+    assert fastdit.report(model).sites[0].reason == "the mask hides more than whole keys"
 
 
 def test_processors_that_call_sdpa_themselves():
