@@ -7,6 +7,7 @@ diffusers has `set_attn_processor` on models; importing fastdit adds it to pipel
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,8 @@ def accelerate(target: Any, config: str | Config = DEFAULT) -> Handle:
     for name, model in models.items():
         install(model, name, adapters[name], handle)
     handle.restore = functools.partial(restore, target)
+    if not isinstance(target, nn.Module):
+        handle.pipeline = weakref.ref(target)
     return handle
 
 

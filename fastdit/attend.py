@@ -1,36 +1,30 @@
-"""One attention call of a site, decided when it runs: where its tokens sit, its plan, dense or sparse, and what ran is noted.
+"""One attention call of a site, decided when it runs: where its tokens sit, its plan, what was remembered, whether it held.
 
-Opaque to torch.compile (`fastdit::site_attention`), so that noise levels, phases and prompt lengths never cost a graph.
+Opaque to torch.compile (`fastdit::site_attention`), so that noise levels, phases, prompt lengths and statistics never cost a
+graph.
 """
 
 from __future__ import annotations
 
-import math
+import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
-from fastdit import ops, remainder, trim
-from fastdit.handle import Denoiser, Handle, Site
-from fastdit.layout import Grid
+from fastdit import guard, memory, ops, trim
+from fastdit.handle import Denoiser, Handle, Ran, Site
+from fastdit.memory import Memory
+from fastdit.place import Place, find_place
 from fastdit.plan import Plan, make_plan
 from fastdit.quant import Quant
 
 SDPA = "F.scaled_dot_product_attention"
 """The backend of processors that call it themselves, instead of diffusers' `dispatch_attention_fn`."""
-
-
-class Place(NamedTuple):
-    """Where the tokens of one sequence sit: `before` others, the grid in raster order, `after` others."""
-
-    grid: Grid
-    before: int = 0
-    after: int = 0
 
 
 def attend(
@@ -58,29 +52,28 @@ def _site_attention(
 ) -> Tensor:
     number, index = ids.tolist()
     handle = Handle.find(number)
-    level = float(sigma)
-    handle.begin_call(level)
-    call = _Call(handle, handle.sites[index], level, where, places, scale, backend)
+    level, site = float(sigma), handle.sites[index]
+    handle.begin_call(level, site)
+    call = _Call(handle, site, level, where, places, scale, backend)
     keys = None
     if mask is not None:
         keys = trim.read(mask, q.shape[0], q.shape[1], k.shape[1])
         if keys is None:
-            handle.sites[index].record(call.dense("the mask hides more than whole keys"))
-            return call.original(q, k, v, mask).contiguous()
+            return call.dense(call.lacking("the mask hides more than whole keys"), q, k, v, mask).contiguous()
         if all(runs == ((0, k.shape[1]),) for runs in keys.kept):
             keys = None
     if keys is None:
-        return call.run(q, k, v).contiguous()
+        return call.answer(q, k, v, call.place(q.shape[1])).contiguous()
     groups = defaultdict(list)
     for row, runs in enumerate(keys.kept):
         groups[runs].append(row)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for runs, rows in groups.items():
         if len(groups) == 1:
-            call.run_trimmed(out, q, k, v, runs, keys.square)
+            call.trimmed(out, q, k, v, runs, keys.square)
         else:
             part = torch.empty_like(out[rows])
-            call.run_trimmed(part, q[rows], k[rows], v[rows], runs, keys.square)
+            call.trimmed(part, q[rows], k[rows], v[rows], runs, keys.square)
             out[rows] = part
     return out
 
@@ -109,77 +102,98 @@ class _Call:
     scale: float | None
     backend: str
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        plan, roll = self.plan(q, k, v, self.place(q.shape[1]))
-        self.site.record(plan)
-        return self.original(q, k, v) if plan.reason is not None else self.sparse(q, k, v, plan, roll)
-
-    def run_trimmed(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, runs: trim.Runs, square: bool) -> None:
+    def trimmed(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, runs: trim.Runs, square: bool) -> None:
         """Into out. Hidden tokens are no keys; as queries they attend what is left, or stay 0 if the mask is square."""
         hidden = trim.gaps(runs, q.shape[1])
         query, key, value = (trim.take(x, runs) for x in (q, k, v))
-        plan, roll = self.plan(query, key, value, self.place(q.shape[1], runs))
-        self.site.record(plan, trimmed=trim.count(hidden))
-        if plan.reason is not None and not square:
-            out.copy_(self.original(q, key, value))
-            return
-        if plan.reason is not None:
-            trim.put(out, self.original(query, key, value), runs)
-        else:
-            trim.put(out, self.sparse(query, key, value, plan, roll), runs)
+        place = self.place(q.shape[1], runs)
+        trim.put(out, self.answer(query, key, value, place, trim.count(hidden), branch=runs), runs)
         if square:
             trim.put(out, torch.zeros_like(trim.take(q, hidden)), hidden)
         else:
             trim.put(out, self.original(trim.take(q, hidden), key, value), hidden)
 
-    def place(self, tokens: int, kept: trim.Runs | None = None) -> Place | str:
-        """Where this many tokens sit, of which a mask leaves `kept`; or why that cannot be told."""
-        before, after, ragged, *sides = self.places
-        grids = [tuple(sides[i : i + 3]) for i in range(0, len(sides), 3)]
-        if self.where is not None:
-            grids = [tuple(self.where.tolist())]
-            after = tokens - before - math.prod(grids[0])
-            if math.prod(grids[0]) == 0 or after < 0:
-                return "the tokens' coordinates are not those of one image"
-        left = tokens if kept is None else trim.count(kept)
-        for t, h, w in grids:
-            video = t * h * w
-            if kept is not None and not ragged:
-                if tokens == before + video + after:
-                    if trim.count(kept, before, before + video) < video:
-                        return "the mask hides tokens of the picture"
-                    return Place((t, h, w), trim.count(kept, 0, before), trim.count(kept, before + video))
-            elif left == before + video + after:
-                return Place((t, h, w), before, after)
-            elif kept is None and not (before and after) and video <= left < video + before + after:
-                return Place((t, h, w), left - video if before else 0, left - video if after else 0)  # text cut by the model
-            elif ragged and kept is not None and len(kept) == 1 and kept[0][0] == 0 and left >= video:
-                return Place((t, h, w), left - video)
-        expected = " or ".join(str(before + math.prod(grid) + after) for grid in grids)
-        return f"{tokens} tokens where the denoiser's input makes {expected}"
+    def answer(
+        self, q: Tensor, k: Tensor, v: Tensor, place: Place | str, trimmed: int = 0, branch: trim.Runs | None = None
+    ) -> Tensor:
+        """Sparse, quantized or dense as planned; again on a higher rung of the guard while the answer is not good enough."""
+        while True:
+            key = (self.site.denoiser.branch, branch, place, q.shape, q.dtype, self.phase(), self.site.rung)
+            held = self.site.memories.setdefault(key, Memory())
+            plan, roll = self.plan(q, k, v, place, held)
+            if plan.reason is not None:
+                return self.dense(plan, q, k, v, trimmed=trimmed)
+            watch = _Stopwatch(q)
+            query, key_, value = (_roll(x, roll).transpose(1, 2) for x in (q, k, v))
+            out, how = memory.attention(
+                query, key_, value, plan, plan.reuse, held, self.scale,
+                lambda: self.original(_roll(q, roll), _roll(k, roll), _roll(v, roll)).transpose(1, 2),  # noqa: B023
+            )  # fmt: skip
+            error, why = self.fault(query, key_, value, out, how)
+            if why is None:
+                skipped = how == "reuse" and plan.reuse.kind == "broadcast"
+                density = 1.0 if how == "refresh" else 0.0 if skipped else plan.density
+                self.record(replace(plan, density=density), how, watch, trimmed, error, held.no_room)
+                return _roll(out.transpose(1, 2), -roll)
+            self.site.climb(why, guard.TOP if error is None else self.site.rung + 1)
 
-    def plan(self, q: Tensor, k: Tensor, v: Tensor, place: Place | str) -> tuple[Plan, int]:
+    def fault(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, how: str) -> tuple[float | None, str | None]:
+        """Measured error (None: not measured, or not finite) and what is wrong with an answer, None if nothing is."""
+        if not bool(out.isfinite().all()):
+            sane = all(bool(x.isfinite().all()) for x in (q, k, v))
+            return None, "not finite" if sane else None  # what came in broken is the model's own affair
+        budget = self.handle.config.error_budget
+        if budget is None or how == "refresh":
+            return None, None
+        error = guard.probe(q, k, v, out, self.scale)
+        return error, f"error {error:.3g} over the budget of {budget:g}" if error > budget else None
+
+    def place(self, tokens: int, kept: trim.Runs | None = None) -> Place | str:
+        before, after, ragged, *sides = self.places
+        grids = [(sides[i], sides[i + 1], sides[i + 2]) for i in range(0, len(sides), 3)]
+        if self.where is not None:
+            t, h, w = self.where.tolist()
+            grids, after = [(t, h, w)], tokens - before - t * h * w
+            if t * h * w == 0 or after < 0:
+                return "the tokens' coordinates are not those of one image"
+        return find_place(tokens, grids, before, after, bool(ragged), kept)
+
+    def phase(self) -> int | None:
+        return self.handle.config.at(self.sigma, self.site.layer, len(self.site.denoiser.sites))
+
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, place: Place | str, held: Memory) -> tuple[Plan, int]:
         """The plan, and by how many tokens the sequence is to be rolled for it, so that all other tokens lie in front."""
         if isinstance(place, str):
-            return self.dense(place), 0
-        config, site = self.handle.config, self.site
-        layers = len(site.denoiser.sites)
-        roll = place.after if place.before and config.at(self.sigma, site.layer, layers) is not None else 0
+            return self.lacking(place), 0
+        phase, layers = self.phase(), len(self.site.denoiser.sites)
+        roll = place.after if place.before and phase is not None else 0
         query, key, value = (_roll(x, roll).transpose(1, 2) for x in (q, k, v))
-        others, first = place.before + place.after, place.before > 0
-        plan = make_plan(config, self.sigma, site.layer, layers, place.grid, others, first, query, key, value)
+        config = guard.raised(self.handle.config, self.site.rung)
+        age = 1 if phase is None else config.phases[phase].reuse.map_age
+        known = (held.block_mask, held.density) if held.block_mask is not None and held.map_uses < age else None
+        plan = make_plan(
+            config, self.sigma, self.site.layer, layers, place.grid, place.before + place.after, place.before > 0,
+            query, key, value, known,
+        )  # fmt: skip
         if plan.reason is None and (refusal := ops.unsupported(query, plan.quant)):
-            plan = replace(plan, density=1.0, block_mask=None, reason=refusal)
+            return self.lacking(refusal), 0
+        if age > 1:
+            held.block_mask, held.density = plan.block_mask, plan.density
+            held.map_uses = 1 if known is None else held.map_uses + 1
         return plan, roll
 
-    def dense(self, reason: str) -> Plan:
-        phase = self.handle.config.at(self.sigma, self.site.layer, len(self.site.denoiser.sites))
-        return Plan(phase, 1.0, None, Quant(), reason)
+    def lacking(self, reason: str) -> Plan:
+        """Dense for want of something, which a strict configuration does not accept. Raises RuntimeError then."""
+        if self.handle.config.strict:
+            raise RuntimeError(f"{self.site.name}: {reason} (strict: attention may not fall back to dense)")
+        return Plan(self.phase(), 1.0, None, Quant(), reason)
 
-    def sparse(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan, roll: int) -> Tensor:
-        query, key, value = (_roll(x, roll).transpose(1, 2) for x in (q, k, v))
-        out = remainder.attention(query, key, value, plan.block_mask, plan.quant, self.scale, plan.remainder)[0].transpose(1, 2)
-        return _roll(out, -roll)
+    def dense(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, trimmed: int = 0) -> Tensor:
+        watch = _Stopwatch(q)
+        out = self.original(q, k, v, mask)
+        reason = self.site.guarded if self.site.rung == guard.TOP and self.site.guarded else plan.reason
+        self.record(replace(plan, reason=reason), "dense", watch, trimmed)
+        return out
 
     def original(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Dense, by the function and the backend that the model's own processor names."""
@@ -188,6 +202,33 @@ class _Call:
             return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale).transpose(1, 2)
         backend = AttentionBackendName(self.backend) if self.backend else None
         return dispatch_attention_fn(q, k, v, mask, scale=self.scale, backend=backend)
+
+    def record(
+        self, plan: Plan, how: str, watch: _Stopwatch, trimmed: int = 0, error: float | None = None, no_room: str | None = None
+    ) -> None:
+        step, rung = self.handle.clock.step, self.site.rung
+        self.site.ran.append(
+            Ran(plan.phase, plan.density, how, plan.reason or no_room, step, self.sigma, str(plan.quant), trimmed, error, rung,
+                watch.stop())
+        )  # fmt: skip
+
+
+class _Stopwatch:
+    """Seconds from its making to `stop`; on a GPU the two events between which they passed, so that nobody waits for them."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.cuda = like.is_cuda
+        self.start = self._now()
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> Any:
+        return (self.start, self._now()) if self.cuda else self._now() - self.start
 
 
 def _roll(x: Tensor, tokens: int) -> Tensor:

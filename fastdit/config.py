@@ -14,6 +14,7 @@ from fastdit.layout import Grid
 from fastdit.policies import Dense, Policy, policy_from_dict
 from fastdit.quant import Quant
 from fastdit.remainder import REMAINDERS
+from fastdit.reuse import Reuse
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Phase:
 
     sigma: (high, low), the way a run passes through it. layers: (first, last), half-open, counted over the self-attention
     sites of one denoiser, negative from its end as in a slice; None is all of them. remainder: what stands in for the
-    tiles that the policy drops, one of `REMAINDERS`.
+    tiles that the policy drops, one of `REMAINDERS`. reuse: which statistics of earlier steps serve how long.
     """
 
     sigma: tuple[float, float] = (1.0, 0.0)
@@ -30,6 +31,7 @@ class Phase:
     quant: Quant = field(default_factory=Quant)
     layers: tuple[int, int | None] | None = None
     remainder: str = "none"
+    reuse: Reuse = field(default_factory=Reuse)
 
     def __post_init__(self) -> None:
         high, low = self.sigma
@@ -54,11 +56,12 @@ class Phase:
             "quant": self.quant.to_dict(),
             "layers": None if self.layers is None else list(self.layers),
             "remainder": self.remainder,
+            "reuse": self.reuse.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Phase:
-        unknown = set(fields) - {"sigma", "policy", "quant", "layers", "remainder"}
+        unknown = set(fields) - {"sigma", "policy", "quant", "layers", "remainder", "reuse"}
         if unknown:
             raise ValueError(f"phase: unknown field {', '.join(sorted(unknown))}")
         high, low = fields.get("sigma", (1.0, 0.0))
@@ -69,6 +72,7 @@ class Phase:
             quant=Quant.from_dict(fields.get("quant", {})),
             layers=None if layers is None else (layers[0], layers[1]),
             remainder=fields.get("remainder", "none"),
+            reuse=Reuse.from_dict(fields.get("reuse", {})),
         )
 
 
@@ -80,6 +84,8 @@ class Config:
     min_tokens: shorter sequences stay dense; max_density: so do tile maps denser than this. Both mark where the bookkeeping
     costs more than it saves: on CPU, attention is under half of a denoiser's time below 2,300 tokens. first_frame: every tile
     attends the first latent frame as well, which many video models use as a sink.
+    error_budget: relative L2 error that a site's output may have, measured on a few query rows of every call (`guard.py`);
+    None measures nothing. strict: raise where a site would be left dense for want of something, instead of reporting it.
     """
 
     phases: tuple[Phase, ...] = ()
@@ -88,6 +94,8 @@ class Config:
     min_tokens: int = 4096
     max_density: float = 0.75
     first_frame: bool = False
+    error_budget: float | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -101,6 +109,9 @@ class Config:
                 f"{self.tile_tokens}, {self.min_tokens} and {self.max_density}"
             )
 
+        if self.error_budget is not None and not self.error_budget > 0:
+            raise ValueError(f"config: error_budget must be above 0, or None, got {self.error_budget}")
+
     def at(self, sigma: float, layer: int = 0, layers: int = 1) -> int | None:
         """Index of the phase that holds for a layer at a noise level; None: no phase, dense."""
         return next((i for i, phase in enumerate(self.phases) if phase.holds(sigma, layer, layers)), None)
@@ -113,6 +124,8 @@ class Config:
             "min_tokens": self.min_tokens,
             "max_density": self.max_density,
             "first_frame": self.first_frame,
+            "error_budget": self.error_budget,
+            "strict": self.strict,
         }
 
     @classmethod

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from fastdit.clock import Clock
 from fastdit.config import Config
 from fastdit.layout import Grid
-from fastdit.plan import Plan
+from fastdit.memory import Memory
 
 _numbers = itertools.count()
 _handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
@@ -65,28 +66,60 @@ class Adapter(Protocol):
 
 
 class Ran(NamedTuple):
-    """What one call of a site did; phase as in `Plan`, reason None where it ran sparse or quantized; trimmed: keys cut."""
+    """What one call of a site did.
+
+    phase: as in `Plan`. density: of all query-key pairs. how: "dense", "sparse" (or quantized), "refresh" (dense, statistics
+    taken), "reuse" (sparse, completed by statistics). reason: why it was dense. step, sigma: of the run. quant: number format.
+    trimmed: padded keys cut. error: relative L2 on a few rows, None if not measured. rung: of the guard. seconds: of the
+    attention call, or a pair of CUDA events that will tell.
+    """
 
     phase: int | None
     density: float
-    reason: str | None
+    how: str
+    reason: str | None = None
+    step: int = 0
+    sigma: float = 0.0
+    quant: str = "none"
     trimmed: int = 0
+    error: float | None = None
+    rung: int = 0
+    seconds: Any = 0.0
 
 
 @dataclass(eq=False)
 class Site:
-    """One attention module: its name in the denoiser, its index among all sites of the handle and of its denoiser."""
+    """One attention module: its name in the denoiser, its index among all sites of the handle and of its denoiser.
+
+    ran: its calls in the latest run; memories: what it remembers by branch, phase, shape; rung: of `guard.RUNGS`.
+    """
 
     name: str
     index: int
     layer: int
     denoiser: Denoiser
-    ran: Counter[Ran] = field(default_factory=Counter)
+    ran: list[Ran] = field(default_factory=list)
     refusal: str | None = None
     """Why the last call went straight to the pipeline's own attention, seen when the call was traced."""
+    memories: dict[Hashable, Memory] = field(default_factory=dict)
+    rung: int = 0
+    guarded: str | None = None
+    """Why the guard last raised the rung."""
 
-    def record(self, plan: Plan, trimmed: int = 0) -> None:
-        self.ran[Ran(plan.phase, plan.density, plan.reason, trimmed)] += 1
+    def climb(self, why: str, rung: int) -> None:
+        self.guarded, self.rung = f"guard: {why} at noise level {self.denoiser.sigma.item():.3f}", rung
+        self.memories.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        """A copy remembers nothing."""
+        twin = memo[id(self)] = copy.copy(self)
+        twin.forget()
+        twin.denoiser = copy.deepcopy(self.denoiser, memo)
+        return twin
+
+    def forget(self) -> None:
+        """Start anew: nothing of an earlier run must reach the next."""
+        self.ran, self.memories, self.rung, self.guarded = [], {}, 0, None
 
 
 @dataclass(eq=False)
@@ -108,6 +141,32 @@ class Denoiser:
     """The grid, on the CPU, where it is only known when the call runs."""
     sigma: Tensor = field(default_factory=lambda: torch.zeros(()))
     """On the CPU: the op reads it at every site, and only one transfer a call may wait for the GPU."""
+    branch: int | str = 0
+    """Which of several calls at one noise level this is (conditional, unconditional, …)."""
+    contexts: Callable[[], str | None] = field(default=lambda: None)
+    """The name that the pipeline gives to the branch (diffusers' `cache_context`), where a step cache keeps one."""
+    _at: tuple[float, int, int] = (-1.0, 0, 0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
+        twin = memo[id(self)] = copy.copy(self)
+        twin.handle, twin.sites = copy.deepcopy((self.handle, self.sites), memo)
+        twin.contexts = lambda: None  # its own are those of the model it was copied from
+        return twin
+
+    def count(self, sigma: float, layer: int, begins: bool) -> None:
+        """Tell calls of one noise level apart: layers run in order, so one that does not come later begins another call.
+
+        Calls are not counted where the pipeline names them: a step cache may skip a whole call of one branch.
+        """
+        before, last, call = self._at
+        if begins or sigma != before:
+            call, new = 0, True
+        else:
+            new = layer <= last
+            call += new
+        self._at = (sigma, layer, call)
+        if new:
+            self.branch = self.contexts() or call
 
 
 @dataclass(eq=False)
@@ -138,6 +197,8 @@ class Handle:
         self.clock = Clock()
         self.denoisers: list[Denoiser] = []
         self.restore: Any = None
+        self.pipeline: weakref.ref[Any] | None = None
+        self._timesteps: Any = None
         self._register()
 
     def _register(self) -> None:
@@ -155,17 +216,27 @@ class Handle:
             raise RuntimeError("this attention belongs to a pipeline that fastdit no longer accelerates: compile it again")
         return handle
 
-    def begin_call(self, sigma: float) -> None:
-        """Counts start anew with each run, also after one that was interrupted."""
-        if self.clock.observe(sigma):
-            for site in self.sites:
-                site.ran.clear()
+    def begin_call(self, sigma: float, site: Site) -> None:
+        """Note where the run is. Whatever was remembered goes when a new run begins, also after one that was interrupted."""
+        timesteps = self.timesteps()
+        begins = self.clock.observe(sigma) or timesteps is not self._timesteps
+        if begins:
+            self._timesteps = timesteps
+            for each in self.sites:
+                each.forget()
+        site.denoiser.count(sigma, site.layer, begins)
+
+    def timesteps(self) -> Any:
+        """The scheduler's list of timesteps, a new object in each run; None for a model without a pipeline."""
+        pipe = None if self.pipeline is None else self.pipeline()
+        return getattr(getattr(pipe, "scheduler", None), "timesteps", None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         """A copied pipeline has a handle, a clock and counts of its own."""
         twin = Handle.__new__(Handle)
         memo[id(self)] = twin
         twin.config, twin.clock, twin.restore = self.config, Clock(), None
+        twin.pipeline, twin._timesteps = None, None
         twin.denoisers = copy.deepcopy(self.denoisers, memo)
         twin._register()
         return twin

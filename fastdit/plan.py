@@ -7,7 +7,7 @@ attends everything, and a tile always attends itself. So a policy can cost quali
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -18,6 +18,7 @@ from fastdit.config import Config
 from fastdit.layout import Grid, Layout, fit_tile
 from fastdit.policies import Dense, Policy
 from fastdit.quant import Quant
+from fastdit.reuse import Reuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class Plan:
     quant: Quant
     reason: str | None
     remainder: str = "none"
+    reuse: Reuse = field(default_factory=Reuse)
 
 
 def layout_of(config: Config, grid: Grid, text_len: int = 0, text_first: bool = False) -> Layout:
@@ -53,8 +55,10 @@ def make_plan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    known: tuple[BlockMask, float] | None = None,
 ) -> Plan:
-    """Resolve one call. q, k and v: [B, H, N, D] in token order; layer: index among the denoiser's `layers` sites."""
+    """Resolve one call. q, k and v: [B, H, N, D] in token order; layer: index among the denoiser's `layers` sites; known: block
+    mask and density that a dynamic policy chose in an earlier step and that shall serve on."""
     phase = config.at(sigma, layer, layers)
     if phase is None:
         return _dense(phase, f"no phase for noise level {sigma:.3f}" if config.phases else "the configuration is dense")
@@ -67,7 +71,9 @@ def make_plan(
     if isinstance(policy, Dense):
         return _dense(phase, "the phase is dense") if quant.is_none else Plan(phase, 1.0, None, quant, None)
     layout = layout_of(config, grid, text_len, text_first)
-    if policy.static:
+    if known is not None:
+        block_mask, density = known
+    elif policy.static:
         block_mask, density = _static(policy, layout, config.first_frame, str(q.device))
     else:
         block_mask, density = _select(policy, layout, config.first_frame, q, k, v)
@@ -75,7 +81,7 @@ def make_plan(
         raise ValueError(f"{policy} is for {block_mask.kv_indices.shape[1]} heads, this layer has {q.shape[1]}")
     if density > config.max_density:
         return _dense(phase, f"density {density:.2f} is above {config.max_density:g}: dense is faster")
-    return Plan(phase, density, block_mask, quant, None, config.phases[phase].remainder)
+    return Plan(phase, density, block_mask, quant, None, config.phases[phase].remainder, config.phases[phase].reuse)
 
 
 def complete(video: Tensor, layout: Layout, first_frame: bool = False) -> Tensor:

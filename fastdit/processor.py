@@ -16,11 +16,13 @@ import functools
 import inspect
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks.hooks import StateManager
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
@@ -150,7 +152,7 @@ def _refusal(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool, enab
 
 def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> None:
     """Bind every self-attention site of a model into a handle. The model must not be installed yet."""
-    denoiser = Denoiser(name, adapter, handle)
+    denoiser = Denoiser(name, adapter, handle, contexts=functools.partial(_context, weakref.ref(model)))
     first = len(handle.sites)
     for layer, (site_name, _) in enumerate(adapter.sites(model)):
         denoiser.sites.append(Site(site_name, first + layer, layer, denoiser))
@@ -158,6 +160,20 @@ def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> No
     handle.denoisers.append(denoiser)
     bind(model, denoiser)
     model.register_forward_pre_hook(Observe(denoiser), with_kwargs=True)
+
+
+def _context(reference: weakref.ref[nn.Module]) -> str | None:
+    """The name that the pipeline gave to the running call of a model, as the step caches hooked into its blocks hold it."""
+    model = reference()
+    for module in () if model is None else model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in () if registry is None else registry.hooks.values():
+            for state in vars(hook).values():
+                # a CacheContext since diffusers 0.39, the bare name before
+                context = getattr(state, "_context", None) or getattr(state, "_current_context", None)
+                if isinstance(state, StateManager) and context is not None:
+                    return str(getattr(context, "name", context))
+    return None
 
 
 def bind(model: nn.Module, denoiser: Denoiser) -> None:

@@ -1,94 +1,150 @@
-"""What ran: per phase and per site, the density achieved, and why each call that stayed dense did."""
+"""What ran: per phase and per site, how densely, how exactly and how long, and why each call that stayed dense did."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fastdit import guard
 from fastdit.config import Config, Phase
 from fastdit.handle import Handle, Ran, Site
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """sigma (high, low); density: mean over the phase's calls, in [0, 1] of all query-key pairs; calls: site calls."""
+    """sigma (high, low); density: mean over the phase's calls, in [0, 1] of all query-key pairs; calls: site calls; seconds:
+    of their attention; error: mean relative L2 on the guard's rows (None: not measured); reused: calls that statistics
+    completed."""
 
     sigma: tuple[float, float]
     policy: str
     quant: str
+    remainder: str
+    reuse: str
     density: float
     calls: int
+    seconds: float
+    error: float | None
+    reused: int
 
 
 @dataclass(frozen=True)
 class SiteReport:
-    """ran: "sparse", "dense", "mixed" or "never"; reason: the most frequent cause of a call that stayed dense."""
+    """ran: "sparse", "dense", "mixed" or "never"; reason: the most frequent cause of a call that stayed dense, or of statistics
+    not kept; error: the largest measured; rung: of the guard, in words; memory: bytes held from step to step."""
 
     name: str
     ran: str
     density: float
     reason: str | None
+    seconds: float
+    error: float | None
+    rung: str
+    memory: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """The latest run of a pipeline. density: mean over all calls of all sites."""
+    """The latest run of a pipeline. density: mean over all calls of all sites; memory: bytes of statistics held."""
 
     config: Config
     density: float
     phases: tuple[PhaseReport, ...]
     sites: tuple[SiteReport, ...]
+    memory: int
+    calls: tuple[tuple[int, Ran], ...]
+    """(index of the site, what it did) in the order in which they ran."""
 
     @classmethod
     def of(cls, handle: Handle) -> Report:
         config = handle.config
-        total: Counter[Ran] = Counter()
-        for site in handle.sites:
-            total.update(site.ran)
-        phases = [_phase(phase, _of_phase(total, i)) for i, phase in enumerate(config.phases)]
-        if outside := _of_phase(total, None):  # noise levels and layers that no phase names
+        calls = [(site.index, _timed(ran)) for site in handle.sites for ran in site.ran]
+        calls.sort(key=lambda call: call[1].step)
+        total = [ran for _, ran in calls]
+        phases = [_phase(phase, [ran for ran in total if ran.phase == i]) for i, phase in enumerate(config.phases)]
+        if outside := [ran for ran in total if ran.phase is None]:  # noise levels and layers that no phase names
             phases.append(_phase(Phase(), outside))
-        return cls(config, _density(total), tuple(phases), tuple(_site(site) for site in handle.sites))
+        sites = tuple(_site(site) for site in handle.sites)
+        return cls(config, _density(total), tuple(phases), sites, sum(site.memory for site in sites), tuple(calls))
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
+    def to_dict(self, calls: bool = False) -> dict[str, Any]:
+        """For JSON. calls: with a row for every call of every site."""
+        found: dict[str, Any] = {
             "config": self.config.to_dict(),
             "density": self.density,
+            "memory": self.memory,
             "phases": [vars(phase) | {"sigma": list(phase.sigma)} for phase in self.phases],
             "sites": [dict(vars(site)) for site in self.sites],
         }
+        return found | {"calls": [{"site": site} | ran._asdict() for site, ran in self.calls]} if calls else found
+
+    def heatmap(self, what: str = "density") -> Image:
+        """A picture over steps (x) and sites (y) of "density", "error" or "seconds"."""
+        from fastdit.heatmap import draw
+
+        return draw([(ran.step, site, getattr(ran, what)) for site, ran in self.calls], what, len(self.sites))
 
     def __str__(self) -> str:
-        rows = [("noise level", "policy", "quant", "density", "calls")]
-        rows += [(f"{p.sigma[0]:g} … {p.sigma[1]:g}", p.policy, p.quant, f"{p.density:.3f}", str(p.calls)) for p in self.phases]
-        sites = Counter((site.ran, site.reason or "") for site in self.sites)
+        rows = [("noise level", "policy", "quant", "remainder", "reuse", "density", "error", "seconds", "calls")]
+        rows += [
+            (
+                f"{p.sigma[0]:g} … {p.sigma[1]:g}", p.policy, p.quant, p.remainder, p.reuse, f"{p.density:.3f}",
+                "" if p.error is None else f"{p.error:.2e}", f"{p.seconds:.3f}", str(p.calls),
+            )
+            for p in self.phases
+        ]  # fmt: skip
+        sites = Counter((site.ran, site.reason or "", site.rung) for site in self.sites)
         notes = [
-            f"{count} sites {ran}" + (f" (dense where: {reason})" if reason else "") for (ran, reason), count in sites.items()
+            f"{count} sites {ran}" + (f" ({reason})" if reason else "") + (f", now {rung}" if rung != guard.RUNGS[0] else "")
+            for (ran, reason, rung), count in sites.items()
         ]
+        if self.memory:
+            notes.append(f"statistics held: {self.memory / 2**20:.1f} MB")
         return "\n".join([*_table(rows), *notes, f"density over all calls: {self.density:.3f}"])
 
 
-def _phase(phase: Phase, ran: Counter[Ran]) -> PhaseReport:
-    return PhaseReport(phase.sigma, str(phase.policy), str(phase.quant), _density(ran), ran.total())
+def _timed(ran: Ran) -> Ran:
+    if not isinstance(ran.seconds, tuple):
+        return ran
+    start, end = ran.seconds
+    end.synchronize()
+    return ran._replace(seconds=start.elapsed_time(end) / 1000)
 
 
-def _of_phase(ran: Counter[Ran], phase: int | None) -> Counter[Ran]:
-    return Counter({r: n for r, n in ran.items() if r.phase == phase})
+def _phase(phase: Phase, ran: Sequence[Ran]) -> PhaseReport:
+    measured = [r.error for r in ran if r.error is not None]
+    return PhaseReport(
+        phase.sigma, str(phase.policy), str(phase.quant), phase.remainder, str(phase.reuse), _density(ran), len(ran),
+        sum(r.seconds for r in ran), sum(measured) / len(measured) if measured else None, sum(r.how == "reuse" for r in ran),
+    )  # fmt: skip
 
 
-def _density(ran: Counter[Ran]) -> float:
-    return sum(r.density * n for r, n in ran.items()) / ran.total() if ran else 1.0
+def _density(ran: Sequence[Ran]) -> float:
+    return sum(r.density for r in ran) / len(ran) if ran else 1.0
 
 
 def _site(site: Site) -> SiteReport:
-    dense = Counter({r.reason: n for r, n in site.ran.items() if r.reason is not None})
     if not site.ran:
         reason = site.refusal or "not called yet"
-        return SiteReport(site.name, "dense" if site.refusal else "never", 1.0, reason)
-    ran = "sparse" if not dense else "dense" if dense.total() == site.ran.total() else "mixed"
-    return SiteReport(site.name, ran, _density(site.ran), dense.most_common(1)[0][0] if dense else None)
+        return SiteReport(site.name, "dense" if site.refusal else "never", 1.0, reason, 0.0, None, guard.RUNGS[site.rung], 0)
+    timed = [_timed(ran) for ran in site.ran]
+    dense = sum(r.how == "dense" for r in timed)
+    reasons = Counter(r.reason for r in timed if r.reason is not None)
+    return SiteReport(
+        site.name,
+        "sparse" if not dense else "dense" if dense == len(timed) else "mixed",
+        _density(timed),
+        reasons.most_common(1)[0][0] if reasons else None,
+        sum(r.seconds for r in timed),
+        max((r.error for r in timed if r.error is not None), default=None),
+        guard.RUNGS[site.rung],
+        sum(memory.bytes() for memory in site.memories.values()),
+    )
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fastdit import ops
 from fastdit.blockmask import BlockMask
+from fastdit.kernels import cpu
 from fastdit.layout import Layout
 from fastdit.policies import Window
 from fastdit.quant import Quant
@@ -108,3 +109,18 @@ def test_quantized_dense_equals_quantized_full_map():
     got, plain = ops.attention(q, k, v, full, quant)[0], ops.attention(q, k, v)[0]
     assert 1e-4 < relative_error(got, plain) < 0.05
     torch.testing.assert_close(got, ops.attention(q, k, v, None, quant)[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("keys", [1, 3, 4, 16, 40])
+def test_a_query_that_is_not_finite_shows(bad, keys):
+    """ATen's kernel answers a NaN query with numbers where there are few keys; a tile may have as few."""
+    q, k, v = torch.randn(1, 2, 20, 16), torch.randn(1, 2, keys, 16), torch.randn(1, 2, keys, 16)
+    q[0, 1, 3, 5] = bad
+    out, lse = cpu.attend(q, k, v, 0.25)
+    assert not out[0, 1, 3].isfinite().any()
+    assert not lse[0, 1, 3].isfinite()
+    rest = torch.ones(1, 2, 20, dtype=torch.bool)
+    rest[0, 1, 3] = False
+    assert out[rest].isfinite().all()
+    assert lse[rest].isfinite().all()

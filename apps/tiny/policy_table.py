@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,9 +117,9 @@ def states(pipe: Any, clips_count: int, seeds: int, layout: Layout) -> Iterator[
     text = torch.zeros(clips_count, 512, pipe.transformer.config.text_dim)
     embedded, _ = encode_text(pipe.text_encoder, ids, mask)
     text[:, : embedded.shape[1]] = embedded
-    for sigma in SIGMAS:
-        for seed in range(seeds):
-            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    for seed in range(seeds):
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+        for sigma in SIGMAS:
             inputs = (torch.lerp(latents, noise, sigma), torch.full((clips_count,), sigma * 1000), text)
             watch = Watch()
             run(pipe, Config((Phase(policy=watch),), TILE, min_tokens=0, max_density=1), inputs)
@@ -212,42 +211,12 @@ def write(rows: dict[tuple[str, float, str], dict[str, Any]], clips_count: int, 
     out.write_text(json.dumps(facts | {"rows": found}, indent=1) + "\n", encoding="utf-8")
 
 
-@torch.no_grad()
-def cost(repeats: int = 3) -> list[dict[str, Any]]:
-    """Seconds to choose tiles at 9,216 tokens (maps and lists, from tensors in token order) beside dense attention's."""
-    from fastdit.plan import make_plan
-
-    grid = (9, 32, 32)
-    q, k, v = (torch.randn(2, 3, 9216, 64, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    policies = [
-        Radial(density=0.25), SpatialTemporal(density=0.25), Antidiagonal(density=0.25), Antidiagonal(density=0.25, stride=16),
-        TopMass(density=0.25), Stripe(theta=0.0, window=(1, 1, 1)), LSH(density=0.25),
-    ]  # fmt: skip
-    best: dict[str, float] = {}
-    for _ in range(repeats):
-        start = time.perf_counter()
-        torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        best["dense"] = min(best.get("dense", 1e9), time.perf_counter() - start)
-        for policy in policies:
-            config = Config((Phase(policy=policy),), (1, 8, 8), max_density=1)
-            start = time.perf_counter()
-            make_plan(config, 0.5, 0, 1, grid, 0, False, q, k, v)
-            best[str(policy)] = min(best.get(str(policy), 1e9), time.perf_counter() - start)
-    return [{"policy": name, "seconds": round(t, 5), "of dense": round(t / best["dense"], 4)} for name, t in best.items()]
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="fastdit.apps.tiny.policy_table", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/results/policies.json"))
-    parser.add_argument("--cost", action="store_true", help="only the time it takes to choose tiles")
     args = parser.parse_args(argv)
-    if args.cost:
-        rows = cost()
-        args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        print("\n".join(map(str, rows)))
-        return
     table(tiny.load(), args.clips, args.seeds, args.out, ("window, clamp", "top_mass, density"))
 
 
