@@ -18,9 +18,14 @@ import typer.core
 
 from fastdit.apps.media import UserError
 
-COMMANDS = ("render", "bench", "bench_kernel")
-"""Modules of `fastdit.apps`, each with a function of its own name: adding a command is adding one here. A command of two words
-has an underscore between them."""
+COMMANDS = {
+    "render": "render",
+    "bench": "bench",
+    "bench kernel": "bench_kernel",
+    "show policy": "show",
+    "show gallery": "show",
+}
+"""Commands and their modules in `fastdit.apps`; the function has the command's name, with an underscore for a space."""
 
 INTERRUPTED = 130
 
@@ -42,8 +47,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _name in COMMANDS:
-    app.command(_name.replace("_", " "))(getattr(import_module(f"fastdit.apps.{_name}"), _name))
+for _name, _module in COMMANDS.items():
+    app.command(_name)(getattr(import_module(f"fastdit.apps.{_module}"), _name.replace(" ", "_")))
 
 
 def _version(wanted: bool) -> None:

@@ -25,7 +25,7 @@ from fastdit.apps.tiny import clips
 from fastdit.apps.tiny.codec import Codec
 from fastdit.apps.tiny.model import encode_text, tokenize
 from fastdit.apps.tiny.words import caption
-from fastdit.layout import Layout
+from fastdit.layout import Grid, Layout
 from fastdit.pipelines import tiny
 from fastdit.policies import LSH, Antidiagonal, Policy, PowerOfTwo, Radial, SpatialTemporal, Stripe, TopMass
 from fastdit.policies.scores import keep
@@ -109,22 +109,39 @@ KNOBS: dict[str, tuple[Make, float, float] | Make] = {
 """By name: the policy of a density, or of a knob between two ends that raises it."""
 
 
-def states(pipe: Any, clips_count: int, seeds: int, layout: Layout) -> Iterator[State]:
+def clean(pipe: Any, clips_count: int, size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Latents of procedural clips and the embeddings of their captions."""
     rng = random.Random(11)
     asked = [clips.sample(rng) for _ in range(clips_count)]
-    latents = Codec.load(tiny.PATH / "codec.safetensors").encode(clips.render(clips.pack(asked), *SIZE))
+    latents = Codec.load(tiny.PATH / "codec.safetensors").encode(clips.render(clips.pack(asked), *size))
     ids, mask = tokenize(pipe.tokenizer, [caption(clip) for clip in asked])
     text = torch.zeros(clips_count, 512, pipe.transformer.config.text_dim)
     embedded, _ = encode_text(pipe.text_encoder, ids, mask)
     text[:, : embedded.shape[1]] = embedded
+    return latents, text
+
+
+def noised(latents: Tensor, text: Tensor, sigma: float, seed: int) -> tuple[Tensor, ...]:
+    """The denoiser's inputs at a noise level."""
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    return torch.lerp(latents, noise, sigma), torch.full((len(latents),), sigma * 1000), text
+
+
+def watch(pipe: Any, inputs: tuple[Tensor, ...], tile: Grid) -> list[tuple[Tensor, ...]]:
+    """q, k and v of every layer in a dense call, in tile order."""
+    seen = Watch()
+    run(pipe, Config((Phase(policy=seen),), tile, min_tokens=0, max_density=1), inputs)
+    return seen.calls
+
+
+def states(pipe: Any, clips_count: int, seeds: int, layout: Layout) -> Iterator[State]:
+    found = clean(pipe, clips_count, SIZE)
     for seed in range(seeds):
-        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
         for sigma in SIGMAS:
-            inputs = (torch.lerp(latents, noise, sigma), torch.full((clips_count,), sigma * 1000), text)
-            watch = Watch()
-            run(pipe, Config((Phase(policy=watch),), TILE, min_tokens=0, max_density=1), inputs)
+            inputs = noised(*found, sigma, seed)
+            calls = watch(pipe, inputs, TILE)
             dense = pipe.transformer(*inputs, return_dict=False)[0]
-            yield State(sigma, inputs, dense, watch.calls, [tile_mass(q, k, layout) for q, k, _ in watch.calls])
+            yield State(sigma, inputs, dense, calls, [tile_mass(q, k, layout) for q, k, _ in calls])
 
 
 def run(pipe: Any, config: Config, inputs: tuple[Tensor, ...]) -> tuple[Tensor, float]:

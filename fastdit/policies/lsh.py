@@ -3,7 +3,9 @@
 Random hyperplanes give each key and query a word of sign bits; read as a Gray code, words that differ in one bit are
 neighbours (sortLSH). Queries and keys are sorted by it, each on their own, and attended in equal blocks of the sorted
 order, so what points the same way meets. The paper sorts tokens; this sorts tiles by their mean, K centred, since tiles
-are what a kernel can skip. The paper's second half, a sampled estimate of everything else, is the remainder "sampled".
+are what a kernel can skip. On the embedded model that is no better than random tiles (docs/policies.md): its heads look near
+in space and time, which the direction of a mean does not show. The paper's second half, a sampled estimate of everything
+else, is the remainder "sampled".
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ query comes within theta of its mean anchor, for any block of the group: what is
 the anchor. A video has no causal order, so "initial" is the first frame and "local" a window of tiles.
 
 This is the paper's method at the granularity of tiles: a key tile is kept if any of its keys passes. The mean query is
-compared, not each query, so a key that one query alone wants can be missed, in the paper as here.
+compared, not each query, so a key that one query alone wants can be missed, in the paper as here. On the embedded model, with
+a window of one tile, that is no better than random tiles (docs/policies.md): the threshold keeps whole tiles for single keys.
 """
 
 from __future__ import annotations
