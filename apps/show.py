@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,7 +66,8 @@ def show_gallery(
         policy = make(name, [])
         image, density = draw(policy, Layout((9, 16, 16), (1, 4, 4)), 0.6)
         image.quantize(16).save(folder / f"{name}.png", optimize=True)
-        first = (POLICIES[name].__doc__ or "").split("\n")[0]
+        several = POLICIES[name].__module__.endswith("compose")
+        first = ((POLICIES[name] if several else sys.modules[POLICIES[name].__module__]).__doc__ or "").split("\n")[0]
         lines.append(f'| <img src="policies/{name}.png" width="220"> | **{policy}**<br>{first} | {density:.0%} |')
     text = "\n".join([*lines, "", *quality(docs / "results" / "policies.json"), "", *cost(docs / "results" / "selection.json")])
     write_block(docs / "policies.md", BEGIN, END, text)

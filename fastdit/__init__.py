@@ -6,6 +6,7 @@ from fastdit.policies import Dense, Window
 from fastdit.presets import PRESETS, preset
 from fastdit.quant import Quant
 from fastdit.report import Report
+from fastdit.reuse import Reuse
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Phase",
     "Quant",
     "Report",
+    "Reuse",
     "Window",
     "accelerate",
     "preset",

@@ -13,15 +13,9 @@ PRESETS: dict[str, Config] = {
     "exact": Config(),
     # Where things will be is settled while the clip is still noise, and windows cost most there: those steps stay dense
     # (Radial Attention and Sparse VideoGen keep their first 25-30 % dense as well). Late steps draw detail, and bear less
-    # density. The pooled remainder takes a third off a window's error at high noise and nothing at low noise, for a tenth of
-    # its time: it goes where it helps (docs/policies.md). Of 20 steps at flow shift 5, σ > 0.925 is six, σ > 0.83 four more,
-    # and σ > 0.98 two.
+    # density. Of 20 steps at flow shift 5, σ > 0.925 is six, σ > 0.83 four more, and σ > 0.98 two.
     "balanced": Config(
-        (
-            Phase((1.0, 0.925), Dense()),
-            Phase((0.925, 0.83), Window(density=0.22), remainder="pooled"),
-            Phase((0.83, 0.0), Window(density=0.125)),
-        ),
+        (Phase((1.0, 0.925), Dense()), Phase((0.925, 0.83), Window(density=0.22)), Phase((0.83, 0.0), Window(density=0.125))),
         TILE,
     ),
     "fast": Config((Phase((1.0, 0.98), Dense()), Phase((0.98, 0.0), Window(density=0.125))), TILE),

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdit.layout import Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Policy(ABC):
     """A frozen dataclass with one method. Text, padding, the diagonal, precision and steps are never its business."""
 
