@@ -4,21 +4,23 @@ The mass of a query that a pattern retains is exp(LSE_pattern − LSE_full), whi
 stands in for the squared error of Sliding Tile Attention's search over windows (arXiv 2502.04507 §3.3) and needs no values.
 Heads have trades that hardly depend on the prompt, so a few prompts are enough.
 
-    seen = Seen(layout)
-    seen.add(sigma, layer, q, k)  # wherever they come from: `fastdit.apps.profile` takes them from a pipeline's own run
-    config = choose(seen, [Window(density=0.125), Radial(density=0.125)])
+    config, seen = profile.watching(layers=30, tile=(1, 8, 8))
+    with fastdit.accelerate(pipe, config):  # dense, and slow: exact masses are taken of every call
+        pipe(prompt, num_inference_steps=5)
+    config = profile.choose(seen, [Window(density=0.125), Radial(density=0.125)])
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastdit.config import Config, Phase
-from fastdit.layout import Layout
+from fastdit.layout import Grid, Layout
 from fastdit.policies import HeadProfile, Policy
 
 LOGITS_BYTES = 64 << 20
@@ -26,18 +28,44 @@ LOGITS_BYTES = 64 << 20
 
 @dataclass(eq=False)
 class Seen:
-    """True mass of each tile pair, [1, heads, tiles, tiles], by (noise level, layer), summed over `calls` calls."""
+    """True mass of each tile pair by layer, [1, heads, tiles, tiles], summed over `calls` calls of one layout."""
 
-    layout: Layout
-    mass: dict[tuple[float, int], Tensor] = field(default_factory=dict)
-    calls: dict[tuple[float, int], int] = field(default_factory=dict)
+    layout: Layout | None = None
+    mass: dict[int, Tensor] = field(default_factory=dict)
+    calls: dict[int, int] = field(default_factory=dict)
 
-    def add(self, sigma: float, layer: int, q: Tensor, k: Tensor) -> None:
-        """q and k: video tokens in tile order, [B, H, tiles, tokens, D]."""
-        key = (sigma, layer)
-        found = tile_mass(q, k, self.layout).mean(0, keepdim=True)
-        self.mass[key] = self.mass.get(key, torch.zeros(())) + found
-        self.calls[key] = self.calls.get(key, 0) + 1
+    def add(self, layer: int, layout: Layout, q: Tensor, k: Tensor) -> None:
+        """q and k: video tokens in tile order, [B, H, tiles, tokens, D]. Raises ValueError for a second layout."""
+        if self.layout not in (None, layout):
+            raise ValueError(f"a profile is of one size: it was {self.layout}, and now {layout}")
+        self.layout = layout
+        self.mass[layer] = self.mass.get(layer, torch.zeros(())) + tile_mass(q, k, layout).mean(0, keepdim=True).cpu()
+        self.calls[layer] = self.calls.get(layer, 0) + 1
+
+
+@dataclass(frozen=True, eq=False)
+class _Watch(Policy):
+    """Keeps everything, and notes where the mass of one layer lies."""
+
+    seen: Seen
+    layer: int
+    name: ClassVar[str] = "watch"
+
+    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        assert q is not None
+        assert k is not None
+        self.seen.add(self.layer, layout, q, k)
+        return torch.ones(1, 1, layout.video_tiles, layout.video_tiles, dtype=torch.bool)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "layer": self.layer}
+
+
+def watching(layers: int, tile: Grid) -> tuple[Config, Seen]:
+    """A configuration that computes densely and fills `Seen`, for a denoiser with this many self-attention layers."""
+    seen = Seen()
+    phases = [Phase(policy=_Watch(seen, layer), layers=(layer, layer + 1)) for layer in range(layers)]
+    return Config(tuple(phases), tile, min_tokens=0, max_density=1), seen
 
 
 def tile_mass(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
@@ -68,16 +96,15 @@ def choose(seen: Seen, policies: Sequence[Policy]) -> Config:
 
     policies: static ones of about equal density. Raises ValueError if nothing was seen or a policy looks at the data.
     """
-    if not seen.mass:
-        raise ValueError("nothing was seen: run the pipeline inside `watch`, on a clip that fastdit would make sparse")
+    if seen.layout is None:
+        raise ValueError("nothing was seen: accelerate a pipeline with the configuration of `watching`, and run it")
     if any(not policy.static for policy in policies):
         raise ValueError("a profile chooses among static policies: the others choose by themselves in every call")
     maps = [policy.select(seen.layout) for policy in policies]
     phases = []
-    for layer in sorted({layer for _, layer in seen.mass}):
-        mass = sum(total / seen.calls[key] for key, total in seen.mass.items() if key[1] == layer)
-        assert isinstance(mass, Tensor)
-        best = torch.stack([retained(mass, kept.to(mass.device), seen.layout)[0] for kept in maps]).argmax(0)
+    for layer, total in sorted(seen.mass.items()):
+        mass = total / seen.calls[layer]
+        best = torch.stack([retained(mass, kept, seen.layout)[0] for kept in maps]).argmax(0)
         profile = HeadProfile(tuple(policies), tuple(best.tolist()), seen.layout.grid)
         phases.append(Phase(policy=profile, layers=(layer, layer + 1)))
     return Config(tuple(phases), seen.layout.tile, min_tokens=0)

@@ -169,9 +169,9 @@ def config_of(name: str, density: float, state: State, layout: Layout, remainder
         made = {window: PowerOfTwo(window) for window in windows}
         policy: Policy = min(made.values(), key=lambda p: abs(float(p.select(layout).float().mean()) - density))
     elif name == "head_profile":
-        seen = Seen(layout)
+        seen = Seen()
         for layer, (q, k, _) in enumerate(state.calls):
-            seen.add(state.sigma, layer, q[:8], k[:8])
+            seen.add(layer, layout, q[:8], k[:8])
         T, H, W = layout.tile_grid
         side = max(1, round((density * H * W) ** 0.5))
         patterns = (
