@@ -158,8 +158,10 @@ def start(saved_pipe: Path, out: Path, steps: int) -> subprocess.Popen[str]:
     """A render that has begun to denoise."""
     arguments = ["render", "a red circle", "--out", out, "-m", saved_pipe, "--frames", 9, "--height", 64, "--width", 64]
     process = subprocess.Popen(
-        command(*arguments, "--steps", steps), stderr=subprocess.PIPE, text=True, bufsize=1, env=environment()
-    )
+        command(*arguments, "--steps", steps), stderr=subprocess.PIPE, text=True, bufsize=1, env=environment(),
+        # a shell without job control starts background jobs, and all that they start, with Ctrl-C ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
     assert process.stderr is not None
     seen = ""
     limit = time.monotonic() + 60
