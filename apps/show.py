@@ -154,12 +154,14 @@ def quality(path: Path) -> list[str]:
             none, pooled = cells[density, "none"], cells[density, "pooled"]
             text.append(f"{none['error']:.3f} | {none['retained']:.2f} | {pooled['error']:.3f}")
         lines.append(f"| {name} | {' | '.join(text)} |")
-    sampled = [
-        f"{name} {', '.join(format(cells[d, 'sampled']['error'], '.3f') for d in asked)}"
-        for name, cells in rows.items()
-        if (middle, "sampled") in cells
-    ]
-    return [*lines, "", f"With the sampled remainder at the same densities: {'; '.join(sampled)}."]
+    for remainder in ("sampled", "stripes"):
+        found = [
+            f"{name} {', '.join(format(cells[d, remainder]['error'], '.3f') for d in asked)}"
+            for name, cells in rows.items()
+            if (middle, remainder) in cells
+        ]
+        lines += ["", f"With the remainder `{remainder}` at the same densities: {'; '.join(found)}."] if found else []
+    return lines
 
 
 def cost(path: Path) -> list[str]:

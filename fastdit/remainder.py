@@ -6,6 +6,10 @@
 * ``sampled``: HyperAttention's estimate (arXiv 2310.05869 §4): `SAMPLES` keys a head drawn uniformly with replacement, those in
   kept tiles left out, each standing for N / SAMPLES keys, merged by LSE. Numerator and denominator are unbiased, so their
   ratio is consistent; its variance is large where the rest is not flat. One draw serves a whole run: a new one a step flickers.
+* ``stripes``: AnchorAttention's difference-aware stripes (arXiv 2505.23520 §3.2-3.3): of the dropped keys those whose logit
+  with a tile's mean query comes within `THETA` of what the tile's kept keys reach, at most `STRIPES` a head for each `GROUP`
+  query tiles, gathered and attended exactly, merged by LSE. The kept tiles' mean LSE is the anchor (the paper: their mean
+  maximum, which lies below it), and the limit, which keeps every gather of one size, is ours.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ from fastdit.quant import Quant
 from fastdit.reference import attention as exact
 from fastdit.reference import merge
 
-REMAINDERS = ("none", "pooled", "sampled")
+REMAINDERS = ("none", "pooled", "sampled", "stripes")
 SAMPLES = 256
 """HyperAttention's m."""
+THETA, GROUP, STRIPES = 12.0, 16, 512
+"""AnchorAttention's θ (natural-log units) and query blocks that share their stripes; keys of one gather."""
 LOGITS_BYTES = 64 << 20
 
 
@@ -42,9 +48,12 @@ def attention(
         raise ValueError(f"remainder must be one of {', '.join(REMAINDERS)}, got {remainder!r}")
     if block_mask is None:  # nothing is dropped
         return ops.attention(q, k, v, None, quant, scale)
-    if remainder != "sampled":
+    if remainder in ("none", "pooled"):
         return ops.attention(q, k, v, block_mask, quant, scale, remainder)
-    return merge([ops.attention(q, k, v, block_mask, quant, scale), sampled(q, k, v, block_mask, scale, SAMPLES, seed)])
+    kept = ops.attention(q, k, v, block_mask, quant, scale)
+    if remainder == "sampled":
+        return merge([kept, sampled(q, k, v, block_mask, scale, SAMPLES, seed)])
+    return merge([kept, stripes(q, k, v, block_mask, kept[1], scale)])
 
 
 def sampled(
@@ -68,6 +77,46 @@ def sampled(
     ]
     out, lse = torch.cat([out for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
     return out, lse + math.log(length / samples)
+
+
+def stripes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask,
+    lse: Tensor,
+    scale: float | None = None,
+    theta: float = THETA,
+    limit: int = STRIPES,
+) -> tuple[Tensor, Tensor]:
+    """Exact attention to the heaviest of the keys that a block mask drops; lse [B, H, N] of the keys that it keeps.
+
+    q, k, v [B, H, N, D] -> (out, lse [B, H, N]), 0 and −inf for queries without a stripe.
+    """
+    if k.shape[1] != q.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    order, length = block_mask.q_order, k.shape[2]
+    real, q_slots = order >= 0, order.clamp(min=0)
+    count = real.sum(-1).clamp(min=1)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    queries = (q[:, :, q_slots].to(wide) * real[..., None]).sum(3) / count[:, None]
+    anchors = (lse[:, :, q_slots].masked_fill(~real, 0)).sum(3) / count
+    k_tile = _tiles(block_mask.k_order, length)
+    kept = block_mask.to_tile_map().expand(q.shape[0], q.shape[1], -1, -1)
+    out, found = torch.zeros_like(q), torch.full_like(lse, float("-inf"))
+    scaling = q.shape[-1] ** -0.5 if scale is None else scale
+    for first in range(0, len(order), GROUP):
+        tiles = slice(first, first + GROUP)
+        over = queries[:, :, tiles] @ k.to(wide).mT * scaling - anchors[:, :, tiles, None]
+        over = over.masked_fill(kept[:, :, tiles].index_select(3, k_tile), float("-inf")).amax(2)
+        heaviest, index = over.topk(min(limit, length), -1)
+        keys, values = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
+        slots = order[tiles][real[tiles]]
+        of_query = torch.arange(first, first + len(order[tiles]), device=order.device)[:, None].expand_as(order[tiles])
+        seen = kept[:, :, of_query[real[tiles]]].gather(3, k_tile[index][:, :, None].expand(-1, -1, len(slots), -1))
+        mask = ~seen & (heaviest > -theta)[:, :, None]
+        out[:, :, slots], found[:, :, slots] = exact(q[:, :, slots], keys, values, mask, scale)
+    return out, found
 
 
 def _tiles(order: Tensor, length: int) -> Tensor:

@@ -1,5 +1,6 @@
 """What stands in for dropped keys: nothing, the means of tiles, a sample."""
 
+import itertools
 import math
 
 import pytest
@@ -95,3 +96,58 @@ def test_what_is_flat_is_stood_for_exactly(kind, quant):
 def test_unknown_remainder_is_named():
     with pytest.raises(ValueError, match="none, pooled, sampled"):
         Phase(policy=Window(density=0.2), remainder="guess")
+
+
+def test_stripes_are_exact_where_they_hold_every_dropped_key():
+    q, k, v, kept = problem(4)
+    mask = BlockMask.from_tile_map(kept, LAYOUT)
+    part = remainder.attention(q, k, v, mask)
+    rest = remainder.stripes(q, k, v, mask, part[1], theta=math.inf, limit=LAYOUT.length)
+    out, lse = merge([part, rest])
+    dense, dense_lse = attention(q, k, v)
+    assert relative_error(out, dense) < 1e-12
+    assert relative_error(lse, dense_lse) < 1e-12
+
+
+def test_a_stripe_finds_the_one_heavy_key_that_the_tiles_missed():
+    """A key that all queries want, in a tile that nobody keeps: tiles alone miss it, one gathered key a group does not."""
+    q, k, v, kept = problem(5, scale=0.1)
+    heavy = 100
+    q = q + 0.5
+    k[:, :, heavy] += 4
+    v[:, :, heavy] = 20
+    layout_tile = (LAYOUT.order() == heavy).any(-1).nonzero().item()
+    kept[..., layout_tile] = False
+    mask = BlockMask.from_tile_map(kept, LAYOUT)
+    dense = attention(q, k, v)[0]
+    part = remainder.attention(q, k, v, mask)
+    one = merge([part, remainder.stripes(q, k, v, mask, part[1], limit=1)])[0]
+    assert relative_error(part[0], dense) > 0.1
+    assert relative_error(one, dense) < relative_error(part[0], dense) / 3
+
+
+def test_stripes_are_monotone_in_theta_and_never_count_a_kept_key_twice():
+    q, k, v, kept = problem(6)
+    mask = BlockMask.from_tile_map(kept, LAYOUT)
+    lse = remainder.attention(q, k, v, mask)[1]
+    masses = [
+        remainder.stripes(q, k, v, mask, lse, theta=theta, limit=LAYOUT.length)[1].exp()
+        for theta in (-9, -1, 0, 1, 3, math.inf)
+    ]
+    for less, more in itertools.pairwise(masses):
+        assert bool((more >= less - 1e-12).all())
+    assert not masses[0].any()
+    dropped = attention(q, k, v, ~token_mask(LAYOUT, kept))[1].exp()
+    assert relative_error(masses[-1], dropped) < 1e-12
+
+
+@pytest.mark.parametrize("quant", [Quant(), Quant("int8", "fp8", smooth_k=True)], ids=str)
+def test_stripes_through_the_door(quant):
+    q, k, v, kept = problem(7, heads=4, kv_heads=2)
+    q, k, v = q.float(), k.float(), v.float()
+    mask = BlockMask.from_tile_map(kept, LAYOUT)
+    out, lse = remainder.attention(q, k, v, mask, quant, remainder="stripes")
+    part = remainder.attention(q, k, v, mask, quant)
+    expected, expected_lse = merge([part, remainder.stripes(q, k, v, mask, part[1])])
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)

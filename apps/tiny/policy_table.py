@@ -105,6 +105,7 @@ KNOBS: dict[str, tuple[Make, float, float] | Make] = {
     "stripe": (lambda x: Stripe(theta=x, window=(1, 1, 1)), -20.0, 40.0),
     "lsh": lambda d: LSH(density=d),
     "head_profile": lambda d: Window(density=d),  # replaced by what `choose` finds
+    "power_of_two": lambda d: Window(density=d),  # replaced by the window sizes that come closest
 }
 """By name: the policy of a density, or of a knob between two ends that raises it."""
 
@@ -190,13 +191,14 @@ def config_of(name: str, density: float, state: State, layout: Layout, remainder
 
 
 @torch.no_grad()
-def table(pipe: Any, clips_count: int, seeds: int, out: Path, sampled: tuple[str, ...]) -> None:
+def table(pipe: Any, clips_count: int, seeds: int, out: Path, gathered: tuple[str, ...]) -> None:
+    """gathered: policies to try with the remainders that gather keys as well."""
     layout = Layout((9, 16, 16), TILE)
     rows: dict[tuple[str, float, str], dict[str, Any]] = {}
     for state in states(pipe, clips_count, seeds, layout):
         for density in DENSITIES:
-            for name in (*KNOBS, "power_of_two"):
-                for remainder in ("none", "pooled", *(("sampled",) if name in sampled else ())):
+            for name in KNOBS:
+                for remainder in ("none", "pooled", *(("sampled", "stripes") if name in gathered else ())):
                     config = config_of(name, density, state, layout, remainder)
                     velocity, achieved = run(pipe, config, state.inputs)
                     row = rows.setdefault((name, density, remainder), {"density": [], "error": {}, "retained": []})
