@@ -23,6 +23,7 @@ COMMANDS = {
     "bench": "bench",
     "bench kernel": "bench_kernel",
     "show policy": "show",
+    "show schedule": "show",
     "show gallery": "show",
 }
 """Commands and their modules in `fastdit.apps`; the function has the command's name, with an underscore for a space."""

@@ -7,7 +7,8 @@ answer.
 
 Two clips of one seed part company the further the longer they are denoised, so beside PSNR and SSIM of the results
 stands the teacher-forced velocity error: inputs of the dense run are fed to the accelerated denoiser, one step each,
-and |v − v_dense| / |v_dense| is averaged over up to three steps of each phase.
+and |v − v_dense| / |v_dense| is averaged over up to three steps of each phase, or all of them where statistics of one step
+serve the next.
 """
 
 from __future__ import annotations
@@ -178,12 +179,14 @@ def velocity_error(pipe: Any, config: Config, calls: list[Call]) -> list[dict[st
             inside = [call for call in calls if config.at(call.sigma) == index]
             if not inside:
                 continue
+            phase = None if index is None else config.phases[index]
             chosen = {round(i * (len(inside) - 1) / (STEPS_A_PHASE - 1)) for i in range(STEPS_A_PHASE)}
+            if phase is not None and phase.reuse.kind != "none":
+                chosen = set(range(len(inside)))
             errors = [
                 relative_error(call.model(*call.args, **call.kwargs)[0], call.velocity)
                 for call in (inside[i] for i in sorted(chosen))
             ]
-            phase = None if index is None else config.phases[index]
             rows.append(
                 {
                     "sigma": [1.0, 0.0] if phase is None else list(phase.sigma),

@@ -1,4 +1,4 @@
-"""`fastdit show policy NAME` and `fastdit show gallery`: pictures of tile maps, and the page of all of them."""
+"""`fastdit show`: pictures of tile maps, schedules step by step, and the pages that are made from measurements."""
 
 from __future__ import annotations
 
@@ -52,10 +52,45 @@ def show_policy(
     typer.echo(f"{path}: {policy} keeps {density:.1%} of the {layout.video_tiles:,}² pairs of tiles")
 
 
-def show_gallery(
-    docs: Annotated[Path, typer.Option(help="Folder with policies.md and results/.")] = Path("docs"),
+def show_schedule(
+    name: Annotated[str, typer.Argument(help="A preset, or a JSON file of a configuration.")],
+    steps: Annotated[int, typer.Option(help="Steps of the run.")] = 20,
+    shift: Annotated[float, typer.Option(help="Flow shift of the scheduler: 5 for Wan, 7 for HunyuanVideo.")] = 5.0,
+    layers: Annotated[int, typer.Option(help="Attention layers of the denoiser.")] = 30,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG: step by layer, a colour for each phase.")] = None,
 ) -> None:
-    """Draw every policy into DOCS/policies/ and write the measured tables into DOCS/policies.md."""
+    """Print what runs at which step: dense, sparse, or completed by statistics."""
+    from fastdit import Config, heatmap, preset
+    from fastdit.schedule import noise_levels, schedule
+
+    try:
+        file = Path(name)
+        config = Config.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.suffix == ".json" else preset(name)
+        if layers < 1:
+            raise ValueError(f"--layers must be at least 1, got {layers}")
+        entries = schedule(config, noise_levels(steps, shift), layers)
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}", 2) from None
+    except ValueError as error:  # what JSON is not, what a configuration refuses
+        raise UserError(str(error), 2) from None
+    for entry in entries:
+        where = "" if entry.layers == (0, layers) else f"  layers {entry.layers[0]}-{entry.layers[1] - 1}"
+        typer.echo(f"step {entry.step:3d}  noise level {entry.sigma:.3f}{where}  {entry.what}")
+    if out is not None:
+        order = list(dict.fromkeys(entry.what for entry in entries))
+        points = [(e.step, layer, float(order.index(e.what))) for e in entries for layer in range(*e.layers)]
+        image = heatmap.draw(points, "kind of step", layers)
+        try:
+            image.save(out, format="PNG")
+        except OSError as error:
+            raise UserError(f"cannot write {out} ({error.strerror or error}): choose another file with --out") from None
+        typer.echo(f"{out}: " + "; ".join(f"{i} {what}" for i, what in enumerate(order)))
+
+
+def show_gallery(
+    docs: Annotated[Path, typer.Option(help="Folder with policies.md, statistics.md and results/.")] = Path("docs"),
+) -> None:
+    """Draw every policy into DOCS/policies/ and write the measured tables into DOCS/policies.md and DOCS/statistics.md."""
     from fastdit.layout import Layout
     from fastdit.policies import POLICIES
 
@@ -71,7 +106,8 @@ def show_gallery(
         lines.append(f'| <img src="policies/{name}.png" width="220"> | **{policy}**<br>{first} | {density:.0%} |')
     text = "\n".join([*lines, "", *quality(docs / "results" / "policies.json"), "", *cost(docs / "results" / "selection.json")])
     write_block(docs / "policies.md", BEGIN, END, text)
-    typer.echo(f"{docs / 'policies.md'}: {len(POLICIES)} pictures and two tables")
+    write_block(docs / "statistics.md", "<!-- reuse -->", "<!-- /reuse -->", statistics(docs / "results" / "reuse.json"))
+    typer.echo(f"{docs / 'policies.md'}: {len(POLICIES)} pictures and two tables; {docs / 'statistics.md'}: one table")
 
 
 def make(name: str, options: list[str]) -> Policy:
@@ -174,6 +210,24 @@ def cost(path: Path) -> list[str]:
         "|---|--:|",
     ]
     return [*lines, *(f"| {row['policy']} | {row['of dense']:.1%} |" for row in rows if row["policy"] != "dense")]
+
+
+def statistics(path: Path) -> str:
+    """Markdown of the rows that `fastdit.apps.tiny.reuse_table` wrote."""
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    rows = {(row["arm"], row["asked"]): row for row in measured["rows"]}
+    densities = sorted({asked for arm, asked in rows if arm == "sparse only"}, reverse=True)
+    lines = [
+        f"{measured['clips']} clips of {measured['size']} ({measured['tokens']:,} tokens), {measured['steps']} steps, dense at "
+        f"one step in {measured['refresh']}. Relative error of the last latents, and of the velocity at the dense run's latents:",
+        "",
+        "| what is remembered | " + " | ".join(f"window {density:g}" for density in densities) + " |",
+        "|---" + "|--:" * len(densities) + "|",
+    ]
+    for arm in dict.fromkeys(arm for arm, _ in rows if arm != "dense"):
+        cells = [rows.get((arm, density)) or rows[arm, 0.0] for density in densities]
+        lines.append(f"| {arm} | " + " | ".join(f"{row['final']:.2f}, {row['forced']:.3f}" for row in cells) + " |")
+    return "\n".join(lines)
 
 
 def _sides(text: str, option: str) -> tuple[int, int, int]:

@@ -128,11 +128,12 @@ class _Call:
             out, how = memory.attention(
                 query, key_, value, plan, plan.reuse, held, self.scale,
                 lambda: self.original(_roll(q, roll), _roll(k, roll), _roll(v, roll)).transpose(1, 2),  # noqa: B023
+                lambda: sum(memory.bytes() for site in self.handle.sites for memory in site.memories.values()),
             )  # fmt: skip
             error, why = self.fault(query, key_, value, out, how)
             if why is None:
                 skipped = how == "reuse" and plan.reuse.kind == "broadcast"
-                density = 1.0 if how == "refresh" else 0.0 if skipped else plan.density
+                density = 1.0 if how in ("refresh", "dense") else 0.0 if skipped else plan.density
                 self.record(replace(plan, density=density), how, watch, trimmed, error, held.no_room)
                 return _roll(out.transpose(1, 2), -roll)
             self.site.climb(why, guard.TOP if error is None else self.site.rung + 1)
@@ -143,7 +144,7 @@ class _Call:
             sane = all(bool(x.isfinite().all()) for x in (q, k, v))
             return None, "not finite" if sane else None  # what came in broken is the model's own affair
         budget = self.handle.config.error_budget
-        if budget is None or how == "refresh":
+        if budget is None or how in ("refresh", "dense"):
             return None, None
         error = guard.probe(q, k, v, out, self.scale)
         return error, f"error {error:.3g} over the budget of {budget:g}" if error > budget else None

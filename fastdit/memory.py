@@ -70,17 +70,22 @@ class Stored:
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, reuse: Reuse, memory: Memory, scale: float | None,
-    dense: Callable[[], Tensor], compute: Callable[..., tuple[Tensor, Tensor]] = remainder.attention,
+    dense: Callable[[], Tensor], held: Callable[[], int] = lambda: 0,
+    compute: Callable[..., tuple[Tensor, Tensor]] = remainder.attention,
 ) -> tuple[Tensor, str]:  # fmt: skip
-    """One call with what was remembered, which it updates: q, k, v [B, H, N, D] -> out like q, "sparse", "refresh" or "reuse".
+    """One call with what was remembered, which it updates: q, k, v [B, H, N, D] -> out like q, and how: "sparse",
+    "refresh" or "reuse"; "dense" where there is no room to remember anything.
 
-    dense: the best dense attention there is for these inputs; compute: `remainder.attention`, or what stands in its place.
+    dense: the best dense attention there is for these inputs; held: bytes that all sites remember already; compute:
+    `remainder.attention`, or what stands in its place.
     """
 
     def sparse() -> tuple[Tensor, Tensor]:
         return compute(q, k, v, plan.block_mask, plan.quant, scale, plan.remainder)
 
-    if reuse.kind == "none" or plan.block_mask is None or memory.no_room:
+    if memory.no_room:
+        return dense(), "dense"
+    if reuse.kind == "none" or plan.block_mask is None:
         return sparse()[0], "sparse"
     if (memory.ratio is not None or memory.kept is not None) and memory.uses < reuse.refresh - 1:
         memory.uses += 1
@@ -95,13 +100,18 @@ def attention(
             out = out + memory.kept.load(q)
         return out.to(q.dtype), "reuse"
     memory.uses, memory.ratio, memory.kept = 0, None, None
-    needs = 0 if reuse.kind == "ratio" else q.numel() * STORES[reuse.store].itemsize
-    if needs > (room := free_bytes(torch.device("cpu") if reuse.host else q.device) // 2):
-        memory.no_room = f"{reuse.kind}: {needs / 2**20:.0f} MB to remember, {room / 2**20:.0f} MB to spare"
-        return sparse()[0], "sparse"
+    host = reuse.host
+    if reuse.kind != "ratio":
+        needs = q.numel() * STORES[reuse.store].itemsize
+        places = [torch.device("cpu")] if host or not q.is_cuda else [q.device, torch.device("cpu")]
+        found = [place for place in places if held() + needs <= (free_bytes(place) + held()) // 2]
+        if not found:
+            memory.no_room = f"{reuse.kind}: no room for {needs / 2**20:.0f} MB beside {held() / 2**20:.0f} MB remembered"
+            return dense(), "dense"  # densities chosen for use with statistics do not hold without them
+        host = found[0].type == "cpu"
     if reuse.kind == "broadcast":
         out = dense()
-        memory.kept = Stored.of(out, reuse.store, reuse.host)
+        memory.kept = Stored.of(out, reuse.store, host)
         return out, "refresh"
     full, lse_full = ops.attention(q, k, v, scale=scale)
     part, lse = sparse()
@@ -113,7 +123,7 @@ def attention(
         memory.ratio = (lse - lse_full).exp().clamp(max=1)
         residual = residual - memory.ratio[..., None] * part.to(wide)
     if reuse.kind != "ratio":
-        memory.kept = Stored.of(residual, reuse.store, reuse.host)
+        memory.kept = Stored.of(residual, reuse.store, host)
     return full, "refresh"
 
 

@@ -12,7 +12,8 @@ STORES = ("float32", "bfloat16", "fp8")
 @dataclass(frozen=True)
 class Reuse:
     """kind: one of `KINDS`. refresh: a dense step every so many (the paper: 5). ramp: λ (the paper: .04; its ablation over
-    0 … .04 is within noise). store: type of R, "fp8" with a scale a row; host: keep R in the CPU's memory. maps: steps that a
+    0 … .04 is within noise). store: type of R, "fp8" with a scale a row; host: keep R in the CPU's memory, where it
+    also goes when the GPU has no room. maps: steps that a
     dynamic policy's tile map serves; with statistics it serves from refresh to refresh, as they hold for one map only."""
 
     kind: str = "none"

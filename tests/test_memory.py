@@ -160,10 +160,11 @@ def test_what_does_not_fit_is_not_remembered(monkeypatch):
     held = Memory()
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     out, how = call(Reuse(kind="retention"), held, q, k, v)
-    assert how == "sparse"
-    assert "to remember" in held.no_room
+    assert how == "dense"
+    assert "no room" in held.no_room
     assert held.bytes() == 0
-    assert relative_error(out, attention(q, k, v, token_mask(LAYOUT, KEPT))[0]) < 1e-12
+    assert relative_error(out, attention(q, k, v)[0]) < 1e-12
+    assert call(Reuse(kind="retention"), held, q, k, v)[1] == "dense"
 
 
 @pytest.mark.parametrize(

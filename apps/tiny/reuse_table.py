@@ -81,7 +81,8 @@ class Recorder:
 
 @torch.no_grad()
 def table(prompts: list[str], seeds: int, out: Path, device: str = "cpu") -> None:
-    pipe = tiny.load().to(device)
+    pipe: Any = tiny.load()
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     rows: dict[tuple[str, float], dict[str, Any]] = {}
     done = 0

@@ -1,0 +1,97 @@
+"""Schedules without a model: what each step does, and the noise levels that steps have."""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from test_show import DOCS
+from util import fastdit
+
+from fastdit import Config, Phase, Window, preset
+from fastdit.apps import show
+from fastdit.policies import Dense
+from fastdit.quant import Quant
+from fastdit.reuse import Reuse
+from fastdit.schedule import noise_levels, schedule
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(4, 1.0), (20, 5.0), (50, 7.0)])
+def test_noise_levels_are_the_scheduler_s(steps, shift):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    assert torch.allclose(torch.tensor(noise_levels(steps, shift)), scheduler.sigmas[:-1], atol=1e-6)
+
+
+def test_statistics_are_taken_every_so_many_steps_and_anew_in_a_new_phase():
+    config = Config(
+        (
+            Phase((1.0, 0.9), Dense()),
+            Phase((0.9, 0.5), Window(density=0.25), reuse=Reuse("retention", refresh=3)),
+            Phase((0.5, 0.0), Window(density=0.125), Quant("fp8", "fp8"), remainder="pooled"),
+        )
+    )
+    found = schedule(config, [1.0, 0.89, 0.8, 0.7, 0.6, 0.4, 0.2])
+    assert [entry.phase for entry in found] == [0, 1, 1, 1, 1, 2, 2]
+    taken = [entry.what.startswith("dense, statistics") for entry in found]
+    assert taken == [False, True, False, False, True, False, False]
+    assert found[0].what == "dense"
+    assert "fp8/fp8" in found[-1].what
+    assert "pooled" in found[-1].what
+
+
+def test_layers_that_share_a_phase_are_told_together():
+    config = Config((Phase(policy=Window(density=0.5), layers=(2, -1)),))
+    found = schedule(config, [1.0], layers=6)
+    assert [(entry.layers, entry.phase) for entry in found] == [((0, 2), None), ((2, 5), 0), ((5, 6), None)]
+
+
+@pytest.mark.parametrize("kind", ["residual", "broadcast", "ratio"])
+def test_the_schedule_foresees_what_runs(kind):
+    """Against a run of the real denoiser: dense where it says dense, sparse where sparse."""
+    from models import wan, wan_inputs
+
+    import fastdit as package
+
+    model = wan()
+    config = Config(
+        (Phase((1.0, 0.8), Dense()), Phase((0.8, 0.0), Window(density=0.3), reuse=Reuse(kind, refresh=3))),
+        (1, 4, 4), min_tokens=0, max_density=1,
+    )  # fmt: skip
+    sigmas = noise_levels(8, 2.0)
+    with torch.no_grad(), package.accelerate(model, config):
+        for sigma in sigmas:
+            model(**wan_inputs(sigma=sigma))
+        ran = [call for index, call in package.report(model).calls if index == 0]
+    names = {"refresh": "dense, statistics", "dense": "dense"}
+    for call, entry in zip(ran, schedule(config, sigmas), strict=True):
+        assert entry.what.startswith(names.get(call.how, "the last" if kind == "broadcast" else "window"))
+        assert call.phase == entry.phase
+
+
+@pytest.mark.parametrize("name", ["balanced", "fast", "fps", "exact"])
+def test_the_command_prints_every_step(name, tmp_path):
+    done = fastdit("show", "schedule", name, "--steps", "8", "--layers", "3", "--out", tmp_path / "s.png")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("noise level") == 8
+    assert Image.open(tmp_path / "s.png").width > 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["warp"], "unknown preset"),
+        (["none.json"], "cannot read"),
+        (["fast", "--steps", "0"], "steps >= 1"),
+        (["fast", "--shift", "0"], "shift > 0"),
+        (["fast", "--layers", "0"], "--layers"),
+    ],
+)
+def test_bad_schedules_are_refused(arguments, named):
+    done = fastdit("show", "schedule", *arguments)
+    assert done.returncode == 2
+    assert named in done.stderr
+
+
+def test_the_page_holds_what_was_measured():
+    assert show.statistics(DOCS / "results" / "reuse.json") in (DOCS / "statistics.md").read_text(encoding="utf-8")
+    assert preset("balanced").phases[1].reuse.kind == "residual"
