@@ -154,9 +154,9 @@ class _Call:
         grids = [(sides[i], sides[i + 1], sides[i + 2]) for i in range(0, len(sides), 3)]
         if self.where is not None:
             t, h, w = self.where.tolist()
-            grids, after = [(t, h, w)], tokens - before - t * h * w
-            if t * h * w == 0 or after < 0:
+            if t * h * w == 0:
                 return "the tokens' coordinates are not those of one image"
+            grids = [(t, h, w)]
         return find_place(tokens, grids, before, after, bool(ragged), kept)
 
     def phase(self) -> int | None:

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from fastdit import trim
+from fastdit.facts import REST
 from fastdit.layout import Grid
 
 
@@ -22,11 +23,15 @@ def find_place(
 ) -> Place | str:
     """The place of a sequence of `tokens`, of which a mask leaves `kept`; or why that cannot be told.
 
-    grids: those the denoiser's input makes, finest first; before, after, ragged: as in `handle.Facts`.
+    grids: those the denoiser's input makes, finest first; before, after, ragged: as in `facts.Facts`.
     """
     left = tokens if kept is None else trim.count(kept)
+    ends = before, after
     for grid in grids:
         video = math.prod(grid)
+        before, after = (tokens - video - max(0, other) if end == REST else end for end, other in (ends, ends[::-1]))
+        if before < 0 or after < 0:
+            continue
         if kept is not None and not ragged:
             if tokens == before + video + after:
                 if trim.count(kept, before, before + video) < video:
@@ -38,5 +43,6 @@ def find_place(
             return Place(grid, left - video if before else 0, left - video if after else 0)  # text cut by the model
         elif ragged and kept is not None and len(kept) == 1 and kept[0][0] == 0 and left >= video:
             return Place(grid, left - video)
+    before, after = (max(0, end) for end in ends)
     expected = " or ".join(str(before + math.prod(grid) + after) for grid in grids)
     return f"{tokens} tokens where the denoiser's input makes {expected}"

@@ -27,7 +27,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor, nn
 
 from fastdit.attend import SDPA, attend
-from fastdit.handle import Adapter, Denoiser, Handle, Observe, Site
+from fastdit.facts import Adapter
+from fastdit.handle import Denoiser, Handle, Observe, Site
 
 _current = threading.local()
 """`.site`: the site whose processor is running in this thread, between the bound processor and the core attention."""

@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastdit
 from fastdit import Config, Phase, Window
-from fastdit.handle import Denoiser, Facts, Handle
+from fastdit.facts import Facts
+from fastdit.handle import Denoiser, Handle
 from fastdit.processor import BoundProcessor, _bound_class, installed
 from fastdit.reference import relative_error
 

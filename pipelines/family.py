@@ -1,0 +1,84 @@
+"""What the families have in common: which modules are sites, and how the arguments of a denoiser's call are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.facts import REST, Facts
+from fastdit.layout import Grid
+
+TRAIN_TIMESTEPS = 1000
+
+__all__ = ["REST", "Facts", "Family", "grid_of", "length", "noise_level"]
+
+
+class Family:
+    """Facts of one model family; a subclass names the arguments it reads, and reads them.
+
+    names: leading positional parameters of the denoiser's forward. skips: parts of module names that are no sites, and why.
+    order: leading parts of module names in the order in which they run, where that is not the order of definition.
+    text, mask, note: for the table in the docs.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states", "timestep")
+    skips: ClassVar[dict[str, str]] = {"attn2": "cross-attention"}
+    order: ClassVar[tuple[str, ...]] = ()
+    text: ClassVar[str] = "apart (cross-attention)"
+    mask: ClassVar[str] = "none"
+    note: ClassVar[str] = ""
+
+    def sites(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        found = [(name, module) for name, module in _attentions(model) if self._why_not(name, module) is None]
+        if self.order:
+            found.sort(key=lambda pair: self._rank(pair[0]))
+        yield from found
+
+    def left(self, model: nn.Module) -> Iterator[tuple[str, str]]:
+        for name, module in _attentions(model):
+            if (why := self._why_not(name, module)) is not None:
+                yield name, why
+
+    def facts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
+        return self.read(model, dict(zip(self.names, args, strict=False)) | kwargs)
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        raise NotImplementedError
+
+    def _why_not(self, name: str, module: nn.Module) -> str | None:
+        for part in name.split("."):
+            if part in self.skips:
+                return self.skips[part]
+        return "cross-attention" if getattr(module, "is_cross_attention", None) else None
+
+    def _rank(self, name: str) -> int:
+        return next((i for i, start in enumerate(self.order) if name.split(".")[0] == start), len(self.order))
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if getattr(module, "processor", None) is not None:
+            yield name, module
+
+
+def grid_of(x: Tensor, patch: tuple[int, int, int], frames: int | None = 2) -> Grid:
+    """Tokens of latents [..., H, W] cut into patches (t, h, w); frames: the axis of time, None where there is none."""
+    t = 1 if frames is None else x.shape[frames] // patch[0]
+    return t, x.shape[-2] // patch[1], x.shape[-1] // patch[2]
+
+
+def noise_level(timestep: Any, full: float = TRAIN_TIMESTEPS) -> Tensor:
+    """σ of a timestep that runs from `full` (noise) to 0: Python number or tensor.
+
+    For flow matching that is σ itself. For models trained on ᾱ (Stable Diffusion, CogVideoX, PixArt) it is the share of the
+    training steps, which falls as monotonically and is what their schedules of steps go by.
+    """
+    return torch.as_tensor(timestep, dtype=torch.float32) / full
+
+
+def length(x: Tensor | None) -> int:
+    """Tokens of [B, N, C]; 0 for None."""
+    return 0 if x is None else x.shape[1]

@@ -1,0 +1,54 @@
+"""Flux and those built like it: text first, then the image, packed, whose coordinates only `img_ids` tells."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastdit.pipelines.family import REST, Facts, Family, length, noise_level
+
+
+class Flux(Family):
+    """img_ids [N, 3] = (picture, row, column) of each image token; reference pictures (Kontext) follow the one being drawn.
+
+    timestep is σ already. Chroma masks padded text, which is cut.
+    """
+
+    names: ClassVar[tuple[str, ...]] = (
+        "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids",
+    )  # fmt: skip
+    skips: ClassVar[dict[str, str]] = {}
+    text = "before"
+    mask = "Chroma: padded text, cut"
+    full = 1.0
+    """timestep of pure noise."""
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        ids = call["img_ids"]
+        grid = coordinates(ids[0] if ids.ndim == 3 else ids)
+        return Facts(grid, noise_level(call["timestep"], self.full), length(call["encoder_hidden_states"]), REST)
+
+
+def coordinates(ids: Tensor) -> Tensor:
+    """Sides (1, H, W), int64 tensor, of the first picture among ids [N, ≥ 3], whose columns 1 and 2 count rows and columns."""
+    first = ids[:, 0] == ids[0, 0]
+    h, w = (torch.where(first, ids[:, axis] - ids[0, axis], 0).amax() + 1 for axis in (1, 2))
+    return torch.stack([torch.ones_like(h), h, w]).to(torch.int64)
+
+
+class Chroma(Flux):
+    names = ("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "attention_mask")
+
+
+class Flux2(Flux):
+    """img_ids [B, N, 4] = (picture, row, column, 0)."""
+
+    names = ("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids")
+
+
+class Bria(Flux):
+    """timestep = 1000 σ."""
+
+    full = 1000.0

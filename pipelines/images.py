@@ -1,0 +1,111 @@
+"""Image DiTs whose latents [B, C, H, W] tell the grid, by where the text sits."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from fastdit.pipelines.family import REST, Facts, Family, grid_of, length, noise_level
+
+
+def _grid(model: Any, call: dict[str, Any]) -> tuple[int, int, int]:
+    patch = model.config.patch_size
+    return grid_of(call["hidden_states"], (1, patch, patch), None)
+
+
+class PixArt(Family):
+    """PixArt-α and -Σ, DiT, Hunyuan-DiT, Lumina-Next: text, or the class, by cross-attention or modulation."""
+
+    mask = "of text, in cross-attention"
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        return Facts(_grid(model, call), noise_level(call["timestep"]))
+
+
+class DiT(PixArt):
+    """DiT and Hunyuan-DiT: timestep is the second argument."""
+
+    names = ("hidden_states", "timestep")
+
+
+class SD3(Family):
+    """Stable Diffusion 3 and 3.5: text behind the image; the second attention of dual blocks sees the image alone."""
+
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    skips: ClassVar[dict[str, str]] = {}
+    text = "behind"
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        return Facts(_grid(model, call), noise_level(call["timestep"]), after=length(call["encoder_hidden_states"]))
+
+
+class CogView(Family):
+    """CogView 3 Plus and 4: text first."""
+
+    skips: ClassVar[dict[str, str]] = {}
+    text = "before"
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        return Facts(_grid(model, call), noise_level(call["timestep"]), before=length(call["encoder_hidden_states"]))
+
+
+class AuraFlow(CogView):
+    """Text first, and eight learned tokens before it; timestep is σ already."""
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        before = model.register_tokens.shape[1] + length(call["encoder_hidden_states"])
+        return Facts(_grid(model, call), noise_level(call["timestep"], 1.0), before=before)
+
+
+class Lumina2(Family):
+    """Each prompt's own text first, then the image, then padding, which is cut; timestep counts up: 1 − σ."""
+
+    names = ("hidden_states", "timestep", "encoder_hidden_states")
+    skips: ClassVar[dict[str, str]] = {"context_refiner": "text refiner"}
+    order: ClassVar[tuple[str, ...]] = ("noise_refiner", "layers")
+    text = "before"
+    mask = "padding, cut"
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        sigma = 1 - noise_level(call["timestep"], 1.0)
+        return Facts(_grid(model, call), sigma, before=length(call["encoder_hidden_states"]), ragged=True)
+
+
+class HiDream(Family):
+    """The image, then text of two encoders."""
+
+    names = ("hidden_states", "timesteps")
+    skips: ClassVar[dict[str, str]] = {}
+    text = "behind"
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        return Facts(_grid(model, call), noise_level(call["timesteps"]), after=REST)
+
+
+class ZImage(Family):
+    """x: a list of latents [C, T, H, W]; the image is padded to a multiple of 32 tokens, text follows; t counts up: 1 − σ."""
+
+    names = ("x", "t", "cap_feats")
+    skips: ClassVar[dict[str, str]] = {"context_refiner": "text refiner", "siglip_refiner": "image refiner"}
+    order: ClassVar[tuple[str, ...]] = ("noise_refiner", "layers")
+    text = "behind"
+    mask = "padding, cut"
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        patch, frames = call.get("patch_size", 2), call.get("f_patch_size", 1)
+        grid = grid_of(call["x"][0], (frames, patch, patch), 1)
+        return Facts(grid, 1 - noise_level(call["t"], 1.0), after=REST)
+
+
+class QwenImage(Family):
+    """Text first, then the picture, then reference pictures, each with its sides in `img_shapes`; timestep is σ already."""
+
+    names = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes")
+    skips: ClassVar[dict[str, str]] = {}
+    text = "before"
+    mask = "padded text, cut"
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        shapes = call["img_shapes"][0]
+        t, h, w = shapes[0] if isinstance(shapes, (list, tuple)) and not isinstance(shapes[0], int) else shapes
+        before = length(call["encoder_hidden_states"])
+        return Facts((t, h, w), noise_level(call["timestep"], 1.0), before=before, after=REST)

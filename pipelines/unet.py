@@ -1,0 +1,49 @@
+"""UNets (Stable Diffusion 1.5 and XL, Kolors, SVD, AnimateDiff): self-attention of pictures at several resolutions.
+
+Each frame of a video is a picture in the batch; attention over time has a dozen tokens and stays dense.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from fastdit.layout import Grid
+from fastdit.pipelines.family import Facts, Family, noise_level
+
+
+class UNet(Family):
+    """sample [B, C, H, W] or [B, C, T, H, W]; each level halves the sides, rounding up."""
+
+    names = ("sample", "timestep", "encoder_hidden_states")
+    skips: ClassVar[dict[str, str]] = {
+        "attn2": "cross-attention",
+        "motion_modules": "over time alone",
+        "temp_attentions": "over time alone",
+        "transformer_in": "over time alone",
+        "temporal_transformer_blocks": "over time alone",
+    }
+    order: ClassVar[tuple[str, ...]] = ("down_blocks", "mid_block", "up_blocks")
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        return Facts(self._levels(model, call)[0], self.level(call["timestep"]), coarser=self._levels(model, call)[1:])
+
+    def level(self, timestep: Any) -> torch.Tensor:
+        return noise_level(timestep)
+
+    def _levels(self, model: Any, call: dict[str, Any]) -> tuple[Grid, ...]:
+        h, w = call["sample"].shape[-2:]
+        grids: list[Grid] = []
+        for _ in model.down_blocks:
+            grids.append((1, h, w))
+            h, w = (h + 1) // 2, (w + 1) // 2
+        return tuple(grids)
+
+
+class SVD(UNet):
+    """timestep = ln σ / 4, and σ in [.002, 700] compares the noise with a picture of size 1."""
+
+    def level(self, timestep: Any) -> torch.Tensor:
+        sigma = (4 * torch.as_tensor(timestep, dtype=torch.float32)).exp()
+        return sigma / (1 + sigma)
