@@ -5,7 +5,6 @@ The text refiner in front is attention of its own, over a few hundred tokens, an
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from fastdit.pipelines.family import REST, Facts, Family, grid_of, noise_level
@@ -36,8 +35,8 @@ class FramePack(HunyuanVideo):
         before = 0
         for name, scale in (("latents_clean", 1), ("latents_history_2x", 2), ("latents_history_4x", 4)):
             if (x := call.get(name)) is not None:
-                sides = zip(x.shape[-3:], (t * scale, p * scale, p * scale), strict=True)
-                before += math.prod(math.ceil(side / patch) for side, patch in sides)
+                frames, height, width = (side + (-side) % scale for side in x.shape[-3:])
+                before += (frames // (t * scale)) * (height // (p * scale)) * (width // (p * scale))
         return facts._replace(before=before)
 
 
