@@ -19,7 +19,7 @@ from fastdit.config import Config
 from fastdit.handle import Handle
 from fastdit.pipelines.adapter import adapter_for
 from fastdit.presets import DEFAULT, preset
-from fastdit.processor import install, installed, uninstall
+from fastdit.processor import install, installed, replace, uninstall
 from fastdit.report import Report
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -103,9 +103,10 @@ def _model_set_attn_processor(self: Any, processor: Any) -> None:
     if isinstance(processor, FastAttnProcessor):
         accelerate(self, processor.config)
         return
-    if installed(self) is not None:
-        uninstall(self)
-    _set_on_model(self, processor)
+    if installed(self) is None:
+        _set_on_model(self, processor)
+    else:
+        replace(self, processor, functools.partial(_set_on_model, self))
 
 
 def _pipeline_set_attn_processor(self: Any, processor: Any) -> None:

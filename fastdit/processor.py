@@ -37,6 +37,13 @@ _current = threading.local()
 class BoundProcessor:
     """One attention module's processor around its original one, `inner`. Subclassed per class of inner (`_bound_class`)."""
 
+    original: type[Any]
+    """Class of `inner`."""
+
+    def __new__(cls, inner: Any = None, site: Site | None = None) -> Any:
+        # Loaders (IP-Adapter) make processors anew by their class and no argument: they mean the model's own.
+        return cls.original() if inner is None else object.__new__(cls)
+
     def __init__(self, inner: Any, site: Site) -> None:
         self.inner = inner
         self.site = site
@@ -84,7 +91,7 @@ def _bound_class(inner: Any) -> type[BoundProcessor]:
 
     # diffusers' Attention.forward passes only the keyword arguments that it finds in the processor's signature.
     __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-    return type(f"Fast{inner.__name__}", (BoundProcessor,), {"__call__": __call__, "__doc__": inner.__doc__})
+    return type(f"Fast{inner.__name__}", (BoundProcessor,), {"__call__": __call__, "original": inner, "__doc__": inner.__doc__})
 
 
 def _dispatch(
@@ -190,8 +197,36 @@ def uninstall(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "processor", None), BoundProcessor):
             _set(module, module.processor.inner)
+    kept = getattr(model, "original_attn_processors", None) or {}  # what `unfuse_qkv_projections` will give back
+    for name, processor in kept.items():
+        if isinstance(processor, BoundProcessor):
+            kept[name] = processor.inner
     for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Observe)]:
         del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+
+
+def replace(model: nn.Module, processors: Any, setter: Callable[[Any], None]) -> None:
+    """Set other processors on an installed model, the way diffusers does it in the middle of things.
+
+    Fusing and unfusing projections and loading adapters change the processors around the same attention: they are bound again.
+    One processor for all layers, or the very objects that were there before, is somebody's wish to be without us.
+    """
+    denoiser = installed(model)
+    assert denoiser is not None
+    if isinstance(processors, dict):
+        inner = {
+            id(module.processor.inner)
+            for _, module in denoiser.adapter.sites(model)
+            if isinstance(module.processor, BoundProcessor)
+        }
+        keep = not inner or not inner <= {id(processor) for processor in processors.values()}
+    else:
+        keep = type(processors).__name__.startswith("Fused")
+    if not keep:
+        uninstall(model)
+    setter(processors)
+    if keep:
+        bind(model, denoiser)
 
 
 def installed(model: nn.Module) -> Denoiser | None:
