@@ -21,6 +21,7 @@ from fastdit.apps.media import UserError, write_json
 INCLUDES = "denoising loop: denoiser, guidance, scheduler; planning, block masks, permutation and quantization with it"
 BEGIN, END = "<!-- bench:main -->", "<!-- /bench:main -->"
 PROMPT = "a red circle moving right"
+GUIDANCE = 5.0
 KEY = ("shape", "preset", "steps", "prompt", "seed")
 """Fields that tell rows apart."""
 
@@ -73,9 +74,13 @@ def run(
     """Measure what the file lacks; returns all its rows. Raises UserError."""
     from fastdit.apps.compare import describe
     from fastdit.apps.measure import measure
-    from fastdit.apps.models import Settings, check_shape, load
+    from fastdit.apps.models import check_shape, load
+    from fastdit.apps.settings import Settings
 
-    cases = {size: [Settings(prompt, "", seed, model, name, *size, steps=steps) for name in presets] for size in sizes}
+    cases = {
+        size: [Settings(prompt, "", seed, model, name, *size, steps=steps, guidance=GUIDANCE) for name in presets]
+        for size in sizes
+    }
     for settings in (one for case in cases.values() for one in case):
         settings.check()
     if repeats < 2:

@@ -1,4 +1,4 @@
-"""The `fastdit` command: `render`, `presets`, `bench`, `bench kernel`.
+"""The `fastdit` command.
 
 Each command is one file in `apps/` with a function of the command's name; nothing heavy is imported before it runs.
 Whatever a user can mend ends in one line on standard error. Exit status: 0 done, 1 failed while running, 2 wrong usage,
@@ -14,42 +14,50 @@ from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
-import typer.core
 
 from fastdit.apps.media import UserError
 
 COMMANDS = {
-    "render": "render",
+    "render": "command",
     "bench": "bench",
     "bench kernel": "bench_kernel",
     "show policy": "show",
+    "show presets": "presets",
     "show schedule": "show",
     "show gallery": "show",
 }
-"""Commands and their modules in `fastdit.apps`; the function has the command's name, with an underscore for a space."""
+"""Commands and their modules in `fastdit.apps`; the function has the command's name, with an underscore for a space.
 
+One of two words belongs to the group of the first, which may be a command itself.
+"""
+
+HELP = {"show": "Pictures and tables of policies, presets and schedules."}
 INTERRUPTED = 130
+PLAIN: dict[str, Any] = {"rich_markup_mode": None, "context_settings": {"help_option_names": ["-h", "--help"]}}
+
+app = typer.Typer(name="fastdit", no_args_is_help=True, pretty_exceptions_enable=False, **PLAIN)
 
 
-class TwoWords(typer.core.TyperGroup):
-    """Commands whose name may be two words."""
+def _add_commands() -> None:
+    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    found: dict[str, typer.Typer] = {}
+    for name, module in COMMANDS.items():
+        function = getattr(import_module(f"fastdit.apps.{module}"), name.replace(" ", "_"))
+        group, _, rest = name.partition(" ")
+        if group not in groups:
+            app.command(name)(function)
+            continue
+        if group not in found:
+            alone = not rest  # the group is a command too
+            found[group] = typer.Typer(invoke_without_command=alone, no_args_is_help=not alone, help=HELP.get(group), **PLAIN)
+            app.add_typer(found[group], name=group)
+            if alone:
+                found[group].callback(invoke_without_command=True)(function)
+        if rest:
+            found[group].command(rest)(function)
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        two = " ".join(args[:2])
-        return (two, self.commands[two], args[2:]) if two in self.commands else super().resolve_command(ctx, args)
 
-
-app = typer.Typer(
-    name="fastdit",
-    cls=TwoWords,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for _name, _module in COMMANDS.items():
-    app.command(_name)(getattr(import_module(f"fastdit.apps.{_module}"), _name.replace(" ", "_")))
+_add_commands()
 
 
 def _version(wanted: bool) -> None:
@@ -67,22 +75,6 @@ def root(
     ] = False,
 ) -> None:
     """Faster video and image generation with diffusers: sparse, quantized, self-measuring attention."""
-
-
-@app.command()
-def presets() -> None:
-    """List the presets: where attention is exact, in which number format, at which noise level."""
-    from fastdit import PRESETS
-
-    for name, config in PRESETS.items():
-        typer.echo(name)
-        if not config.phases:
-            typer.echo("  every noise level: dense")
-        for phase in config.phases:
-            quant = "" if phase.quant.is_none else f", {phase.quant}"
-            typer.echo(f"  noise level {phase.sigma[0]:g} … {phase.sigma[1]:g}: {phase.policy}{quant}")
-        if config.phases:
-            typer.echo(f"  below {config.min_tokens} tokens, or above density {config.max_density:g}: dense")
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:

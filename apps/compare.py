@@ -1,17 +1,15 @@
-"""`fastdit render --compare`: both clips, one sheet with dense above, one sidecar, and in words what was measured."""
+"""`render --compare`: one seed by dense and by fast attention, one sheet with dense above, and in words what was measured."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import time
 from typing import Any
 
-import typer
-
 from fastdit.apps.measure import Comparison, measure
-from fastdit.apps.media import Outputs, UserError, contact_sheet, ffmpeg, write_json, write_mp4, write_png
-from fastdit.apps.models import Settings, check_shape, dropped_tokens, load
-from fastdit.apps.render import outputs, record, stem_of
+from fastdit.apps.media import contact_sheet, encode, png
+from fastdit.apps.render import Result, phases, sha256
+from fastdit.apps.settings import Settings
 
 
 def describe(settings: Settings, found: Comparison, name: str, repeats: int) -> str:
@@ -39,33 +37,27 @@ def describe(settings: Settings, found: Comparison, name: str, repeats: int) -> 
     return "\n".join(lines)
 
 
-def render_both(settings: Settings, folder: Path, repeats: int = 2, overwrite: bool = False) -> None:
-    """Render densely and by the preset, write both clips, one sheet and one sidecar, and print the comparison."""
-    if repeats < 2:
-        raise UserError(f"--repeats must be at least 2 (two dense runs must agree), got {repeats}", 2)
-    name = settings.preset
-    stem = stem_of(settings, compare=True, repeats=repeats)
-    with outputs(folder, stem, ("-compare.json", "-compare.png", "-dense.mp4", f"-{name}.mp4"), overwrite) as out:
-        ffmpeg()
-        pipe = load(settings)
-        check_shape(pipe, settings.frames, settings.height, settings.width)
-        dropped_tokens(pipe, settings.prompt)
-        found = measure(pipe, settings, {name: settings.config()}, repeats)
-        _write(out, stem, settings, found, repeats, record(settings, pipe))
-        out.publish()
-    typer.echo(describe(settings, found, name, repeats))
-    for written in out.names:
-        typer.echo(folder / written)
-
-
-def _write(out: Outputs, stem: str, settings: Settings, found: Comparison, repeats: int, facts: dict[str, Any]) -> None:
-    name = settings.preset
+def both(pipe: Any, settings: Settings, repeats: int, facts: dict[str, Any], show: bool = True) -> Result:
+    """Render densely and by the preset, and compare. facts: what the record begins with."""
+    name = "custom" if settings.custom else settings.preset
+    found = measure(pipe, settings, {name: settings.config()}, repeats, show)
     variant = found.variants[name]
+    start = time.perf_counter()
     said = facts["settings"]
-    write_mp4(out[f"{stem}-dense.mp4"], found.dense.frames, settings.fps, said | {"preset": "dense", "config": None})
-    write_mp4(out[f"{stem}-{name}.mp4"], variant.clip.frames, settings.fps, said)
-    rows = [("dense", found.dense.frames), (name, variant.clip.frames)]
-    write_png(out[f"{stem}-compare.png"], contact_sheet(rows), said)
-    facts |= {"kernel": found.kernel, "tokens": found.tokens, "repeats": repeats, "dense_s": found.dense_seconds}
-    facts |= variant.to_dict(found.dense_seconds) | {"report": variant.report.to_dict()}
-    write_json(out[f"{stem}-compare.json"], facts)
+    plain = said | {"preset": "dense", "config": None}
+    dense = encode(found.dense.frames, settings.format, settings.fps, settings.crf, plain)
+    fast = encode(variant.clip.frames, settings.format, settings.fps, settings.crf, said)
+    sheet = png(contact_sheet([("dense", found.dense.frames), (name, variant.clip.frames)]), said)
+    facts |= {
+        "kernel": found.kernel,
+        "tokens": found.tokens,
+        "repeats": repeats,
+        "seconds": variant.clip.seconds | {"encode": time.perf_counter() - start},
+        "phases": phases(variant.clip, variant.report),
+        "dense_s": found.dense_seconds,
+        "frames_sha256": sha256(variant.clip),
+        "dense_sha256": sha256(found.dense),
+    }
+    facts |= variant.to_dict(found.dense_seconds)
+    files = {"-sheet.png": sheet} | {f"-dense{suffix}": content for suffix, content in dense.items()} | fast
+    return Result(facts, variant.report.to_dict(), files, describe(settings, found, name, repeats))

@@ -19,9 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fastdit.apps.generate import Clip, generate
 from fastdit.apps.media import UserError
-from fastdit.apps.models import Settings, denoisers
-from fastdit.apps.render import Clip, generate
+from fastdit.apps.models import denoisers
+from fastdit.apps.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import subprocess
+import tempfile
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,9 +40,9 @@ def slug(text: str, length: int = SLUG_LENGTH) -> str:
     return name or "clip"
 
 
-def digest(settings: dict[str, Any]) -> str:
-    """Eight hexadecimal digits that tell settings apart."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+def digest(settings: dict[str, Any], digits: int = 8) -> str:
+    """Hexadecimal digits that tell settings apart."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 class Outputs:
@@ -80,7 +82,16 @@ class Outputs:
     def publish(self) -> None:
         """Give the files their names, replacing what has them."""
         for name in self.names:
+            with open(self[name], "rb+") as file:
+                os.fsync(file.fileno())
+        for name in self.names:
             os.replace(self[name], self.folder / name)
+        if hasattr(os, "O_DIRECTORY"):  # or a power cut could take the names back
+            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def _clear(self) -> None:
         for name in self.names:
@@ -131,7 +142,28 @@ def to_uint8(frames: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
     return (np.clip(frames, 0, 1) * 255).round().astype(np.uint8)
 
 
-def write_mp4(path: Path, frames: NDArray[np.floating[Any]], fps: int, comment: dict[str, Any]) -> None:
+def encode(frames: NDArray[np.floating[Any]], kind: str, fps: int, crf: int, comment: dict[str, Any]) -> dict[str, bytes]:
+    """A clip, frames [F, H, W, 3] in [0, 1], as files: {suffix: content}. kind: mp4, webp, gif, or png (a file a frame)."""
+    from PIL import Image
+
+    if kind == "mp4":
+        with tempfile.TemporaryDirectory(prefix="fastdit-") as folder:
+            path = Path(folder) / "clip.mp4"
+            write_mp4(path, frames, fps, comment, crf)
+            return {".mp4": path.read_bytes()}
+    pictures = [Image.fromarray(frame) for frame in to_uint8(frames)]
+    if kind == "png":
+        suffixes = [".png"] if len(pictures) == 1 else [f"-{number:04d}.png" for number in range(len(pictures))]
+        return {suffix: png(picture, comment) for suffix, picture in zip(suffixes, pictures, strict=True)}
+    stream = io.BytesIO()
+    more: dict[str, Any] = {"quality": 90, "method": 4} if kind == "webp" else {"optimize": True}
+    pictures[0].save(
+        stream, kind.upper(), save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0, **more
+    )
+    return {f".{kind}": stream.getvalue()}
+
+
+def write_mp4(path: Path, frames: NDArray[np.floating[Any]], fps: int, comment: dict[str, Any], crf: int = 18) -> None:
     """Encode frames [F, H, W, 3] in [0, 1], fps a second, as H.264 in yuv420p, index first, `comment` as JSON in a tag.
 
     Chroma is kept for every second pixel, so height and width must be even. Raises UserError if ffmpeg fails.
@@ -140,7 +172,7 @@ def write_mp4(path: Path, frames: NDArray[np.floating[Any]], fps: int, comment: 
     if height % 2 or width % 2:
         raise UserError(f"H.264 needs an even height and width, got {height} x {width}")
     command = [ffmpeg(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-    command += ["-r", str(fps), "-i", "-", "-an", "-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p"]
+    command += ["-r", str(fps), "-i", "-", "-an", "-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p"]
     command += ["-movflags", "+faststart", "-metadata", f"comment={json.dumps(comment)}", "-f", "mp4", str(path)]
     # A session of its own: Ctrl-C reaches Python alone, which then kills ffmpeg and removes its file.
     done = subprocess.run(command, input=to_uint8(frames).tobytes(), capture_output=True, start_new_session=True)
@@ -177,15 +209,21 @@ def contact_sheet(
     return sheet
 
 
-def write_png(path: Path, picture: Image, settings: dict[str, Any]) -> None:
-    """Save a picture with the settings as JSON in its iTXt chunk "fastdit"."""
+def png(picture: Image, settings: dict[str, Any]) -> bytes:
+    """A picture as a PNG file, with the settings as JSON in its iTXt chunk "fastdit"."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_itxt("fastdit", json.dumps(settings, ensure_ascii=False))
-    picture.save(path, format="PNG", pnginfo=info)
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def to_json(content: dict[str, Any]) -> bytes:
+    """UTF-8, indented; what JSON cannot say (an infinite PSNR) must have been made None."""
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """UTF-8, indented; what JSON cannot say (an infinite PSNR) must have been made None."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_bytes(to_json(content))

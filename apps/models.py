@@ -1,73 +1,24 @@
-"""What to render and by which model: settings, loading a pipeline, and what it can draw. Failures name their remedy."""
+"""By which model to render: loading a pipeline, and what it can draw. Failures name their remedy."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdit.apps.media import UserError
+from fastdit.apps.settings import Settings
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastdit import Config
-
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LEAST_PIXELS = 16  # SSIM's window and H.264 need a few
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a clip. height, width: pixels; fps: frames a second; model: folder or Hub id, None: embedded."""
-
-    prompt: str
-    negative: str = ""
-    seed: int = 0
-    model: str | None = None
-    preset: str = "balanced"
-    frames: int = 33
-    height: int = 128
-    width: int = 128
-    steps: int = 20
-    guidance: float = 5.0
-    fps: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def config(self) -> Config:
-        """The preset's configuration. Raises UserError listing the presets."""
-        from fastdit import preset
-
-        try:
-            return preset(self.preset)
-        except ValueError as error:
-            raise UserError(str(error), 2) from None
-
-    def check(self) -> None:
-        """Everything that can be told without the model. Raises UserError."""
-        self.config()
-        if not self.prompt.strip():
-            raise UserError('the prompt is empty: say what to draw, such as "a red circle moving right"', 2)
-        if self.steps < 1:
-            raise UserError(f"--steps must be at least 1, got {self.steps}", 2)
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}", 2)
-        if not 1 <= self.fps <= 240:
-            raise UserError(f"--fps must be from 1 to 240, got {self.fps}", 2)
-        if not math.isfinite(self.guidance) or self.guidance < 0:
-            raise UserError(f"--guidance must be a number of at least 0 (1 and below: off), got {self.guidance}", 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As recorded beside the clip, the preset spelled out."""
-        return asdict(self) | {"config": self.config().to_dict()}
 
 
 def resolve(settings: Settings) -> tuple[str, Any]:
@@ -115,12 +66,9 @@ def load(settings: Settings) -> Any:
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "download or save it again" if local else "check the id and the network, or give -m a downloaded folder"
         raise UserError(f"cannot load the model {source} ({cause[:200]}): {remedy}") from error
-    wanted = {"num_frames", "callback_on_step_end"} - set(inspect.signature(pipe.__call__).parameters)
-    if wanted:
-        raise UserError(
-            f"{source} is a {type(pipe).__name__}, which takes no {' and no '.join(sorted(wanted))}: "
-            "give -m a text-to-video model"
-        )
+    if "callback_on_step_end" not in (takes := inspect.signature(pipe.__call__).parameters) or "prompt" not in takes:
+        missing = "no prompt" if "prompt" not in takes else "no callback_on_step_end"
+        raise UserError(f"{source} is a {type(pipe).__name__}, which takes {missing}: give -m a text-to-video model")
     try:
         known = [adapter_for(model) for model in denoisers(pipe)]
     except ValueError as error:
@@ -128,7 +76,60 @@ def load(settings: Settings) -> Any:
     if not known:
         raise UserError(f"{source} has no denoiser that fastdit knows: give -m a diffusion model")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return _prepare(pipe, settings, device)
+
+
+def _prepare(pipe: Any, settings: Settings, device: str) -> Any:
+    """LoRA, offload, tiling and compilation as asked. Raises UserError for what this pipeline or machine cannot do."""
+    import torch
+
+    if settings.lora:
+        path, at, scale = settings.lora.rpartition("@")
+        path, weight = (path, scale) if at else (scale, "1")
+        folder = Path(path).expanduser()
+        try:
+            pipe.load_lora_weights(str(folder) if folder.exists() else path, adapter_name="lora")
+            pipe.set_adapters(["lora"], [float(weight)])
+        except Exception as error:  # peft missing, no such file, weights of another model, not a number
+            raise UserError(f"cannot load the LoRA {settings.lora} ({str(error).splitlines()[0][:200]})") from error
+    if settings.vae_tiling:
+        if not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
+            raise UserError(f"--vae-tiling: the autoencoder of {type(pipe).__name__} cannot work in tiles")
+        pipe.vae.enable_tiling()
+    if settings.cpu_offload == "none":
+        pipe.to(device)
+    elif device == "cpu":
+        raise UserError("--cpu-offload: there is no GPU to unload", 2)
+    elif settings.cpu_offload == "model":
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
+    if settings.compile:
+        for model in denoisers(pipe):
+            compile_blocks: Any = getattr(model, "compile_repeated_blocks", None)
+            if getattr(model, "_repeated_blocks", None):
+                compile_blocks(fullgraph=True)
+            else:
+                model.compile()
+    return pipe
+
+
+def defaults(pipe: Any) -> dict[str, Any]:
+    """Settings that a pipeline's own signature has for a clip: frames, height, width, steps, guidance; fps is 16."""
+    names = {"num_frames": "frames", "height": "height", "width": "width"}
+    names |= {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+    parameters = inspect.signature(pipe.__call__).parameters
+    found = {ours: parameters[name].default for name, ours in names.items() if name in parameters}
+    size = getattr(pipe, "default_sample_size", None)
+    if isinstance(size, int):  # image pipelines leave height and width to the denoiser's configuration
+        pixels = size * getattr(pipe, "vae_scale_factor", 8)
+        found = {name: pixels if value is None and name in ("height", "width") else value for name, value in found.items()}
+    known = {name: value for name, value in found.items() if isinstance(value, int | float)}
+    return known | {"fps": 16} | ({} if makes_video(pipe) else {"frames": 1, "format": "png"})
+
+
+def makes_video(pipe: Any) -> bool:
+    return "num_frames" in inspect.signature(pipe.__call__).parameters
 
 
 def _locate(model: str, embedded: bool) -> tuple[str, bool]:
@@ -179,9 +180,17 @@ def multiples(pipe: Any) -> tuple[int, int, int]:
     return time, scale * h, scale * w
 
 
+def tokens(pipe: Any, frames: int, height: int, width: int) -> int:
+    """Of a clip in the denoiser's sequence, text not counted."""
+    time, h, w = multiples(pipe)
+    return ((frames - 1) // time + 1) * (height // h) * (width // w)
+
+
 def check_shape(pipe: Any, frames: int, height: int, width: int) -> None:
     """Raises UserError naming the nearest valid value of whatever does not fit the model."""
     time, h, w = multiples(pipe)
+    if not makes_video(pipe) and frames != 1:
+        raise UserError(f"--frames must be 1: {type(pipe).__name__} makes single images, got {frames}", 2)
     if frames < 1 or (frames - 1) % time:
         nearest = time * max(0, round((frames - 1) / time)) + 1
         raise UserError(f"--frames must be {time}k + 1 for this model, got {frames}: nearest is {nearest}", 2)

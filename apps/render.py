@@ -1,96 +1,36 @@
-"""`fastdit render`: a prompt in; an H.264 clip, a JSON sidecar and a contact sheet out.
-
-A clip is made by `Settings.check` and `load` of models.py and `generate`; the other commands use these too.
-"""
+"""`render(job)`: one clip, by one pipeline that stays loaded. Every way in (command line, batches, web page) ends here."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import sys
+import hashlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from fastdit.apps.media import Outputs, UserError, contact_sheet, digest, ffmpeg, slug, write_json, write_mp4, write_png
-from fastdit.apps.models import Settings, check_shape, denoisers, dropped_tokens, load
+from fastdit.apps.generate import Clip, generate
+from fastdit.apps.jobs import Job
+from fastdit.apps.media import contact_sheet, encode, ffmpeg, png, to_uint8
+from fastdit.apps.models import check_shape, defaults, denoisers, dropped_tokens, load, tokens
+from fastdit.apps.settings import Settings
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
+
+    from fastdit import Report
 
 
 @dataclass
-class Clip:
-    """frames [F, H, W, 3] in [0, 1]; latents as the last step left them; seconds per stage, and of every step."""
+class Result:
+    """record: what the manifest keeps, all JSON; report: in full, for the file beside the clip; said: in words.
 
-    frames: NDArray[np.float32]
-    latents: Tensor
-    seconds: dict[str, float]
-    step_seconds: list[float] = field(default_factory=list)
-
-
-def generate(pipe: Any, settings: Settings, label: str = "denoising", show: bool = True) -> Clip:
-    """Run the pipeline as it is. Raises UserError as soon as a step leaves something that is not finite.
-
-    seconds: "text" up to the first call of the denoiser, "denoise" from there to the end of the last step (denoiser,
-    guidance and scheduler), "decode" from there to the frames.
+    files: {suffix: content}, the clip itself last, so that what is there is all there.
     """
-    import torch
-    from tqdm import tqdm
 
-    marks: list[float] = []
-    kept: dict[str, Tensor] = {}
-
-    def mark() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
-
-    def first_call(*_: Any) -> None:
-        if not marks:
-            mark()
-
-    def step_end(_: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        mark()
-        kept["latents"] = tensors["latents"]
-        if not bool(kept["latents"].isfinite().all()):
-            raise UserError(
-                f"{label}: step {step + 1} of {settings.steps} gave NaN or infinity: check the model's weights, "
-                "or try --dtype float32"
-            )
-        bar.update()
-        if step + 1 == settings.steps:
-            bar.close()  # or decoding would count as a slow last step
-        return tensors
-
-    hooks = [model.register_forward_pre_hook(first_call, prepend=True) for model in denoisers(pipe)]
-    start = time.perf_counter()
-    try:
-        with tqdm(total=settings.steps, desc=label, unit="step", file=sys.stderr, disable=not show) as bar:
-            frames = pipe(
-                prompt=settings.prompt,
-                negative_prompt=settings.negative,
-                num_frames=settings.frames,
-                height=settings.height,
-                width=settings.width,
-                num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance,
-                generator=torch.Generator().manual_seed(settings.seed),
-                callback_on_step_end=step_end,
-                output_type="np",
-            ).frames[0]
-            end = time.perf_counter()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    seconds = {"text": marks[0] - start, "denoise": marks[-1] - marks[0], "decode": end - marks[-1]}
-    return Clip(frames, kept["latents"], seconds, [b - a for a, b in itertools.pairwise(marks)])
+    record: dict[str, Any]
+    report: dict[str, Any]
+    files: dict[str, bytes]
+    said: str
 
 
 def record(settings: Settings, pipe: Any) -> dict[str, Any]:
@@ -115,84 +55,101 @@ def record(settings: Settings, pipe: Any) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def outputs(folder: Path, stem: str, suffixes: tuple[str, ...], overwrite: bool) -> Iterator[Outputs]:
-    """Files `stem` + suffix, none of which replaces another unasked. Raises UserError naming the one in the way."""
-    names = [stem + suffix for suffix in suffixes]
-    if not overwrite and (there := [folder / name for name in names if (folder / name).exists()]):
-        if len(there) == len(names):
-            raise UserError(
-                f"{there[-1]} exists already, made with these settings: nothing to do (--overwrite makes it again)", 0
-            )
-        raise UserError(f"{there[0]} is in the way: move it, choose another --out, or say --overwrite")
-    with Outputs(folder, *names) as out:
-        yield out
+class Renderer:
+    """Renders jobs one after the other, and keeps the pipeline loaded from one to the next where it is the same."""
 
+    def __init__(self, show: bool = True) -> None:
+        self.show = show
+        self.pipe: Any = None
+        self._loaded: tuple[Any, ...] | None = None
+        self._seconds = 0.0
+        self._handle: Any = None
 
-def stem_of(settings: Settings, **more: Any) -> str:
-    """File name without suffix: the prompt in short, the seed, and a hash of all settings."""
-    return f"{slug(settings.prompt)}-s{settings.seed}-{digest(settings.to_dict() | more)}"
+    def load(self, settings: Settings) -> Any:
+        """The pipeline of the settings."""
+        if self._loaded != settings.pipeline:
+            self.close()
+            start = time.perf_counter()
+            self.pipe = load(settings)
+            self._loaded, self._seconds = settings.pipeline, time.perf_counter() - start
+        return self.pipe
 
-
-def render(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; made if missing.")] = Path("."),
-    seed: Annotated[int, typer.Option(help="Of the noise the clip starts from.")] = 0,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Folder or Hub id of a diffusers pipeline. None: the embedded one."),
-    ] = None,
-    preset: Annotated[str, typer.Option(help="How attention is accelerated; `fastdit presets` lists them.")] = "balanced",
-    frames: Annotated[int, typer.Option(help="Number of frames, 4k + 1.")] = 33,
-    height: Annotated[int, typer.Option(help="Pixels.")] = 128,
-    width: Annotated[int, typer.Option(help="Pixels.")] = 128,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1: off.")] = 3.0,
-    negative: Annotated[str, typer.Option(help="What not to draw.")] = "",
-    fps: Annotated[int, typer.Option(help="Frames a second.")] = 8,
-    compare: Annotated[bool, typer.Option("--compare", help="Also render densely from the same seed, and compare.")] = False,
-    repeats: Annotated[int, typer.Option(help="With --compare: runs of each, interleaved; the best counts.")] = 2,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name.")] = False,
-) -> None:
-    """Render a clip from a prompt: mp4, JSON sidecar and contact sheet."""
-    settings = Settings(
-        prompt, negative, seed, model, preset, frames, height, width, steps, guidance, fps, device, dtype
-    )  # fmt: skip
-    settings.check()
-    if compare:
-        from fastdit.apps.compare import render_both
-
-        render_both(settings, out, repeats, overwrite)
-    else:
-        render_one(settings, out, overwrite)
-
-
-def render_one(settings: Settings, folder: Path, overwrite: bool = False) -> Path:
-    """One clip, by the preset. Returns the path of the mp4."""
-    stem = stem_of(settings)
-    with outputs(folder, stem, (".json", ".png", ".mp4"), overwrite) as out:
+    def accelerate(self, settings: Settings) -> None:
+        """Installed once for jobs of one configuration, so that a compiled denoiser is compiled once."""
         import fastdit
 
-        ffmpeg()
-        start = time.perf_counter()
-        pipe = load(settings)
-        seconds = {"load": time.perf_counter() - start}
+        if self._handle is None or self._handle.config != settings.config():
+            self._handle = fastdit.accelerate(self.pipe, settings.config())
+
+    def close(self) -> None:
+        """Give the pipeline back as it was, and let go of it."""
+        self.restore()
+        self._loaded = self.pipe = None
+
+    def restore(self) -> None:
+        if self._handle is not None:
+            self._handle.restore()
+        self._handle = None
+
+    def render(self, job: Job, on_step: Callable[[int, Tensor], None] = lambda step, latents: None) -> Result:
+        """One job. Raises UserError for what its user can mend, Stopped if `on_step` does."""
+        import fastdit
+        from fastdit.apps.compare import both
+
+        before = job.settings()
+        before.check()
+        if before.format == "mp4":
+            ffmpeg()
+        seconds = {"load": 0.0 if self._loaded == before.pipeline else 1.0}
+        pipe = self.load(before)
+        seconds["load"] *= self._seconds
+        settings = job.settings(**defaults(pipe)) if before.model else before
         check_shape(pipe, settings.frames, settings.height, settings.width)
-        dropped_tokens(pipe, settings.prompt)
-        with fastdit.accelerate(pipe, settings.config()):
-            clip = generate(pipe, settings)
-            report = fastdit.report(pipe)
+        facts = {"job": job.hash, "state": "done", "index": job.index, "where": job.where, "seed": settings.seed}
+        facts |= record(settings, pipe) | {"dropped_tokens": dropped_tokens(pipe, settings.prompt)}
+        facts["tokens"] = tokens(pipe, settings.frames, settings.height, settings.width)
+        if job.repeats:
+            self.restore()
+            result = both(pipe, settings, job.repeats, facts, self.show)
+        else:
+            self.accelerate(settings)
+            clip = generate(pipe, settings, show=self.show, on_step=on_step)
+            result = self._result(clip, settings, fastdit.report(pipe), facts)
+        result.record["seconds"] = seconds | result.record["seconds"]
+        return result
+
+    def _result(self, clip: Clip, settings: Settings, report: Report, facts: dict[str, Any]) -> Result:
         start = time.perf_counter()
-        facts = record(settings, pipe)
-        write_mp4(out[f"{stem}.mp4"], clip.frames, settings.fps, facts["settings"])
-        seconds |= clip.seconds | {"encode": time.perf_counter() - start}
-        write_png(out[f"{stem}.png"], contact_sheet([(settings.prompt[:80], clip.frames)], 8, 2), facts["settings"])
-        facts |= {"seconds": seconds, "step_seconds": clip.step_seconds, "report": report.to_dict()}
-        write_json(out[f"{stem}.json"], facts)
-        out.publish()
-    typer.echo(report)
-    typer.echo("  ".join(f"{stage} {taken:.2f} s" for stage, taken in seconds.items()))
-    typer.echo(folder / f"{stem}.mp4")
-    return folder / f"{stem}.mp4"
+        clip_files = encode(clip.frames, settings.format, settings.fps, settings.crf, facts["settings"])
+        sheet = {"-sheet.png": png(contact_sheet([(settings.prompt[:80], clip.frames)], 8, 2), facts["settings"])}
+        facts |= {
+            "seconds": clip.seconds | {"encode": time.perf_counter() - start},
+            "step_seconds": clip.step_seconds,
+            "phases": phases(clip, report),
+            "density": report.density,
+            "error": max((site.error for site in report.sites if site.error is not None), default=None),
+            "frames_sha256": sha256(clip),
+        }
+        said = f"{report}\n" + "  ".join(f"{stage} {taken:.2f} s" for stage, taken in facts["seconds"].items())
+        return Result(facts, report.to_dict(), ({} if len(clip.frames) == 1 else sheet) | clip_files, said)
+
+
+def sha256(clip: Clip) -> str:
+    """Of the frames as they are encoded, 8 bits a channel."""
+    return hashlib.sha256(to_uint8(clip.frames).tobytes()).hexdigest()
+
+
+def phases(clip: Clip, report: Report) -> list[dict[str, Any]]:
+    """Every phase that the run came through: noise levels, policy, density, error, and seconds of its denoising steps."""
+    ran: dict[int, int | None] = {}
+    for _, call in report.calls:
+        ran.setdefault(call.step, call.phase)
+    spent: dict[int | None, float] = {}
+    for phase, seconds in zip(ran.values(), clip.step_seconds, strict=False):
+        spent[phase] = spent.get(phase, 0.0) + seconds
+    names = [i if i < len(report.config.phases) else None for i in range(len(report.phases))]
+    return [
+        {"sigma": list(p.sigma), "policy": p.policy, "quant": p.quant, "density": p.density, "error": p.error,
+         "seconds": spent.get(name, 0.0)}
+        for name, p in zip(names, report.phases, strict=True) if p.calls
+    ]  # fmt: skip

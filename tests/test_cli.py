@@ -40,13 +40,13 @@ def test_module_and_version() -> None:
 def test_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "--help") == 0
     said = capsys.readouterr().out
-    assert all(name in said for name in ("render", "bench", "presets"))
+    assert all(name in said for name in ("render", "bench", "show"))
     assert call(monkeypatch, "render", "-h") == 0
     assert "--compare" in capsys.readouterr().out
 
 
 def test_presets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(monkeypatch, "presets") == 0
+    assert call(monkeypatch, "show", "presets") == 0
     said = capsys.readouterr().out
     assert [line for line in said.splitlines() if not line.startswith(" ")] == list(package.PRESETS)
 
@@ -79,7 +79,7 @@ def test_nothing_heavy_is_imported_for_help() -> None:
         (["a", "--guidance", "nan"], 2, "--guidance must be a number"),
         (["a", "--steps", "many"], 2, "Invalid value for '--steps'"),
         (["a", "--sparkle"], 2, "No such option: --sparkle"),
-        ([], 2, "Missing argument"),
+        ([], 2, "say what to draw: a prompt, or --prompts FILE"),
         (["a", "--device", "abacus"], 2, "--device must be auto, cpu or cuda"),
         (["a", "--dtype", "int3"], 2, "--dtype auto, float32"),
         (["a", "--compare", "--repeats", 1], 2, "--repeats must be at least 2"),

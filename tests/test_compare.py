@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -16,11 +17,14 @@ from util import decode, fastdit
 
 import fastdit as package
 from fastdit import Config, Dense, Phase, Window
-from fastdit.apps.compare import describe, render_both
+from fastdit.apps.compare import describe
+from fastdit.apps.generate import generate
+from fastdit.apps.jobs import Job
 from fastdit.apps.measure import Recorder, measure, velocity_error
 from fastdit.apps.media import UserError
-from fastdit.apps.models import Settings, denoisers
-from fastdit.apps.render import generate
+from fastdit.apps.models import denoisers
+from fastdit.apps.render import Renderer
+from fastdit.apps.settings import Settings
 
 SPARSE = Config(phases=(Phase((1.0, 0.85), Dense()), Phase((0.85, 0.0), Window(density=0.3))), tile=(1, 2, 2), min_tokens=0)
 SIGMAS = [1.0, 0.9, 0.75, 0.5, 0.01]  # of 5 steps at shift 3
@@ -112,24 +116,24 @@ def test_frames_that_are_not_finite_are_refused(pipe: Any) -> None:
         measure(pipe, small(steps=1), {"exact": Config()}, show=False)
 
 
-def test_files(
-    sparse_fast: None, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("fastdit.apps.compare.load", lambda settings: pipe)
-    render_both(small(preset="fast"), tmp_path)
-    said = capsys.readouterr().out
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert [name.rpartition("-")[2] for name in names] == ["compare.json", "compare.png", "dense.mp4", "fast.mp4"]
-    facts = json.loads((tmp_path / names[0]).read_text())
+def test_files(sparse_fast: None, pipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fastdit.apps.render.load", lambda settings: pipe)
+    result = Renderer(show=False).render(Job(0, vars(small(preset="fast")), repeats=2))
+    assert list(result.files) == ["-sheet.png", "-dense.mp4", ".mp4"]
+    facts = result.record
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert facts["ratio"] == pytest.approx(facts["dense_s"] / facts["fast_s"])
-    assert f"PSNR {facts['psnr_db']:.1f} dB" in said
-    assert facts["report"]["density"] == facts["density"] < 1
+    assert f"PSNR {facts['psnr_db']:.1f} dB" in result.said
+    assert result.report["density"] == facts["density"] < 1
     assert facts["stayed_dense"] is None
-    sheet = Image.open(tmp_path / names[1])
+    sheet = Image.open(io.BytesIO(result.files["-sheet.png"]))
     assert json.loads(sheet.text["fastdit"])["preset"] == "fast"
-    dense, fast = decode(tmp_path / names[2]), decode(tmp_path / names[3])
+    for suffix in ("-dense.mp4", ".mp4"):
+        (tmp_path / suffix[1:]).write_bytes(result.files[suffix])
+    dense, fast = decode(tmp_path / "dense.mp4"), decode(tmp_path / "mp4")
     assert dense.shape == fast.shape == (9, 64, 64, 3)
     assert not np.array_equal(dense, fast)
+    assert facts["frames_sha256"] != facts["dense_sha256"]
 
 
 def test_short_clip_says_that_it_stayed_dense(saved_pipe: Path, tmp_path: Path) -> None:
@@ -138,4 +142,4 @@ def test_short_clip_says_that_it_stayed_dense(saved_pipe: Path, tmp_path: Path) 
     assert run.returncode == 0, run.stderr
     assert re.search(r"no sparse attention ran: 8 tokens: below \d+", run.stdout), run.stdout
     assert "identical" in run.stdout
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5  # both clips, sheet, JSON, manifest

@@ -21,11 +21,11 @@ from fastdit.apps.media import (
     contact_sheet,
     digest,
     ffmpeg,
+    png,
     slug,
+    to_json,
     to_uint8,
-    write_json,
     write_mp4,
-    write_png,
 )
 
 
@@ -89,7 +89,7 @@ def test_sheet_shows_time_order_and_settings(tmp_path: Path) -> None:
     dark, light = np.zeros((9, 32, 48, 3), np.float32), np.ones((9, 32, 48, 3), np.float32)
     rising = dark + np.linspace(0, 1, 9, dtype=np.float32)[:, None, None, None]
     picture = contact_sheet([("dense", rising), ("fast", light)], columns=3)
-    write_png(tmp_path / "a.png", picture, COMMENT)
+    (tmp_path / "a.png").write_bytes(png(picture, COMMENT))
     read = Image.open(tmp_path / "a.png")
     assert json.loads(read.text["fastdit"]) == COMMENT
     grey = np.asarray(read.convert("L"))
@@ -166,4 +166,4 @@ def test_outputs_unwritable(tmp_path: Path, folder: str) -> None:
 
 def test_json_says_no_infinity(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "a.json", {"psnr": float("inf")})
+        to_json({"psnr": float("inf")})

@@ -20,15 +20,22 @@ from PIL import Image
 from util import command, decode, environment, fastdit, probe
 
 import fastdit as package
+from fastdit.apps.generate import generate
+from fastdit.apps.jobs import Job
 from fastdit.apps.media import UserError, to_uint8
-from fastdit.apps.models import Settings, check_shape, dropped_tokens, multiples
-from fastdit.apps.render import generate, outputs, render_one, stem_of
+from fastdit.apps.models import check_shape, dropped_tokens, multiples
+from fastdit.apps.render import Renderer
+from fastdit.apps.settings import Settings
 
 SMALL = ["--frames", "9", "--height", "32", "--width", "48", "--steps", "3"]
 
 
 def small(**more: Any) -> Settings:
     return Settings(**{"prompt": "a red circle", "frames": 9, "height": 32, "width": 48, "steps": 3} | more)
+
+
+def job(**more: Any) -> Job:
+    return Job(0, {"prompt": "a red circle", "frames": 9, "height": 32, "width": 48, "steps": 3} | more)
 
 
 def test_one_command_three_files(saved_pipe: Path, tmp_path: Path) -> None:
@@ -38,8 +45,11 @@ def test_one_command_three_files(saved_pipe: Path, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "3/3" in run.stderr
     (mp4,) = out.glob("*.mp4")
-    assert mp4.name.startswith("a-red-circle-moving-right-s1-")
-    assert sorted(path.name for path in out.iterdir()) == sorted(mp4.stem + end for end in (".json", ".mp4", ".png"))
+    assert mp4.name == "0000-a-red-circle-moving-right-s1.mp4"
+    assert {path.name for path in out.iterdir()} == {
+        "manifest.jsonl",
+        *(mp4.stem + end for end in (".json", ".mp4", "-sheet.png")),
+    }
     facts = json.loads(mp4.with_suffix(".json").read_text())
     assert facts["settings"]["prompt"] == "a red circle moving right"
     assert package.Config.from_dict(facts["settings"]["config"]) == package.PRESETS["balanced"]
@@ -48,7 +58,7 @@ def test_one_command_three_files(saved_pipe: Path, tmp_path: Path) -> None:
     assert len(facts["step_seconds"]) == 3
     assert sum(facts["step_seconds"]) == pytest.approx(facts["seconds"]["denoise"])
     assert {"density", "phases", "sites"} <= set(facts["report"])
-    assert json.loads(Image.open(mp4.with_suffix(".png")).text["fastdit"]) == facts["settings"]
+    assert json.loads(Image.open(out / f"{mp4.stem}-sheet.png").text["fastdit"]) == facts["settings"]
     assert "h264" in probe(mp4)
     assert decode(mp4).shape == (9, 32, 48, 3)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -94,10 +104,11 @@ def test_not_finite(pipe: Any, saved_pipe: Path, tmp_path: Path, monkeypatch: py
     pipe.transformer.register_forward_hook(spoil)
     processors = dict(pipe.transformer.attn_processors)
     monkeypatch.setattr("fastdit.apps.render.load", lambda settings: pipe)
+    renderer = Renderer(show=False)
     with pytest.raises(UserError, match=r"step 2 of 3 gave NaN or infinity.*--dtype float32") as told:
-        render_one(small(), tmp_path / "out")
+        renderer.render(job())
     assert told.value.code == 1
-    assert not (tmp_path / "out").exists()
+    renderer.close()
     assert all(pipe.transformer.attn_processors[name] is one for name, one in processors.items())
 
 
@@ -117,13 +128,13 @@ def test_nan_weights(saved_pipe: Path, tmp_path: Path) -> None:
 
 
 def test_long_prompt(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    prompt = ("red circle " * 1000)[:10_000]
+    prompt = ("red circle " * 1000)[:4_000]
     monkeypatch.setattr("fastdit.apps.render.load", lambda settings: pipe)
-    mp4 = render_one(small(prompt=prompt, steps=1), tmp_path)
+    result = Renderer(show=False).render(job(prompt=prompt, steps=1))
     count = len(prompt.split()) + 1  # and the end of the sentence
     assert f"the prompt has {count} tokens and the model reads 512: {count - 512} are dropped" in capsys.readouterr().err
-    assert len(mp4.name) < 100
-    assert json.loads(mp4.with_suffix(".json").read_text())["settings"]["prompt"] == prompt
+    assert result.record["dropped_tokens"] == count - 512
+    assert result.record["settings"]["prompt"] == prompt
     assert dropped_tokens(pipe, "a red circle") == 0
 
 
@@ -133,25 +144,6 @@ def test_shapes_of_other_patches(pipe: Any) -> None:
     for size, nearest in ((23, 16), (25, 32), (1000, 992)):
         with pytest.raises(UserError, match=f"got {size}: nearest is {nearest}"):
             check_shape(pipe, 1, 16, size)
-
-
-def test_names_tell_settings_apart() -> None:
-    stems = {stem_of(s) for s in (small(), small(seed=1), small(steps=4), small(preset="fast"), small(negative="x"))}
-    assert len(stems) == 5
-
-
-def test_a_file_of_somebody_else_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "a.mp4").write_text("mine")
-    with (
-        pytest.raises(UserError, match=r"a\.mp4 is in the way") as told,
-        outputs(tmp_path, "a", (".json", ".mp4"), False),
-    ):
-        pass
-    assert told.value.code == 1
-    with outputs(tmp_path, "a", (".json", ".mp4"), True) as out:
-        out["a.mp4"].write_text("new")
-        out.publish()
-    assert (tmp_path / "a.mp4").read_text() == "new"
 
 
 def start(saved_pipe: Path, out: Path, steps: int) -> subprocess.Popen[str]:
@@ -178,7 +170,6 @@ def start(saved_pipe: Path, out: Path, steps: int) -> subprocess.Popen[str]:
 def test_interrupted(number: int, code: int, saved_pipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(saved_pipe, out, 5000)
-    assert [path.suffix for path in out.iterdir()] == [".part"] * 3
     process.send_signal(number)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == code
@@ -194,9 +185,9 @@ def test_killed_and_run_again(saved_pipe: Path, tmp_path: Path) -> None:
     process = start(saved_pipe, out, 300)
     process.kill()
     process.communicate()
-    assert {path.suffix for path in out.iterdir()} == {".part"}
+    assert not list(out.glob("*.mp4"))
     arguments = ["--frames", 9, "--height", 64, "--width", 64, "--steps", 300]
     run = fastdit("render", "a red circle", "--out", out, "-m", saved_pipe, *arguments)
     assert run.returncode == 0, run.stderr
-    assert sorted(path.suffix for path in out.iterdir()) == [".json", ".mp4", ".png"]
+    assert sorted(path.suffix for path in out.iterdir()) == [".json", ".jsonl", ".mp4", ".png"]
     assert not [name for name in os.listdir(out) if name.startswith(".")]

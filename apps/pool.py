@@ -1,0 +1,248 @@
+"""Who renders: this process, processes of its own beside it, or Ray actors anywhere. All take jobs from one queue.
+
+A worker holds one pipeline and draws one job at a time; results come back as bytes, and only the driver writes files. A job
+whose worker died is given to another one, and fails when that happened `ATTEMPTS` times. A clip depends on its seed and
+settings alone, so it does not matter who draws it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any, Protocol
+
+from fastdit.apps.generate import Stopped
+from fastdit.apps.jobs import Job
+from fastdit.apps.media import UserError
+from fastdit.apps.render import Renderer, Result
+
+ATTEMPTS = 3
+POLL = 0.2  # seconds between two looks at whether to stop
+
+
+@dataclass
+class Failure:
+    """Why there is no clip. code: exit status of a run of this job alone; trace: where, if it was not foreseen."""
+
+    error: str
+    code: int = 1
+    trace: str | None = None
+
+
+class Died(Exception):  # noqa: N818
+    """The worker is gone, with what it was doing."""
+
+
+Outcome = Result | Failure
+
+
+def attempt(renderer: Renderer, job: Job, stop: Callable[[], bool] = lambda: False) -> Outcome:
+    """Render, whatever happens. Raises Stopped within a denoising step of `stop` becoming true."""
+
+    def on_step(step: int, latents: Any) -> None:
+        if stop():
+            raise Stopped
+
+    try:
+        return renderer.render(job, on_step)
+    except UserError as error:
+        return Failure(str(error), error.code)
+    except Stopped:
+        raise
+    except MemoryError:
+        return Failure("out of memory: render something smaller")
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            renderer.close()  # of a pipeline that broke nothing is known
+        text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        return Failure(f"{type(error).__name__}: {text}", 1, traceback.format_exc())
+
+
+def here(jobs: Iterable[Job], stop: Callable[[], bool], show: bool = True) -> Iterator[tuple[Job, Outcome]]:
+    """Render in this process, in order, until `stop`."""
+    renderer = Renderer(show)
+    for job in jobs:
+        if stop():
+            return
+        try:
+            outcome = attempt(renderer, job, stop)
+        except Stopped:
+            return
+        yield job, outcome
+
+
+class Team(Protocol):
+    """Workers by number."""
+
+    size: int
+
+    def start(self, worker: int, job: Job) -> None: ...
+
+    def wait(self) -> list[tuple[int, Outcome | Died]]:
+        """What became of jobs since last asked, after `POLL` seconds at most."""
+        ...
+
+    def close(self) -> None:
+        """End all, also in the middle of a job."""
+        ...
+
+
+def elsewhere(jobs: Iterable[Job], stop: Callable[[], bool], team: Team) -> Iterator[tuple[Job, Outcome]]:
+    """Render by a team, as results come, until `stop`; what is under way then is abandoned."""
+    queue, died = deque(jobs), Counter[str]()
+    busy: dict[int, Job] = {}
+    try:
+        while (queue or busy) and not stop():
+            for worker in range(team.size):
+                if worker not in busy and queue:
+                    busy[worker] = queue.popleft()
+                    team.start(worker, busy[worker])
+            for worker, outcome in team.wait():
+                job = busy.pop(worker)
+                if not isinstance(outcome, Died):
+                    yield job, outcome
+                    continue
+                died[job.hash] += 1
+                if died[job.hash] < ATTEMPTS:
+                    print(f"fastdit: the worker of {job.where} died ({outcome}): trying again", file=sys.stderr)
+                    queue.appendleft(job)
+                else:
+                    yield job, Failure(f"its worker died {ATTEMPTS} times ({outcome}): out of memory?")
+    finally:
+        team.close()
+
+
+class Processes:
+    """A spawned process per GPU, or `size` of them on the CPU. threads: of PyTorch, each."""
+
+    def __init__(self, size: int, gpus: bool = False, threads: int | None = None) -> None:
+        self.size, self.gpus = size, gpus
+        self.threads = threads
+        self.workers: list[tuple[Any, Any]] = [self._spawn(number) for number in range(size)]
+
+    def _spawn(self, number: int) -> tuple[Any, Any]:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_serve, args=(theirs, number if self.gpus else None, self.threads), daemon=True, name=f"fastdit-{number}"
+        )
+        process.start()
+        theirs.close()  # or the end of the process would not be seen here
+        return process, ours
+
+    def start(self, worker: int, job: Job) -> None:
+        with contextlib.suppress(OSError):  # it died waiting: `wait` sees that
+            self.workers[worker][1].send(job)
+
+    def wait(self) -> list[tuple[int, Outcome | Died]]:
+        ready = wait([connection for _, connection in self.workers], POLL)
+        found: list[tuple[int, Outcome | Died]] = []
+        for number, (process, connection) in enumerate(self.workers):
+            if connection in ready:
+                try:
+                    found.append((number, connection.recv()))
+                except (EOFError, OSError):
+                    process.join()
+                    found.append((number, Died(f"exit status {process.exitcode}")))
+                    connection.close()
+                    self.workers[number] = self._spawn(number)
+        return found
+
+    def close(self) -> None:
+        for process, connection in self.workers:
+            connection.close()
+            process.terminate()
+        for process, _ in self.workers:
+            process.join(10)
+            process.kill()
+
+
+def _serve(connection: Any, gpu: int | None, threads: int | None) -> None:
+    """A worker's life: jobs in, outcomes out, until the driver is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the driver decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: temporary files go
+    if gpu is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+    set_threads(threads)
+    renderer = Renderer(show=False)
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        connection.send(attempt(renderer, job))
+
+
+def set_threads(count: int | None) -> None:
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+class Actors:
+    """A Ray actor per GPU of the cluster, or per `cpus` cores where it has none. address: "auto", "local" or ray://HOST:PORT.
+
+    Models, LoRAs and images are read by the workers: their paths must mean the same on every machine.
+    """
+
+    def __init__(self, address: str, cpus: int, size: int | None = None) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise UserError("--cluster needs Ray: pip install 'fastdit[cluster]'") from None
+        self.ray = ray
+        if not ray.is_initialized():
+            try:
+                ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="ERROR")
+            except (ConnectionError, ValueError, RuntimeError) as error:
+                raise UserError(f"--cluster {address}: no Ray there ({str(error).splitlines()[0][:200]})") from None
+        found = ray.cluster_resources()
+        gpus = int(found.get("GPU", 0))
+        self.size = size or gpus or int(found.get("CPU", 1) // cpus)
+        if self.size < 1:
+            raise UserError(f"--cluster {address}: the cluster has neither a GPU nor {cpus} cores for a worker")
+
+        @ray.remote(num_cpus=0 if gpus else cpus, num_gpus=1 if gpus else 0, max_restarts=0)
+        class Actor:
+            def __init__(self) -> None:
+                set_threads(None if gpus else cpus)
+                self.renderer = Renderer(show=False)
+
+            def render(self, job: Job) -> Outcome:
+                return attempt(self.renderer, job)
+
+        actor: Any = Actor
+        self.make = actor.remote
+        self.actors = [self.make() for _ in range(self.size)]
+        self.running: dict[Any, int] = {}
+
+    def start(self, worker: int, job: Job) -> None:
+        self.running[self.actors[worker].render.remote(job)] = worker
+
+    def wait(self) -> list[tuple[int, Outcome | Died]]:
+        ready, _ = self.ray.wait(list(self.running), timeout=POLL)
+        found: list[tuple[int, Outcome | Died]] = []
+        for reference in ready:
+            worker = self.running.pop(reference)
+            try:
+                found.append((worker, self.ray.get(reference)))
+            except self.ray.exceptions.RayError as error:
+                found.append((worker, Died(type(error).__name__)))
+                self.ray.kill(self.actors[worker])
+                self.actors[worker] = self.make()
+        return found
+
+    def close(self) -> None:
+        for actor in self.actors:
+            self.ray.kill(actor)
+        self.ray.shutdown()

@@ -1,0 +1,100 @@
+"""What to render: every setting of a clip, and what can be told of it without a model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastdit.apps.media import UserError
+
+if TYPE_CHECKING:
+    from fastdit import Config
+
+LONGEST_PROMPT = 4000  # characters; no text encoder of diffusers' models reads half of that
+OFFLOADS = ("none", "model", "group")
+FORMATS = ("mp4", "webp", "gif", "png")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a clip and how it is run; where nothing is said, what suits the embedded model.
+
+    model: folder or Hub id, None: embedded. custom: replaces the preset. height, width: pixels; fps: frames a second; image: a
+    file to start from; lora: folder, file or Hub id, with @scale if it is not 1. format, crf: of the video file. The last four
+    change speed and memory only.
+    """
+
+    prompt: str
+    negative: str = ""
+    seed: int = 0
+    model: str | None = None
+    preset: str = "balanced"
+    frames: int = 33
+    height: int = 128
+    width: int = 128
+    steps: int = 20
+    guidance: float = 3.0
+    fps: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+    custom: Config | None = None
+    image: str | None = None
+    lora: str | None = None
+    format: str = "mp4"
+    crf: int = 18
+    cpu_offload: str = "none"
+    compile: bool = False
+    vae_tiling: bool = False
+
+    def config(self) -> Config:
+        """The preset's configuration. Raises UserError listing the presets."""
+        from fastdit import preset
+
+        if self.custom is not None:
+            return self.custom
+        try:
+            return preset(self.preset)
+        except ValueError as error:
+            raise UserError(str(error), 2) from None
+
+    def check(self) -> None:
+        """Everything that can be told without the model. Raises UserError."""
+        self.config()
+        if not self.prompt.strip():
+            raise UserError('the prompt is empty: say what to draw, such as "a red circle moving right"', 2)
+        if self.steps < 1:
+            raise UserError(f"--steps must be at least 1, got {self.steps}", 2)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed must be from 0 to 2^63 - 1, got {self.seed}", 2)
+        if not 1 <= self.fps <= 240:
+            raise UserError(f"--fps must be from 1 to 240, got {self.fps}", 2)
+        if len(self.prompt) > LONGEST_PROMPT or len(self.negative) > LONGEST_PROMPT:
+            count = max(len(self.prompt), len(self.negative))
+            raise UserError(f"the prompt has {count} characters: the longest allowed has {LONGEST_PROMPT}", 2)
+        for name, size in (("frames", self.frames), ("height", self.height), ("width", self.width)):
+            if size < 0:
+                raise UserError(f"--{name} must be positive, got {size}", 2)
+        if self.format not in FORMATS:
+            raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {self.format!r}", 2)
+        if not 0 <= self.crf <= 51:
+            raise UserError(f"--crf must be from 0 (lossless) to 51, got {self.crf}", 2)
+        if self.cpu_offload not in OFFLOADS:
+            raise UserError(f"--cpu-offload must be one of {', '.join(OFFLOADS)}, got {self.cpu_offload!r}", 2)
+        if self.image is not None and not Path(self.image).expanduser().is_file():
+            raise UserError(f"--image: no file {self.image}", 2)
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            raise UserError(f"--guidance must be a number of at least 0 (1 and below: off), got {self.guidance}", 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As recorded beside the clip, the preset spelled out."""
+        fields = asdict(self)
+        if fields.pop("custom") is not None:
+            fields["preset"] = "custom"
+        return fields | {"config": self.config().to_dict()}
+
+    @property
+    def pipeline(self) -> tuple[Any, ...]:
+        """What the loaded pipeline depends on."""
+        return (self.model, self.device, self.dtype, self.lora, self.cpu_offload, self.compile, self.vae_tiling)
