@@ -81,7 +81,7 @@ def generate(
     hooks = [model.register_forward_pre_hook(first_call, prepend=True) for model in denoisers(pipe)]
     start = time.perf_counter()
     try:
-        with tqdm(total=settings.steps, desc=label, unit="step", file=sys.stderr, disable=not show) as bar:
+        with tqdm(total=settings.steps, desc=label, unit="step", file=sys.stderr, disable=not show, leave=None) as bar:
             made = pipe(**call, callback_on_step_end=step_end, output_type="np")
             frames = made.frames[0] if hasattr(made, "frames") else made.images[:1]
             end = time.perf_counter()

@@ -30,11 +30,11 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-            key = record["job"], record["state"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, RecursionError):
             continue
-        records.pop(key[0], None)
-        records[key[0]] = record
+        if isinstance(record, dict) and isinstance(job := record.get("job"), str) and "state" in record:
+            records.pop(job, None)
+            records[job] = record
     return records
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -123,15 +124,20 @@ def _alive(process: int) -> bool:
 
 def ffmpeg() -> str:
     """The ffmpeg executable (of imageio-ffmpeg, or IMAGEIO_FFMPEG_EXE). Raises UserError if there is none that runs."""
-    import imageio_ffmpeg
-
+    named = os.environ.get("IMAGEIO_FFMPEG_EXE")
     try:
-        path = imageio_ffmpeg.get_ffmpeg_exe()
-        subprocess.run([path, "-version"], stdin=subprocess.DEVNULL, capture_output=True, check=True)
+        return _ffmpeg(named)
     except (RuntimeError, OSError, subprocess.CalledProcessError):
-        named = os.environ.get("IMAGEIO_FFMPEG_EXE")
         cause = f"IMAGEIO_FFMPEG_EXE={named} does not run: unset it" if named else "pip install imageio-ffmpeg"
         raise UserError(f"no ffmpeg to write the video with: {cause}, or point IMAGEIO_FFMPEG_EXE at one") from None
+
+
+@functools.cache
+def _ffmpeg(named: str | None) -> str:
+    import imageio_ffmpeg
+
+    path: str = imageio_ffmpeg.get_ffmpeg_exe()
+    subprocess.run([path, "-version"], stdin=subprocess.DEVNULL, capture_output=True, check=True)
     return path
 
 

@@ -8,21 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from util import environment, fastdit
+from util import call, environment, fastdit
 
 import fastdit as package
-from fastdit.apps import cli
 
 GOOD = ["--frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The entry point in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", ["fastdit", *map(str, arguments)])
-    with pytest.raises(SystemExit) as exited:
-        cli.main()
-    assert isinstance(exited.value.code, int)
-    return exited.value.code
 
 
 def one_line(text: str) -> str:

@@ -9,7 +9,60 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 WORDS = ["a", "red", "green", "blue", "circle", "square", "triangle", "moving", "left", "right", "up", "down", "and"]
+
+
+def word_tokenizer() -> Any:
+    """One token a word, `</s>` at the end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+
+
+def tiny_flux_pipeline() -> Any:
+    """A FluxPipeline of real classes; height and width must be multiples of 16 at its autoencoder's scale of 8."""
+    import torch
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    tokenizer = word_tokenizer()
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(transformer.proj_out.weight, std=0.05)
+    clip = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        projection_dim=16, bos_token_id=0, eos_token_id=1, pad_token_id=0, max_position_embeddings=77,
+    )  # fmt: skip
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4, norm_num_groups=4, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False,
+    ).eval()  # fmt: skip
+    short = word_tokenizer()
+    short.model_max_length = 77
+    pipe = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(),
+        vae,
+        CLIPTextModel(clip).eval(),
+        short,
+        T5EncoderModel(t5).eval(),
+        tokenizer,
+        transformer,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def tiny_wan_pipeline(**denoiser: Any) -> Any:
@@ -19,19 +72,12 @@ def tiny_wan_pipeline(**denoiser: Any) -> Any:
     """
     import torch
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel
 
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
+    tokenizer = word_tokenizer()
     torch.manual_seed(0)
     text = UMT5Config(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         d_model=16,
         d_kv=8,
         d_ff=32,
@@ -110,3 +156,14 @@ def decode(path: Path) -> Any:
         check=True,
     ).stdout
     return np.frombuffer(raw, np.uint8).reshape(-1, int(size[2]), int(size[1]), 3)
+
+
+def call(monkeypatch: Any, *arguments: object) -> int:
+    """The entry point in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["fastdit", *map(str, arguments)])
+    from fastdit.apps import cli
+
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert isinstance(exited.value.code, int)
+    return exited.value.code
