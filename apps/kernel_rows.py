@@ -45,14 +45,16 @@ def inputs(layout: Layout, heads: int, dim: int, dtype: torch.dtype, device: str
 
 RAGGED = (Layout((3, 12, 12), (1, 8, 8), text_len=9), Layout((5, 9, 17), (2, 8, 8)), Layout((4, 17, 9), (6, 8, 8)))
 """Layouts to be right on: text, tiles that overhang on every axis, tiles of several blocks."""
+LARGE = (Layout((3, 36, 44), (1, 8, 8)), Layout((5, 36, 36), (2, 8, 8)))
+"""Enough tiles to fill a GPU: short sequences are cut into parts, which is another kernel."""
 
 
 def wrong(
-    formats: list[Quant], dims: tuple[int, ...], dtype: torch.dtype, device: str, layouts: tuple[Layout, ...] = RAGGED
+    formats: list[Quant], dims: tuple[int, ...], dtype: torch.dtype, device: str, layouts: tuple[Layout, ...] | None = None
 ) -> list[str]:
     """Every format on ragged layouts against float64: a line for each answer outside twice its emulation's error."""
     lines = []
-    for layout in layouts:
+    for layout in layouts or (RAGGED if device == "cpu" else RAGGED + LARGE):
         for dim in dims:
             q, k, v = inputs(layout, 2, dim, dtype, "cpu")
             tile_map = torch.rand(1, 2, layout.num_tiles, layout.num_tiles, generator=torch.Generator().manual_seed(1)) < 0.5

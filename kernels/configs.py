@@ -19,13 +19,15 @@ from fastdit.quant import Quant
 class Launch:
     """Largest blocks of query and key rows; stages counts the load of the tile list as one, so three give two buffers.
 
-    local: P relative to the maximum of its own tile instead of the maximum so far.
+    local: P relative to the maximum of its own tile instead of the maximum so far. least: smallest block; 64 in the kernel
+    of `hopper.py`, whose stages are buffers.
     """
 
     block_q: int
     block_k: int
     stages: int
     local: bool = False
+    least: int = 32
 
     def warps(self, block_q: int, dim: int) -> int:
         """Eight for 128 rows of wide heads: four spill there on every architecture."""
@@ -47,6 +49,16 @@ def launch(dim: int, quant: Quant, capability: tuple[int, int], wide: bool = Fal
     if quant.pv == "none" or (dim <= 64 and local):
         return Launch(64, 64, 5, local)
     return Launch(128, 64, 5) if dim <= 64 else Launch(64, 128, 5, local)
+
+
+def overlapped(dim: int, quant: Quant, slots: int) -> Launch | None:
+    """Settings of the kernel of `hopper.py` for query tiles of `slots` tokens, or None where it has none."""
+    if not 32 < dim <= 128 or quant.qk == "int4" or quant.pv == "int8" or quant.smooth_q:
+        return None
+    pair = -(-slots // 64) % 2 == 0  # two warpgroups share what is loaded
+    if quant.pv == "none":
+        return Launch(128, 128, 2 if quant.qk == "none" else 3, least=64) if pair else Launch(64, 64, 2, least=64)
+    return Launch(128, 128, 4, least=64) if pair else Launch(64, 128, 2, least=64)
 
 
 def splits(programs: int, steps: int, device: torch.device) -> int:
