@@ -60,8 +60,16 @@ def _operand(p, LAYOUT: gl.constexpr, EIGHT: gl.constexpr, BN: gl.constexpr, dty
 
 
 @gluon.jit
+def _factor(i, Index, scales, row_scale, K_PARTS: gl.constexpr, QK: gl.constexpr):
+    """What the scores of step i are multiplied with."""
+    if QK == "none":
+        return row_scale
+    return row_scale * gl.load(scales + gl.load(Index + i // K_PARTS))
+
+
+@gluon.jit
 def _consume(
-    W: gl.constexpr, q_s, k_s, v_s, k_ready, k_free, v_ready, v_free,
+    W: gl.constexpr, q_s, k_s, v_s, start, ready, free,
     Q, RawQ, Out, Lse, QScale, KScale, VScale, VMean, KMean, QOrder, KCount, Index,
     scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps, whole, q_n, o_n,
     D: gl.constexpr, DP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_PARTS: gl.constexpr, K_PARTS: gl.constexpr,
@@ -94,37 +102,35 @@ def _consume(
         row_scale = scale
     fence_async_shared()
 
+    scales = KScale + kv * k_tiles
     top = gl.full([64], FLOOR, gl.float32, S_ROW)
     total = gl.zeros([64], gl.float32, S_ROW)
     acc = gl.zeros([64, DP], gl.float32, O)
     no_scores = gl.zeros([64, BN], gl.int32 if QK == "int8" else gl.float32, S)
     nothing = gl.zeros([64, DP], gl.float32, O)
+    if steps > 0:
+        mbarrier.wait(start, 0)
     if whole > 0:
-        factor = row_scale
-        if Q8:
-            factor = row_scale * gl.load(KScale + kv * k_tiles + gl.load(Index))
-        mbarrier.wait(k_ready.index(0), 0)
+        factor = _factor(0, Index, scales, row_scale, K_PARTS, QK)
         s = warpgroup_mma(q_s, k_s.index(0).permute([1, 0]), no_scores, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, [s])
-        mbarrier.arrive(k_free.index(0), count=1)
         if V8:
             for i in range(0, whole - 1):
                 now = i % STAGES
-                then = (i + 1) % STAGES
-                mbarrier.wait(k_ready.index(then), ((i + 1) // STAGES) & 1)
-                ahead = warpgroup_mma(q_s, k_s.index(then).permute([1, 0]), no_scores, use_acc=False, is_async=True)
+                # Two loads, one behind the other: asked for now, they are there when the next softmax wants them.
+                factor_ahead = _factor(i + 1, Index, scales, row_scale, K_PARTS, QK)
+                mbarrier.wait(ready.index(now), (i // STAGES) & 1)
+                ahead = warpgroup_mma(
+                    q_s, k_s.index((i + 1) % STAGES).permute([1, 0]), no_scores, use_acc=False, is_async=True
+                )
                 p, top, total, keep = _softmax(s.to(gl.float32), top, total, factor, P_SHIFT)
                 p = _operand(p, P, True, BN, dtype)
-                factor = row_scale
-                if Q8:
-                    factor = row_scale * gl.load(KScale + kv * k_tiles + gl.load(Index + (i + 1) // K_PARTS))
-                mbarrier.wait(v_ready.index(now), (i // STAGES) & 1)
                 more = warpgroup_mma(p, v_s.index(now).permute([1, 0]), nothing, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(1, [ahead])
-                mbarrier.arrive(k_free.index(then), count=1)
                 more = warpgroup_mma_wait(0, [more])
-                mbarrier.arrive(v_free.index(now), count=1)
+                mbarrier.arrive(free.index(now), count=1)
                 acc = acc * gl.convert_layout(keep, O_ROW)[:, None] + more
+                factor = factor_ahead
             p, top, total, keep = _softmax(s.to(gl.float32), top, total, factor, P_SHIFT)
             acc = acc * gl.convert_layout(keep, O_ROW)[:, None]
             p = _operand(p, P, True, BN, dtype)
@@ -132,54 +138,43 @@ def _consume(
             p, top, total, keep = _softmax(s.to(gl.float32), top, total, factor, P_SHIFT)
             p = _operand(p, P, False, BN, dtype)
             for i in range(1, whole):
-                now = i % STAGES
                 before = (i - 1) % STAGES
-                factor = row_scale
-                if Q8:
-                    factor = row_scale * gl.load(KScale + kv * k_tiles + gl.load(Index + i // K_PARTS))
-                mbarrier.wait(k_ready.index(now), (i // STAGES) & 1)
-                ahead = warpgroup_mma(q_s, k_s.index(now).permute([1, 0]), no_scores, use_acc=False, is_async=True)
-                mbarrier.wait(v_ready.index(before), ((i - 1) // STAGES) & 1)
+                factor = _factor(i, Index, scales, row_scale, K_PARTS, QK)
+                mbarrier.wait(ready.index(before), ((i - 1) // STAGES) & 1)
+                ahead = warpgroup_mma(q_s, k_s.index(i % STAGES).permute([1, 0]), no_scores, use_acc=False, is_async=True)
                 more = warpgroup_mma(p, v_s.index(before), acc, is_async=True)
                 s = warpgroup_mma_wait(1, [ahead])
-                mbarrier.arrive(k_free.index(now), count=1)
                 high, top, total, keep = _softmax(s.to(gl.float32), top, total, factor, P_SHIFT)
                 acc = warpgroup_mma_wait(0, [more])
-                mbarrier.arrive(v_free.index(before), count=1)
+                mbarrier.arrive(free.index(before), count=1)
                 p = _operand(high, P, False, BN, dtype)
                 acc = acc * gl.convert_layout(keep, O_ROW)[:, None]
         last = (whole - 1) % STAGES
-        mbarrier.wait(v_ready.index(last), ((whole - 1) // STAGES) & 1)
+        mbarrier.wait(ready.index(last), ((whole - 1) // STAGES) & 1)
         values = v_s.index(last)
         if V8:
             values = values.permute([1, 0])
         acc = warpgroup_mma(p, values, acc, is_async=True)
         acc = warpgroup_mma_wait(0, [acc])
-        mbarrier.arrive(v_free.index(last), count=1)
     if PADDED:  # tiles that lack tokens come last and one by one: few, and each needs a mask
         column = gl.arange(0, BN, gl.SliceLayout(0, S))
         for i in range(whole, steps):
             now = i % STAGES
-            phase = (i // STAGES) & 1
             k_tile = gl.load(Index + i // K_PARTS)
-            factor = row_scale
-            if Q8:
-                factor = row_scale * gl.load(KScale + kv * k_tiles + k_tile)
-            mbarrier.wait(k_ready.index(now), phase)
+            factor = _factor(i, Index, scales, row_scale, K_PARTS, QK)
             s = warpgroup_mma(q_s, k_s.index(now).permute([1, 0]), no_scores, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, [s])
-            mbarrier.arrive(k_free.index(now), count=1)
+            mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
             real = ((i % K_PARTS) * BN + column < gl.load(KCount + k_tile))[None, :]
             s = gl.where(real, s.to(gl.float32), float("-inf"))
             p, top, total, keep = _softmax(s, top, total, factor, P_SHIFT)
             p = _operand(p, P, V8, BN, dtype)
-            mbarrier.wait(v_ready.index(now), phase)
+            mbarrier.wait(ready.index(now), (i // STAGES) & 1)
             values = v_s.index(now)
             if V8:
                 values = values.permute([1, 0])
             more = warpgroup_mma(p, values, nothing, use_acc=False, is_async=True)
             more = warpgroup_mma_wait(0, [more])
-            mbarrier.arrive(v_free.index(now), count=1)
             acc = acc * gl.convert_layout(keep, O_ROW)[:, None] + more
 
     seen = total != 0  # NaN counts as seen, and stays NaN
@@ -208,21 +203,30 @@ def _consume(
 
 @gluon.jit
 def _produce(
-    keys, values, k_s, v_s, k_ready, k_free, v_ready, v_free, Index, steps, kv, k_tiles,
+    keys, values, k_s, v_s, start, ready, free, Index, steps, kv, k_tiles,
     DP: gl.constexpr, BN: gl.constexpr, K_PARTS: gl.constexpr, STAGES: gl.constexpr, V8: gl.constexpr,
     K_BYTES: gl.constexpr, V_BYTES: gl.constexpr,
 ):  # fmt: skip
+    """Keys of step i + 1 and values of step i come and go together: one barrier to wait for, one to give back."""
     first = (kv * k_tiles * K_PARTS).to(gl.int32)
-    for i in range(0, steps):
-        block = first + gl.load(Index + i // K_PARTS) * K_PARTS + i % K_PARTS
-        stage = i % STAGES
-        phase = ((i // STAGES) & 1) ^ 1
-        mbarrier.wait(k_free.index(stage), phase)
-        mbarrier.expect(k_ready.index(stage), K_BYTES)
-        async_load(keys, [block * BN, 0], k_ready.index(stage), k_s.index(stage))
-        mbarrier.wait(v_free.index(stage), phase)
-        mbarrier.expect(v_ready.index(stage), V_BYTES)
-        async_load(values, [block * (DP if V8 else BN), 0], v_ready.index(stage), v_s.index(stage))
+    if steps > 0:
+        block = first + gl.load(Index) * K_PARTS
+        mbarrier.expect(start, K_BYTES)
+        async_load(keys, [block * BN, 0], start, k_s.index(0))
+        for i in range(0, steps):
+            stage = i % STAGES
+            here = ready.index(stage)
+            following = block
+            if i + 1 < steps:
+                following = first + gl.load(Index + (i + 1) // K_PARTS) * K_PARTS + (i + 1) % K_PARTS
+            mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
+            if i + 1 < steps:
+                mbarrier.expect(here, K_BYTES + V_BYTES)
+                async_load(keys, [following * BN, 0], here, k_s.index((i + 1) % STAGES))
+            else:
+                mbarrier.expect(here, V_BYTES)
+            async_load(values, [block * (DP if V8 else BN), 0], here, v_s.index(stage))
+            block = following
 
 
 @gluon.jit
@@ -258,38 +262,36 @@ def forward(
     k_s = gl.allocate_shared_memory(keys.dtype, [STAGES] + keys.block_type.shape, keys.layout)
     v_s = gl.allocate_shared_memory(values.dtype, [STAGES] + values.block_type.shape, values.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    start = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(start, count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=GROUPS)
-        mbarrier.init(v_free.index(i), count=GROUPS)
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=GROUPS)
     fence_async_shared()
     K_BYTES: gl.constexpr = BN * DP * (1 if QK != "none" else 2)
     V_BYTES: gl.constexpr = BN * DP * (1 if V8 else 2)
     if GROUPS == 2:
         gl.warp_specialize([
-            (_consume, (0, q_s.index(0), k_s, v_s, k_ready, k_free, v_ready, v_free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
+            (_consume, (0, q_s.index(0), k_s, v_s, start, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
                         VMean, KMean, QOrder, KCount, Index, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps,
                         whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
                         P_SHIFT)),
-            (_consume, (1, q_s.index(1), k_s, v_s, k_ready, k_free, v_ready, v_free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
+            (_consume, (1, q_s.index(1), k_s, v_s, start, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
                         VMean, KMean, QOrder, KCount, Index, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps,
                         whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
                         P_SHIFT)),
-            (_produce, (keys, values, k_s, v_s, k_ready, k_free, v_ready, v_free, Index, steps, kv, k_tiles, DP, BN, K_PARTS,
+            (_produce, (keys, values, k_s, v_s, start, ready, free, Index, steps, kv, k_tiles, DP, BN, K_PARTS,
                         STAGES, V8, K_BYTES, V_BYTES)),
         ], [4, 4], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (0, q_s.index(0), k_s, v_s, k_ready, k_free, v_ready, v_free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
+            (_consume, (0, q_s.index(0), k_s, v_s, start, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
                         VMean, KMean, QOrder, KCount, Index, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps,
                         whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
                         P_SHIFT)),
-            (_produce, (keys, values, k_s, v_s, k_ready, k_free, v_ready, v_free, Index, steps, kv, k_tiles, DP, BN, K_PARTS,
+            (_produce, (keys, values, k_s, v_s, start, ready, free, Index, steps, kv, k_tiles, DP, BN, K_PARTS,
                         STAGES, V8, K_BYTES, V_BYTES)),
         ], [4], [24])  # fmt: skip
 
