@@ -41,13 +41,11 @@ async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def _softmax(s, top, total, factor, P_SHIFT: gl.constexpr):
-    """One step of online softmax in base 2: p, new maximum, new sum, and what to multiply the accumulator with."""
+def _exponents(s, top, factor, P_SHIFT: gl.constexpr):
+    """Scores -> exponents of P in base 2, the new maximum, and what sums and accumulator so far are multiplied with."""
     new = gl.maximum(top, gl.maximum(gl.max(s, 1) * factor, FLOOR))
-    keep = gl.exp2(top - new)
-    shift = gl.full_like(s, 0.0) + gl.expand_dims(P_SHIFT - new, 1)
-    p = gl.exp2(gl.fma(s, gl.full_like(s, 0.0) + factor, shift))
-    return p, new, total * keep + gl.sum(p, 1), keep
+    t = gl.fma(s, gl.full_like(s, 0.0) + factor, gl.full_like(s, 0.0) + gl.expand_dims(P_SHIFT - new, 1))
+    return t, new, gl.exp2(top - new)
 
 
 @gluon.jit
@@ -114,28 +112,33 @@ def _consume(
         factor = _factor(0, Index, scales, row_scale, K_PARTS, QK)
         s = warpgroup_mma(q_s, k_s.index(0).permute([1, 0]), no_scores, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, [s])
+        t, top, keep = _exponents(s.to(gl.float32), top, factor, P_SHIFT)
         if V8:
             for i in range(0, whole - 1):
                 now = i % STAGES
-                # Two loads, one behind the other: asked for now, they are there when the next softmax wants them.
-                factor_ahead = _factor(i + 1, Index, scales, row_scale, K_PARTS, QK)
+                # Two loads, one behind the other: asked for now, they are there when scores are.
+                factor = _factor(i + 1, Index, scales, row_scale, K_PARTS, QK)
                 mbarrier.wait(ready.index(now), (i // STAGES) & 1)
                 ahead = warpgroup_mma(
                     q_s, k_s.index((i + 1) % STAGES).permute([1, 0]), no_scores, use_acc=False, is_async=True
                 )
-                p, top, total, keep = _softmax(s.to(gl.float32), top, total, factor, P_SHIFT)
+                p = gl.exp2(t)
+                total = total * keep + gl.sum(p, 1)
                 p = _operand(p, P, True, BN, dtype)
                 more = warpgroup_mma(p, v_s.index(now).permute([1, 0]), nothing, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(1, [ahead])
+                t, top, keep_ahead = _exponents(s.to(gl.float32), top, factor, P_SHIFT)
                 more = warpgroup_mma_wait(0, [more])
                 mbarrier.arrive(free.index(now), count=1)
                 acc = acc * gl.convert_layout(keep, O_ROW)[:, None] + more
-                factor = factor_ahead
-            p, top, total, keep = _softmax(s.to(gl.float32), top, total, factor, P_SHIFT)
+                keep = keep_ahead
+            p = gl.exp2(t)
+            total = total * keep + gl.sum(p, 1)
             acc = acc * gl.convert_layout(keep, O_ROW)[:, None]
             p = _operand(p, P, True, BN, dtype)
         else:
-            p, top, total, keep = _softmax(s.to(gl.float32), top, total, factor, P_SHIFT)
+            p = gl.exp2(t)
+            total = gl.sum(p, 1)
             p = _operand(p, P, False, BN, dtype)
             for i in range(1, whole):
                 before = (i - 1) % STAGES
@@ -144,7 +147,9 @@ def _consume(
                 ahead = warpgroup_mma(q_s, k_s.index(i % STAGES).permute([1, 0]), no_scores, use_acc=False, is_async=True)
                 more = warpgroup_mma(p, v_s.index(before), acc, is_async=True)
                 s = warpgroup_mma_wait(1, [ahead])
-                high, top, total, keep = _softmax(s.to(gl.float32), top, total, factor, P_SHIFT)
+                t, top, keep = _exponents(s.to(gl.float32), top, factor, P_SHIFT)
+                high = gl.exp2(t)
+                total = total * keep + gl.sum(high, 1)
                 acc = warpgroup_mma_wait(0, [more])
                 mbarrier.arrive(free.index(before), count=1)
                 p = _operand(high, P, False, BN, dtype)
@@ -167,7 +172,9 @@ def _consume(
             mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
             real = ((i % K_PARTS) * BN + column < gl.load(KCount + k_tile))[None, :]
             s = gl.where(real, s.to(gl.float32), float("-inf"))
-            p, top, total, keep = _softmax(s, top, total, factor, P_SHIFT)
+            t, top, keep = _exponents(s, top, factor, P_SHIFT)
+            p = gl.exp2(t)
+            total = total * keep + gl.sum(p, 1)
             p = _operand(p, P, V8, BN, dtype)
             mbarrier.wait(ready.index(now), (i // STAGES) & 1)
             values = v_s.index(now)
