@@ -5,8 +5,8 @@ two consumer warpgroups of 64 query rows each attend to them (warp specializatio
 after FlashAttention-3, arXiv 2407.08608 §3.1 and §3.2). The products of one step are in flight while a softmax runs:
 
     16-bit V: Q·Kᵀ of step i is issued together with P·V of step i − 1, and the softmax of i runs under the latter
-    FP8 V: Q·Kᵀ of step i + 1 runs under the softmax of i; P·V goes to an accumulator of its own and is added in float32,
-        because FP8 tensor cores add in about 22 bits (SageAttention2, arXiv 2411.10958 §3.3)
+    FP8 V: the exponentials of step i − 1 run under Q·Kᵀ of step i, the maxima of i under P·V of i − 1. That product has an
+        accumulator of its own, added in float32: FP8 tensor cores add in about 22 bits (SageAttention2, arXiv 2411.10958 §3.3)
 
 What is read and written is what `forward.py` reads and writes. Gluon has no interpreter: numbers are tested on a GPU, what
 it compiles to in tests/test_kernel_compile.py.
@@ -67,7 +67,7 @@ def _factor(i, Index, scales, row_scale, K_PARTS: gl.constexpr, QK: gl.constexpr
 
 @gluon.jit
 def _consume(
-    W: gl.constexpr, q_s, k_s, v_s, start, ready, free,
+    W: gl.constexpr, q_s, k_s, v_s, ready, free,
     Q, RawQ, Out, Lse, QScale, KScale, VScale, VMean, KMean, QOrder, KCount, Index,
     scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps, whole, q_n, o_n,
     D: gl.constexpr, DP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_PARTS: gl.constexpr, K_PARTS: gl.constexpr,
@@ -107,29 +107,28 @@ def _consume(
     no_scores = gl.zeros([64, BN], gl.int32 if QK == "int8" else gl.float32, S)
     nothing = gl.zeros([64, DP], gl.float32, O)
     if steps > 0:
-        mbarrier.wait(start, 0)
+        mbarrier.wait(ready.index(0), 0)
     if whole > 0:
         factor = _factor(0, Index, scales, row_scale, K_PARTS, QK)
         s = warpgroup_mma(q_s, k_s.index(0).permute([1, 0]), no_scores, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(free.index(0), count=1)
         t, top, keep = _exponents(s.to(gl.float32), top, factor, P_SHIFT)
         if V8:
-            for i in range(0, whole - 1):
-                now = i % STAGES
+            for i in range(1, whole):
+                stage = i % STAGES
                 # Two loads, one behind the other: asked for now, they are there when scores are.
-                factor = _factor(i + 1, Index, scales, row_scale, K_PARTS, QK)
-                mbarrier.wait(ready.index(now), (i // STAGES) & 1)
-                ahead = warpgroup_mma(
-                    q_s, k_s.index((i + 1) % STAGES).permute([1, 0]), no_scores, use_acc=False, is_async=True
-                )
+                factor = _factor(i, Index, scales, row_scale, K_PARTS, QK)
+                mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+                ahead = warpgroup_mma(q_s, k_s.index(stage).permute([1, 0]), no_scores, use_acc=False, is_async=True)
                 p = gl.exp2(t)
                 total = total * keep + gl.sum(p, 1)
                 p = _operand(p, P, True, BN, dtype)
-                more = warpgroup_mma(p, v_s.index(now).permute([1, 0]), nothing, use_acc=False, is_async=True)
+                more = warpgroup_mma(p, v_s.index(stage).permute([1, 0]), nothing, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(1, [ahead])
                 t, top, keep_ahead = _exponents(s.to(gl.float32), top, factor, P_SHIFT)
                 more = warpgroup_mma_wait(0, [more])
-                mbarrier.arrive(free.index(now), count=1)
+                mbarrier.arrive(free.index(stage), count=1)
                 acc = acc * gl.convert_layout(keep, O_ROW)[:, None] + more
                 keep = keep_ahead
             p = gl.exp2(t)
@@ -141,21 +140,21 @@ def _consume(
             total = gl.sum(p, 1)
             p = _operand(p, P, False, BN, dtype)
             for i in range(1, whole):
-                before = (i - 1) % STAGES
+                stage = i % STAGES
                 factor = _factor(i, Index, scales, row_scale, K_PARTS, QK)
-                mbarrier.wait(ready.index(before), ((i - 1) // STAGES) & 1)
-                ahead = warpgroup_mma(q_s, k_s.index(i % STAGES).permute([1, 0]), no_scores, use_acc=False, is_async=True)
-                more = warpgroup_mma(p, v_s.index(before), acc, is_async=True)
+                mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+                ahead = warpgroup_mma(q_s, k_s.index(stage).permute([1, 0]), no_scores, use_acc=False, is_async=True)
+                more = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
                 s = warpgroup_mma_wait(1, [ahead])
                 t, top, keep = _exponents(s.to(gl.float32), top, factor, P_SHIFT)
                 high = gl.exp2(t)
                 total = total * keep + gl.sum(high, 1)
                 acc = warpgroup_mma_wait(0, [more])
-                mbarrier.arrive(free.index(before), count=1)
+                mbarrier.arrive(free.index(stage), count=1)
                 p = _operand(high, P, False, BN, dtype)
                 acc = acc * gl.convert_layout(keep, O_ROW)[:, None]
-        last = (whole - 1) % STAGES
-        mbarrier.wait(ready.index(last), ((whole - 1) // STAGES) & 1)
+        last = whole % STAGES
+        mbarrier.wait(ready.index(last), (whole // STAGES) & 1)
         values = v_s.index(last)
         if V8:
             values = values.permute([1, 0])
@@ -164,20 +163,20 @@ def _consume(
     if PADDED:  # tiles that lack tokens come last and one by one: few, and each needs a mask
         column = gl.arange(0, BN, gl.SliceLayout(0, S))
         for i in range(whole, steps):
-            now = i % STAGES
             k_tile = gl.load(Index + i // K_PARTS)
             factor = _factor(i, Index, scales, row_scale, K_PARTS, QK)
-            s = warpgroup_mma(q_s, k_s.index(now).permute([1, 0]), no_scores, use_acc=False, is_async=True)
+            s = warpgroup_mma(q_s, k_s.index(i % STAGES).permute([1, 0]), no_scores, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, [s])
-            mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
+            mbarrier.arrive(free.index(i % STAGES), count=1)
             real = ((i % K_PARTS) * BN + column < gl.load(KCount + k_tile))[None, :]
             s = gl.where(real, s.to(gl.float32), float("-inf"))
             t, top, keep = _exponents(s, top, factor, P_SHIFT)
             p = gl.exp2(t)
             total = total * keep + gl.sum(p, 1)
             p = _operand(p, P, V8, BN, dtype)
-            mbarrier.wait(ready.index(now), (i // STAGES) & 1)
-            values = v_s.index(now)
+            stage = (i + 1) % STAGES
+            mbarrier.wait(ready.index(stage), ((i + 1) // STAGES) & 1)
+            values = v_s.index(stage)
             if V8:
                 values = values.permute([1, 0])
             more = warpgroup_mma(p, values, nothing, use_acc=False, is_async=True)
@@ -210,30 +209,29 @@ def _consume(
 
 @gluon.jit
 def _produce(
-    keys, values, k_s, v_s, start, ready, free, Index, steps, kv, k_tiles,
+    keys, values, k_s, v_s, ready, free, Index, steps, kv, k_tiles,
     DP: gl.constexpr, BN: gl.constexpr, K_PARTS: gl.constexpr, STAGES: gl.constexpr, V8: gl.constexpr,
     K_BYTES: gl.constexpr, V_BYTES: gl.constexpr,
 ):  # fmt: skip
-    """Keys of step i + 1 and values of step i come and go together: one barrier to wait for, one to give back."""
+    """Keys of step i and values of step i − 1 come and go together: one barrier to wait for, one to give back."""
     first = (kv * k_tiles * K_PARTS).to(gl.int32)
+    ROWS: gl.constexpr = DP if V8 else BN
     if steps > 0:
         block = first + gl.load(Index) * K_PARTS
-        mbarrier.expect(start, K_BYTES)
-        async_load(keys, [block * BN, 0], start, k_s.index(0))
-        for i in range(0, steps):
+        mbarrier.expect(ready.index(0), K_BYTES)
+        async_load(keys, [block * BN, 0], ready.index(0), k_s.index(0))
+        for i in range(1, steps):
             stage = i % STAGES
-            here = ready.index(stage)
-            following = block
-            if i + 1 < steps:
-                following = first + gl.load(Index + (i + 1) // K_PARTS) * K_PARTS + (i + 1) % K_PARTS
+            before = block
+            block = first + gl.load(Index + i // K_PARTS) * K_PARTS + i % K_PARTS
             mbarrier.wait(free.index(stage), ((i // STAGES) & 1) ^ 1)
-            if i + 1 < steps:
-                mbarrier.expect(here, K_BYTES + V_BYTES)
-                async_load(keys, [following * BN, 0], here, k_s.index((i + 1) % STAGES))
-            else:
-                mbarrier.expect(here, V_BYTES)
-            async_load(values, [block * (DP if V8 else BN), 0], here, v_s.index(stage))
-            block = following
+            mbarrier.expect(ready.index(stage), K_BYTES + V_BYTES)
+            async_load(keys, [block * BN, 0], ready.index(stage), k_s.index(stage))
+            async_load(values, [before * ROWS, 0], ready.index(stage), v_s.index(stage))
+        stage = steps % STAGES
+        mbarrier.wait(free.index(stage), ((steps // STAGES) & 1) ^ 1)
+        mbarrier.expect(ready.index(stage), V_BYTES)
+        async_load(values, [block * ROWS, 0], ready.index(stage), v_s.index(stage))
 
 
 @gluon.jit
@@ -269,10 +267,8 @@ def forward(
     k_s = gl.allocate_shared_memory(keys.dtype, [STAGES] + keys.block_type.shape, keys.layout)
     v_s = gl.allocate_shared_memory(values.dtype, [STAGES] + values.block_type.shape, values.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    start = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    mbarrier.init(start, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=GROUPS)
@@ -281,24 +277,24 @@ def forward(
     V_BYTES: gl.constexpr = BN * DP * (1 if V8 else 2)
     if GROUPS == 2:
         gl.warp_specialize([
-            (_consume, (0, q_s.index(0), k_s, v_s, start, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
+            (_consume, (0, q_s.index(0), k_s, v_s, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
                         VMean, KMean, QOrder, KCount, Index, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps,
                         whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
                         P_SHIFT)),
-            (_consume, (1, q_s.index(1), k_s, v_s, start, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
+            (_consume, (1, q_s.index(1), k_s, v_s, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
                         VMean, KMean, QOrder, KCount, Index, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps,
                         whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
                         P_SHIFT)),
-            (_produce, (keys, values, k_s, v_s, start, ready, free, Index, steps, kv, k_tiles, DP, BN, K_PARTS,
+            (_produce, (keys, values, k_s, v_s, ready, free, Index, steps, kv, k_tiles, DP, BN, K_PARTS,
                         STAGES, V8, K_BYTES, V_BYTES)),
         ], [4, 4], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (0, q_s.index(0), k_s, v_s, start, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
+            (_consume, (0, q_s.index(0), k_s, v_s, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
                         VMean, KMean, QOrder, KCount, Index, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps,
                         whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
                         P_SHIFT)),
-            (_produce, (keys, values, k_s, v_s, start, ready, free, Index, steps, kv, k_tiles, DP, BN, K_PARTS,
+            (_produce, (keys, values, k_s, v_s, ready, free, Index, steps, kv, k_tiles, DP, BN, K_PARTS,
                         STAGES, V8, K_BYTES, V_BYTES)),
         ], [4], [24])  # fmt: skip
 
