@@ -41,28 +41,80 @@ async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 
 @gluon.jit
-def _exponents(s, top, factor, P_SHIFT: gl.constexpr):
-    """Scores -> exponents of P in base 2, the new maximum, and what sums and accumulator so far are multiplied with."""
+def _exponents(s, i, top, factor, real, K_PARTS: gl.constexpr, MASKED: gl.constexpr, P_SHIFT: gl.constexpr):
+    """Scores of step i -> exponents of P in base 2, the new maximum, and what sums and accumulator so far are multiplied with.
+    MASKED: of the step's tile only the first `real` keys are there."""
+    s = s.to(gl.float32)
+    if MASKED:
+        BN: gl.constexpr = s.shape[1]
+        column = (i % K_PARTS) * BN + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
+        s = gl.where((column < real)[None, :], s, float("-inf"))
     new = gl.maximum(top, gl.maximum(gl.max(s, 1) * factor, FLOOR))
     t = gl.fma(s, gl.full_like(s, 0.0) + factor, gl.full_like(s, 0.0) + gl.expand_dims(P_SHIFT - new, 1))
     return t, new, gl.exp2(top - new)
 
 
 @gluon.jit
-def _operand(p, LAYOUT: gl.constexpr, EIGHT: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr):
+def _operand(p, LAYOUT: gl.constexpr, EIGHT: gl.constexpr, dtype: gl.constexpr):
     """P as the left operand of P·V, without leaving its thread: keys of FP8 are relabelled as `quantize.py` did those of V."""
     p = p.to(dtype)
     if EIGHT:
-        p = p.reshape([p.shape[0], BN // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([p.shape[0], BN])
+        p = p.reshape([64, p.shape[1] // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, p.shape[1]])
     return gl.convert_layout(p, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
-def _factor(i, Index, scales, row_scale, K_PARTS: gl.constexpr, QK: gl.constexpr):
-    """What the scores of step i are multiplied with."""
-    if QK == "none":
-        return row_scale
-    return row_scale * gl.load(scales + gl.load(Index + i // K_PARTS))
+def _facts(i, Index, scales, KCount, row_scale, K_PARTS: gl.constexpr, QK: gl.constexpr, MASKED: gl.constexpr):
+    """Of step i: what its scores are multiplied with, and how many keys its tile has."""
+    factor, real = row_scale, 0
+    if QK != "none" or MASKED:
+        k_tile = gl.load(Index + i // K_PARTS)
+        if QK != "none":
+            factor = row_scale * gl.load(scales + k_tile)
+        if MASKED:
+            real = gl.load(KCount + k_tile)
+    return factor, real
+
+
+@gluon.jit
+def _step(
+    i, state, q_s, k_s, v_s, ready, free, Index, scales, KCount, row_scale,
+    P: gl.constexpr, K_PARTS: gl.constexpr, STAGES: gl.constexpr, QK: gl.constexpr, V8: gl.constexpr, MASKED: gl.constexpr,
+    P_SHIFT: gl.constexpr,
+):  # fmt: skip
+    """Scores of step i, values of step i − 1. What is carried to the next step: FP8 V the exponents, 16-bit V already P; the
+    factor `keep` that is still to be applied to the sum and, in FP8, to the accumulator."""
+    carried, top, total, acc, keep = state
+    O_ROW: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    BN: gl.constexpr = k_s.shape[1]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32 if QK != "none" else 16])
+    stage = i % STAGES
+    # Two loads, one behind the other: asked for now, they are there when the scores are.
+    factor, real = _facts(i, Index, scales, KCount, row_scale, K_PARTS, QK, MASKED)
+    mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+    none = gl.zeros([64, BN], gl.int32 if QK == "int8" else gl.float32, S)
+    ahead = warpgroup_mma(q_s, k_s.index(stage).permute([1, 0]), none, use_acc=False, is_async=True)
+    if V8:
+        p = gl.exp2(carried)
+        total = total * keep + gl.sum(p, 1)
+        p = _operand(p, P, True, v_s.dtype)
+        more = warpgroup_mma(p, v_s.index(stage).permute([1, 0]), gl.zeros_like(acc), use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, [ahead])
+        t, top, keep_ahead = _exponents(s, i, top, factor, real, K_PARTS, MASKED, P_SHIFT)
+        more = warpgroup_mma_wait(0, [more])
+        mbarrier.arrive(free.index(stage), count=1)
+        acc = acc * gl.convert_layout(keep, O_ROW)[:, None] + more
+        return t, top, total, acc, keep_ahead
+    else:
+        more = warpgroup_mma(carried, v_s.index(stage), acc, is_async=True)
+        s = warpgroup_mma_wait(1, [ahead])
+        t, top, keep = _exponents(s, i, top, factor, real, K_PARTS, MASKED, P_SHIFT)
+        p = gl.exp2(t)
+        total = total * keep + gl.sum(p, 1)
+        acc = warpgroup_mma_wait(0, [more])
+        mbarrier.arrive(free.index(stage), count=1)
+        acc = acc * gl.convert_layout(keep, O_ROW)[:, None]
+        return _operand(p, P, False, v_s.dtype), top, total, acc, keep
 
 
 @gluon.jit
@@ -104,84 +156,40 @@ def _consume(
     top = gl.full([64], FLOOR, gl.float32, S_ROW)
     total = gl.zeros([64], gl.float32, S_ROW)
     acc = gl.zeros([64, DP], gl.float32, O)
-    no_scores = gl.zeros([64, BN], gl.int32 if QK == "int8" else gl.float32, S)
-    nothing = gl.zeros([64, DP], gl.float32, O)
     if steps > 0:
+        factor, real = _facts(0, Index, scales, KCount, row_scale, K_PARTS, QK, PADDED)
         mbarrier.wait(ready.index(0), 0)
-    if whole > 0:
-        factor = _factor(0, Index, scales, row_scale, K_PARTS, QK)
-        s = warpgroup_mma(q_s, k_s.index(0).permute([1, 0]), no_scores, use_acc=False, is_async=True)
+        none = gl.zeros([64, BN], gl.int32 if QK == "int8" else gl.float32, S)
+        s = warpgroup_mma(q_s, k_s.index(0).permute([1, 0]), none, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, [s])
         mbarrier.arrive(free.index(0), count=1)
-        t, top, keep = _exponents(s.to(gl.float32), top, factor, P_SHIFT)
-        if V8:
-            for i in range(1, whole):
-                stage = i % STAGES
-                # Two loads, one behind the other: asked for now, they are there when scores are.
-                factor = _factor(i, Index, scales, row_scale, K_PARTS, QK)
-                mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
-                ahead = warpgroup_mma(q_s, k_s.index(stage).permute([1, 0]), no_scores, use_acc=False, is_async=True)
-                p = gl.exp2(t)
-                total = total * keep + gl.sum(p, 1)
-                p = _operand(p, P, True, BN, dtype)
-                more = warpgroup_mma(p, v_s.index(stage).permute([1, 0]), nothing, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(1, [ahead])
-                t, top, keep_ahead = _exponents(s.to(gl.float32), top, factor, P_SHIFT)
-                more = warpgroup_mma_wait(0, [more])
-                mbarrier.arrive(free.index(stage), count=1)
-                acc = acc * gl.convert_layout(keep, O_ROW)[:, None] + more
-                keep = keep_ahead
-            p = gl.exp2(t)
-            total = total * keep + gl.sum(p, 1)
-            acc = acc * gl.convert_layout(keep, O_ROW)[:, None]
-            p = _operand(p, P, True, BN, dtype)
-        else:
-            p = gl.exp2(t)
+        carried, top, keep = _exponents(s, 0, top, factor, real, K_PARTS, PADDED, P_SHIFT)
+        if not V8:
+            p = gl.exp2(carried)
             total = gl.sum(p, 1)
-            p = _operand(p, P, False, BN, dtype)
-            for i in range(1, whole):
-                stage = i % STAGES
-                factor = _factor(i, Index, scales, row_scale, K_PARTS, QK)
-                mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
-                ahead = warpgroup_mma(q_s, k_s.index(stage).permute([1, 0]), no_scores, use_acc=False, is_async=True)
-                more = warpgroup_mma(p, v_s.index(stage), acc, is_async=True)
-                s = warpgroup_mma_wait(1, [ahead])
-                t, top, keep = _exponents(s.to(gl.float32), top, factor, P_SHIFT)
-                high = gl.exp2(t)
-                total = total * keep + gl.sum(high, 1)
-                acc = warpgroup_mma_wait(0, [more])
-                mbarrier.arrive(free.index(stage), count=1)
-                p = _operand(high, P, False, BN, dtype)
-                acc = acc * gl.convert_layout(keep, O_ROW)[:, None]
-        last = whole % STAGES
-        mbarrier.wait(ready.index(last), (whole // STAGES) & 1)
+            carried = _operand(p, P, False, dtype)
+        for i in range(1, whole):
+            carried, top, total, acc, keep = _step(
+                i, (carried, top, total, acc, keep), q_s, k_s, v_s, ready, free, Index, scales, KCount, row_scale,
+                P, K_PARTS, STAGES, QK, V8, False, P_SHIFT,
+            )  # fmt: skip
+        if PADDED:  # tiles that lack tokens come last: only this loop has a mask
+            for i in range(gl.maximum(whole, 1), steps):
+                carried, top, total, acc, keep = _step(
+                    i, (carried, top, total, acc, keep), q_s, k_s, v_s, ready, free, Index, scales, KCount, row_scale,
+                    P, K_PARTS, STAGES, QK, V8, True, P_SHIFT,
+                )  # fmt: skip
+        last = steps % STAGES
         values = v_s.index(last)
         if V8:
-            values = values.permute([1, 0])
-        acc = warpgroup_mma(p, values, acc, is_async=True)
-        acc = warpgroup_mma_wait(0, [acc])
-    if PADDED:  # tiles that lack tokens come last and one by one: few, and each needs a mask
-        column = gl.arange(0, BN, gl.SliceLayout(0, S))
-        for i in range(whole, steps):
-            k_tile = gl.load(Index + i // K_PARTS)
-            factor = _factor(i, Index, scales, row_scale, K_PARTS, QK)
-            s = warpgroup_mma(q_s, k_s.index(i % STAGES).permute([1, 0]), no_scores, use_acc=False, is_async=True)
-            s = warpgroup_mma_wait(0, [s])
-            mbarrier.arrive(free.index(i % STAGES), count=1)
-            real = ((i % K_PARTS) * BN + column < gl.load(KCount + k_tile))[None, :]
-            s = gl.where(real, s.to(gl.float32), float("-inf"))
-            t, top, keep = _exponents(s, top, factor, P_SHIFT)
-            p = gl.exp2(t)
+            p = gl.exp2(carried)
             total = total * keep + gl.sum(p, 1)
-            p = _operand(p, P, V8, BN, dtype)
-            stage = (i + 1) % STAGES
-            mbarrier.wait(ready.index(stage), ((i + 1) // STAGES) & 1)
-            values = v_s.index(stage)
-            if V8:
-                values = values.permute([1, 0])
-            more = warpgroup_mma(p, values, nothing, use_acc=False, is_async=True)
-            more = warpgroup_mma_wait(0, [more])
-            acc = acc * gl.convert_layout(keep, O_ROW)[:, None] + more
+            acc = acc * gl.convert_layout(keep, O_ROW)[:, None]
+            carried = _operand(p, P, True, dtype)
+            values = values.permute([1, 0])
+        mbarrier.wait(ready.index(last), (steps // STAGES) & 1)
+        acc = warpgroup_mma(carried, values, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, [acc])
 
     seen = total != 0  # NaN counts as seen, and stays NaN
     some = gl.where(seen, total, 1.0)
