@@ -56,9 +56,10 @@ def overlapped(dim: int, quant: Quant, slots: int) -> Launch | None:
     if not 32 < dim <= 128 or quant.qk == "int4" or quant.pv == "int8" or quant.smooth_q:
         return None
     pair = -(-slots // 64) % 2 == 0  # two warpgroups share what is loaded
-    if quant.pv == "none":
-        return Launch(128, 128, 2 if quant.qk == "none" else 3, least=64) if pair else Launch(64, 64, 2, least=64)
-    return Launch(128, 128, 4, least=64) if pair else Launch(64, 128, 2, least=64)
+    wide = (quant.qk, quant.pv).count("none")  # of K and V in 16 bits: as many stages as fit
+    if pair:
+        return Launch(128, 128, 4 - wide, least=64)
+    return Launch(64, 128, 2, least=64) if wide == 0 else Launch(64, 64, 2, least=64)
 
 
 def splits(programs: int, steps: int, device: torch.device) -> int:

@@ -9,7 +9,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def moved(x):
     """A tensor as it lies in memory (strides, and the NaN around it) on the device of the tests."""
-    if not isinstance(x, torch.Tensor) or DEVICE == "cpu":
+    if not isinstance(x, torch.Tensor) or x.device.type == DEVICE:
         return x
     memory = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(DEVICE)
     return memory.as_strided(x.shape, x.stride(), x.storage_offset())
