@@ -27,6 +27,7 @@ KEY = ("shape", "preset", "steps", "prompt", "seed")
 
 
 def bench(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of rows; rows it has are kept.")] = Path(
         "docs/results/bench_cpu.json"
     ),
@@ -42,6 +43,8 @@ def bench(
     ] = None,
 ) -> None:
     """Measure the presets against dense attention, or write the table of what was measured."""
+    if context.invoked_subcommand is not None:  # bench kernel, bench gpu: not this one too
+        return
     if table is not None:
         write_table(table, read_rows(out, must_exist=True))
         typer.echo(f"{table}: table written from {out}")

@@ -1,6 +1,7 @@
 """`fastdit bench gpu`: kernels held against float64 on this GPU, then attention and whole denoisers timed, into JSON files.
 
-A file a section, written after every row: a run that is cut off leaves what it has measured. docs/benchmarks.md is made of them.
+A file a section, written after every row, so a run that is cut off leaves what it has measured; docs/benchmarks.md is made of
+them.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ def bench_gpu(
     if table is not None:
         from fastdit.apps import gpu_tables
 
-        for name, text in gpu_tables.tables(out):
+        page = table.read_text(encoding="utf-8")
+        wanted = [(name, text) for name, text in gpu_tables.tables(out) if f"<!-- gpu:{name} -->" in page]
+        for name, text in wanted:
             write_block(table, f"<!-- gpu:{name} -->", f"<!-- /gpu:{name} -->", text)
-        typer.echo(f"{table}: tables written")
+        typer.echo(f"{table}: {len(wanted)} tables written")
         return
     import torch
 
@@ -46,8 +49,8 @@ def bench_gpu(
         "selection": lambda repeats: iter(cost(repeats, "cuda")),
         "denoisers": denoisers,
     }
-    wanted = only.split(",") if only else list(sections)
-    if unknown := set(wanted) - set(sections):
+    chosen = only.split(",") if only else list(sections)
+    if unknown := set(chosen) - set(sections):
         raise UserError(f"--only: no section {', '.join(sorted(unknown))}: choose from {', '.join(sections)}", 2)
     if faults := wrong(FORMATS, (64, 128), torch.bfloat16, "cuda"):
         raise UserError(f"a kernel is wrong, so nothing is timed: {'; '.join(faults)}")
@@ -57,7 +60,7 @@ def bench_gpu(
     }  # fmt: skip
     typer.echo(f"{facts['device']}, torch {facts['torch']}: every format is right on ragged layouts")
     out.mkdir(parents=True, exist_ok=True)
-    for name in wanted:
+    for name in chosen:
         rows: list[dict[str, Any]] = []
         start = time.perf_counter()
         for row in sections[name](repeats):

@@ -66,9 +66,8 @@ def remembered(repeats: int) -> Rows:
     for quant in (Quant(), FP8):
         calls: dict[str, Any] = {}
         for reuse in (Reuse(), *(Reuse(kind, refresh=1 << 30) for kind in ("retention", "ratio", "residual", "broadcast"))):
-            plan = make_plan(
-                Config((Phase(policy=Window(density=0.125), quant=quant, reuse=reuse),), tile), 0.5, 0, 1, grid, 0, False, q, k, v
-            )
+            config = Config((Phase(policy=Window(density=0.125), quant=quant, reuse=reuse),), tile)
+            plan = make_plan(config, 0.5, 0, 1, grid, 0, False, q, k, v)
             calls[reuse.kind] = _step(q, k, v, plan, reuse, memory.Memory(), lines)
         took = milliseconds(calls | lines, repeats, "cuda")
         best = min(lines, key=lambda name: took[name])

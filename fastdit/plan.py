@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdit.blockmask import BlockMask
 from fastdit.config import Config
+from fastdit.kernels import configs
 from fastdit.layout import Grid, Layout, fit_tile
 from fastdit.policies import Dense, Policy
 from fastdit.quant import Quant
@@ -69,7 +70,11 @@ def make_plan(
     if tokens < config.min_tokens:
         return _dense(phase, f"{tokens} tokens: below {config.min_tokens}, sparse attention does not pay")
     if isinstance(policy, Dense):
-        return _dense(phase, "the phase is dense") if quant.is_none else Plan(phase, 1.0, None, quant, None)
+        if quant.is_none:
+            return _dense(phase, "the phase is dense")
+        if q.is_cuda and config.min_tokens and tokens < configs.PAYS_FROM[quant.qk]:
+            return _dense(phase, f"{tokens} tokens: all of attention in {quant} is no faster there")
+        return Plan(phase, 1.0, None, quant, None)
     layout = layout_of(config, grid, text_len, text_first)
     if known is not None:
         block_mask, density = known

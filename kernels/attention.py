@@ -1,4 +1,4 @@
-"""Block-sparse attention on CUDA tensors: what `kernels/cpu.py` promises, by the Triton kernel of `forward.py`.
+"""Block-sparse attention on CUDA tensors: what `kernels/cpu.py` promises, by the kernels of `forward.py` and `hopper.py`.
 
 Here the inputs are brought into tile order and format, lists of tiles into the order the kernel wants, and the launch is
 sized. INT4 K is half the bytes of INT8 and no faster: Hopper and later have no INT4 unit, and Triton has no INT4 product.
@@ -138,7 +138,8 @@ def block_sparse_attention(
         hopper = configs.overlapped(D, quant, q_order.shape[1])
     if hopper is not None and (splits or configs.splits(len(q_order) * B * H, len(k_order), q.device)) == 1:
         launch = hopper
-    q_rows, k_rows = (Rows.of(x.shape[1], most, launch.least) for x, most in ((q_order, launch.block_q), (k_order, launch.block_k)))
+    q_rows = Rows.of(q_order.shape[1], launch.block_q, launch.least)
+    k_rows = Rows.of(k_order.shape[1], launch.block_k, launch.least)
     width = max(triton.next_power_of_2(D), 64 if quant.qk == "int4" else 32 if not quant.is_none else 16)
     q_tiles, k_tiles = len(q_order), len(k_order)
     keys = pack(

@@ -130,12 +130,12 @@ def _consume(
     Q8: gl.constexpr = QK != "none"
     V8: gl.constexpr = PV != "none"
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32 if Q8 else 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DP, 32 if V8 else 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 4 if V8 else 2)
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DP, 32 if V8 else 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, OUT, 4 if V8 else 2)
     IN: gl.constexpr = gl.BlockedLayout([1, 16], [512 // DP, DP // 16], [4, 1], [1, 0])
     IO: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DP, DP // 8], [4, 1], [1, 0])
     S_ROW: gl.constexpr = gl.SliceLayout(1, S)
-    O_ROW: gl.constexpr = gl.SliceLayout(1, O)
+    O_ROW: gl.constexpr = gl.SliceLayout(1, OUT)
     dtype: gl.constexpr = v_s.dtype
 
     if Q8:
@@ -155,7 +155,7 @@ def _consume(
     scales = KScale + kv * k_tiles
     top = gl.full([64], FLOOR, gl.float32, S_ROW)
     total = gl.zeros([64], gl.float32, S_ROW)
-    acc = gl.zeros([64, DP], gl.float32, O)
+    acc = gl.zeros([64, DP], gl.float32, OUT)
     if steps > 0:
         factor, real = _facts(0, Index, scales, KCount, row_scale, K_PARTS, QK, PADDED)
         mbarrier.wait(ready.index(0), 0)
@@ -194,7 +194,7 @@ def _consume(
     seen = total != 0  # NaN counts as seen, and stays NaN
     some = gl.where(seen, total, 1.0)
     out = acc / gl.convert_layout(some, O_ROW)[:, None]
-    channel = gl.arange(0, DP, gl.SliceLayout(0, O))
+    channel = gl.arange(0, DP, gl.SliceLayout(0, OUT))
     if V8:
         out = out * gl.load(VScale + kv * D + channel, mask=channel < D, other=0.0)[None, :]
     if CENTRED_V:
@@ -272,8 +272,8 @@ def forward(
 
     Q_SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DP], keys.dtype)
     q_s = gl.allocate_shared_memory(keys.dtype, [GROUPS, 64, DP], Q_SHARED)
-    k_s = gl.allocate_shared_memory(keys.dtype, [STAGES] + keys.block_type.shape, keys.layout)
-    v_s = gl.allocate_shared_memory(values.dtype, [STAGES] + values.block_type.shape, values.layout)
+    k_s = gl.allocate_shared_memory(keys.dtype, [STAGES, BN, DP], keys.layout)
+    v_s = gl.allocate_shared_memory(values.dtype, [STAGES, DP if V8 else BN, BN if V8 else DP], values.layout)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -335,8 +335,8 @@ def attend(
         _blocks(keys.data, k_rows.block, width),
         _blocks(values.data, width, k_rows.block) if eight else _blocks(values.data, k_rows.block, width),
         q if queries is None else queries.data, q, out, lse,
-        *(blank if x is None else x for x in (None if queries is None else queries.scale, keys.scale, values.scale, values.mean)),
-        blank if keys.mean is None else keys.mean, q_order, count, num, whole, index, schedule,
+        *(blank if x is None else x for x in (queries and queries.scale, keys.scale, values.scale, values.mean, keys.mean)),
+        q_order, count, num, whole, index, schedule,
         scale, H, group, N, len(q_order), index.shape[-1], q_rows.slots, *q.stride()[:3], *out.stride()[:3], *num_step,
         D=D, DP=width, BM=q_rows.block, BN=k_rows.block, Q_PARTS=q_rows.parts, K_PARTS=k_rows.parts, STAGES=stages,
         QK=quant.qk, PV=quant.pv, PADDED=padded, CENTRED_K=keys.mean is not None, CENTRED_V=quant.smooth_v,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from fastdit.blockmask import BlockMask
-from fastdit.kernels import cpu
 from fastdit.kernels import attention as kernels
+from fastdit.kernels import cpu
 from fastdit.kernels.attention import unsupported
 from fastdit.kernels.quantize import Rows
 from fastdit.layout import Layout

@@ -1,5 +1,5 @@
-"""The Triton kernel's options, interpreted or on a GPU, against float64: grouped heads, q_len ≠ kv_len, biases and key masks, the
-pooled remainder, split lists, turns; and the tile scores of `kernels/score.py`."""
+"""The Triton kernel's options, interpreted or on a GPU, against float64: grouped heads, q_len ≠ kv_len, biases and key masks,
+the pooled remainder, split lists, turns; and the tile scores of `kernels/score.py`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The kernel of `kernels/hopper.py` on a Hopper GPU against float64: Gluon has no interpreter, so there is nothing to run elsewhere.
+"""The kernel of `kernels/hopper.py` on a Hopper GPU against float64: Gluon has no interpreter, so nothing runs elsewhere.
 What it compiles to is held everywhere, by test_kernel_compile.py."""
 
 import pytest
