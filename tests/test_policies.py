@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fastdit import ops
+from fastdit import Config, Phase, ops, remainder
 from fastdit.blockmask import BlockMask
 from fastdit.layout import Layout
-from fastdit.plan import complete
+from fastdit.plan import complete, make_plan
 from fastdit.policies import (
     LSH,
     POLICIES,
@@ -63,7 +65,10 @@ def brute_mass(q, k, layout):
     return mass / layout.counts()[: layout.video_tiles, None]
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, RAGGED, Layout((1, 1, 1), (1, 1, 1)), Layout((3, 4, 4), (3, 4, 4))], ids=str)
+SMALL = [Layout((1, 1, 1), (1, 1, 1)), Layout((3, 4, 4), (3, 4, 4)), Layout((2, 3, 3), (1, 1, 1))]
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, RAGGED, *SMALL], ids=str)
 @pytest.mark.parametrize("policy", ALL, ids=str)
 def test_map_of_any_layout(policy, layout):
     """Right shape, the same twice, batch elements and heads on their own, no empty row, and the dictionary gives it back."""
@@ -123,10 +128,39 @@ def test_nan_never_empties_a_row(policy):
     """What a NaN spoils stays visible: the tiles that hold it, and rows that cannot be scored, are not left out."""
     q, k, v = video(LAYOUT)
     q[0, 1, 3, 2, 5] = math.nan
-    found = complete(policy.select(LAYOUT, q, k, v), LAYOUT)
-    assert found.any(-1).all()
-    if isinstance(policy, (Antidiagonal, TopMass, LSH)):
+    found = policy.select(LAYOUT, q, k, v)
+    if not isinstance(policy, Intersect):  # of which parts may have nothing in common
+        assert found.any(-1).all()
+    if isinstance(policy, (Antidiagonal, TopMass, LSH, Stripe)):
         assert found[0, 1, 3].all()
+    out, _ = ops.attention(*(LAYOUT.from_tiles(x) for x in (q, k, v)), BlockMask.from_tile_map(complete(found, LAYOUT), LAYOUT))
+    assert LAYOUT.to_tiles(out)[0, 1, 3, 2].isnan().all()
+    assert out.isnan().sum() == 16
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest storage that anything inside made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.most = max([self.most, *(x.untyped_storage().nbytes() for x in tree_leaves(found) if isinstance(x, torch.Tensor))])
+        return found
+
+
+@pytest.mark.parametrize("kind", remainder.REMAINDERS)
+@pytest.mark.parametrize("policy", [p for p in ALL if p.name != "dense"], ids=str)
+def test_nothing_is_as_large_as_all_pairs_of_tokens(policy, kind):
+    """At 9,216 tokens not even one byte for each pair: neither to choose, nor to attend to what was chosen."""
+    grid = (9, 32, 32)
+    q, k, v = (torch.randn(1, 2, math.prod(grid), 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    config = Config((Phase(policy=policy, remainder=kind),), (1, 8, 8), max_density=1)
+    with Largest() as seen:
+        plan = make_plan(config, 0.5, 0, 1, grid, 0, False, q, k, v)
+        if plan.density < 0.3:
+            remainder.attention(q, k, v, plan.block_mask, remainder=kind)
+    assert q.nbytes <= seen.most < math.prod(grid) ** 2
 
 
 @pytest.mark.parametrize(
