@@ -1,7 +1,7 @@
 """Random layouts, policies, remainders and runs against attention written a second time from token coordinates, in float64.
 
-Nothing here asks the code under test where a token sits or which tokens a tile map stands for. The default run is short, the long
-one is `pytest -m slow tests/test_fuzz.py`.
+Nothing here asks the code under test where a token sits or which tokens a tile map stands for. The long run is
+`pytest -m slow tests/test_fuzz.py`.
 """
 
 import json
@@ -66,7 +66,7 @@ def policies(heads):
 
 @st.composite
 def problems(draw):
-    """A configuration of one phase, the grid and text of a call, and its q, k and v: wide and narrow logits, a biased K, zeros."""
+    """A configuration of one phase, grid and text of a call, and its q, k and v: wide and narrow logits, a biased K, zeros."""
     grid, tile = draw(boxes), draw(boxes)
     text, text_first = draw(st.integers(0, 9)), draw(st.booleans())
     batch, heads, dim = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
@@ -191,7 +191,13 @@ def test_stripes_of_everything_are_dense_attention(examples):
 def test_statistics_are_what_their_formulas_say(examples):
     """Step after step with drifting inputs, against the formulas on masked logits."""
     reuses = st.builds(
-        Reuse, st.sampled_from(KINDS), st.integers(1, 4), st.floats(0, 1), st.sampled_from(STORES), st.booleans(), st.integers(1, 6)
+        Reuse,
+        st.sampled_from(KINDS),
+        st.integers(1, 4),
+        st.floats(0, 1),
+        st.sampled_from(STORES),
+        st.booleans(),
+        st.integers(1, 6),
     )
 
     def check(drawn):
@@ -217,7 +223,9 @@ def test_statistics_are_what_their_formulas_say(examples):
             expected = part[0] if reuse.kind == "none" else dense[0] if fresh else reused
             assert how == ("sparse" if reuse.kind == "none" else "refresh" if fresh else "reuse")
             rounding = {"float32": 1e-6, "bfloat16": 2**-8, "fp8": 2**-4}[reuse.store] * rest.norm()
-            assert (out - expected).norm() <= 1e-9 * expected.norm() + (0 if fresh or reuse.kind in ("none", "ratio") else rounding)
+            assert (out - expected).norm() <= 1e-9 * expected.norm() + (
+                0 if fresh or reuse.kind in ("none", "ratio") else rounding
+            )
 
     fuzz(st.tuples(problems(), reuses, st.integers(1, 8)), examples, check)
 
@@ -231,7 +239,9 @@ def runs(draw):
     call = st.tuples(st.integers(0, 1), st.integers(1, 2), st.integers(0, 1))
     levels = st.lists(st.sampled_from([0.9, 0.8, 0.6, 0.5, 0.4, 0.3, 0.1]), unique=True, max_size=5)
     steps = levels.map(lambda found: [0.98, *sorted(found, reverse=True)])
-    run = steps.flatmap(lambda found: st.tuples(*[st.tuples(st.just(s), st.lists(call, min_size=1, max_size=3)) for s in found]))
+    run = steps.flatmap(
+        lambda found: st.tuples(*[st.tuples(st.just(s), st.lists(call, min_size=1, max_size=3)) for s in found])
+    )
     phases = []
     for span in ((1.0, 0.5), (0.5, 0.0)):
         policy = draw(st.one_of(st.builds(Window, size=boxes), st.builds(TopMass, density=shares), st.just(Dense())))
@@ -243,7 +253,7 @@ def runs(draw):
 
 @lengths(12, 400)
 def test_every_stream_of_calls_is_as_if_it_were_alone(examples):
-    """Runs, branches, sizes and batches in any order, through a real denoiser: each answers as in a fresh one without the others."""
+    """Runs, branches, sizes and batches in any order, through a real denoiser: each answers as it does without the others."""
     model = wan(num_layers=1, num_attention_heads=1, attention_head_dim=12, ffn_dim=8)
 
     def answer(sigma, call):

@@ -2,25 +2,31 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch._dynamo.testing
 from diffusers import (
     DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
 )
 from util import tiny_wan_pipeline
 
 import fastdit
 from fastdit import Config, Phase, Window, memory
+from fastdit.attend import _Call
 from fastdit.blockmask import BlockMask
 from fastdit.layout import Layout
 from fastdit.memory import Memory, Stored
 from fastdit.plan import Plan
-from fastdit.policies import TopMass
+from fastdit.policies import SpatialTemporal, TopMass
 from fastdit.quant import Quant
 from fastdit.reference import attention, relative_error, token_mask
 from fastdit.reuse import KINDS, Reuse
@@ -82,6 +88,20 @@ def test_same_inputs_give_dense_again_and_the_ramp_adds_what_it_says():
         added = ((held.ratio + n * ramp).clamp(max=1) - held.ratio)[..., None] * part
         assert relative_error(out - full, added) < 1e-5 or n == 0
         assert n > 0 or relative_error(out, full) < 1e-6  # the first sparse step uses ρ itself
+
+
+def test_a_ratio_is_never_above_one():
+    """Neither where rounded logits say so, nor where the ramp leads there."""
+    q, k, v = tensors(1)
+    held, plan = Memory(), replace(plan_of(torch.ones_like(KEPT)), quant=Quant("int4"))
+    call(exactly(kind="retention"), held, q, k, v, plan)
+    assert held.ratio.max() == 1
+    assert held.ratio.min() < 1
+    held = Memory()
+    call(exactly(kind="ratio", ramp=1), held, q, k, v)
+    part = attention(q, k, v, token_mask(LAYOUT, KEPT))[0]
+    assert relative_error(call(exactly(kind="ratio", ramp=1), held, q, k, v)[0], held.ratio[..., None] * part) < 1e-12
+    assert relative_error(call(exactly(kind="ratio", ramp=1), held, q, k, v)[0], part) < 1e-12
 
 
 def test_a_row_depends_on_its_own_query_alone():
@@ -155,6 +175,23 @@ def test_stores(store, error, host):
     assert Stored.of(torch.zeros(2, 8), store, host).load(x).eq(0).all()
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the host's memory is another one than the GPU's only where there is a GPU"
+)
+def test_what_the_gpu_has_no_room_for_goes_to_the_host(monkeypatch):
+    q, k, v = (x.float().cuda() for x in tensors(9))
+    kept = BlockMask.from_tile_map(KEPT.cuda(), LAYOUT)
+    for asked, room, expected in ((True, 1 << 40, "cpu"), (False, 1 << 40, "cuda"), (False, 0, "cpu")):
+        monkeypatch.setattr(memory, "free_bytes", lambda device: room if device.type == "cuda" else 1 << 40)  # noqa: B023
+        held = Memory()
+        call(exactly(kind="residual", host=asked), held, q, k, v, replace(plan_of(), block_mask=kept))
+        assert held.kept.data.device.type == expected
+        assert held.bytes(torch.device("cpu")) == (q.nbytes if expected == "cpu" else 0)
+        out, how = call(exactly(kind="residual", host=asked), held, q, k, v, replace(plan_of(), block_mask=kept))
+        assert how == "reuse"
+        assert relative_error(out, attention(q, k, v)[0]) < 1e-3
+
+
 def test_what_does_not_fit_is_not_remembered(monkeypatch):
     q, k, v = tensors(9)
     held = Memory()
@@ -165,6 +202,31 @@ def test_what_does_not_fit_is_not_remembered(monkeypatch):
     assert held.bytes() == 0
     assert relative_error(out, attention(q, k, v)[0]) < 1e-12
     assert call(Reuse(kind="retention"), held, q, k, v)[1] == "dense"
+
+
+def test_all_together_never_take_more_than_half_of_what_was_free(monkeypatch):
+    """Sites that come first have their statistics, the others stay dense; R and its scales and ratios are all counted."""
+    q, k, v = tensors(9)
+    free, sites = 100_000, [Memory() for _ in range(8)]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free - sum(site.bytes(device) for site in sites))
+
+    def held(device):
+        return sum(site.bytes(device) for site in sites)
+
+    reuse = Reuse(kind="retention", store="fp8")
+    hows = [memory.attention(q, k, v, plan_of(), reuse, site, None, lambda: q, held)[1] for site in sites]
+    one = sites[0].bytes()
+    assert one == q.numel() + q.numel() // 16 * (4 + 8)  # float64 has ratios of its own width
+    assert hows == ["refresh"] * (free // 2 // one) + ["dense"] * (8 - free // 2 // one)
+    assert held(None) == held(torch.device("cpu")) <= free // 2
+    assert held(torch.device("meta")) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "refresh", "maps", "age"), [("none", 5, 3, 3), ("ratio", 5, 1, 5), ("ratio", 4, 6, 8), ("ratio", 3, 6, 6)]
+)
+def test_statistics_hold_for_one_map_only(kind, refresh, maps, age):
+    assert Reuse(kind, refresh=refresh, maps=maps).map_age == age
 
 
 @pytest.mark.parametrize(
@@ -239,7 +301,7 @@ def test_a_run_that_broke_spoils_nothing(pipes):
     if "sigmas" in used.scheduler.set_timesteps.__code__.co_varnames:
         used.scheduler.set_timesteps(sigmas=short)
         fresh.scheduler.set_timesteps(sigmas=short)
-    x, t = torch.randn(1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([200.0])
+    x, t = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([200.0])
     text = torch.randn(1, 512, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(used.transformer(x, t, text)[0], fresh.transformer(x, t, text)[0])
@@ -311,22 +373,75 @@ def test_both_branches_in_one_batch(pipes):
     assert torch.allclose(*found, atol=1e-5)
 
 
-def test_a_dynamic_map_serves_as_long_as_it_should(pipes, monkeypatch):
+@pytest.mark.parametrize("policy", [TopMass(density=0.3), SpatialTemporal(density=0.3)], ids=str)
+def test_a_dynamic_map_serves_as_long_as_it_should(pipes, monkeypatch, policy):
+    """And with SpatialTemporal's the trades of the heads."""
     pipe, _ = pipes
     chosen = []
-    original = TopMass.select
-    monkeypatch.setattr(TopMass, "select", lambda self, *a, **k: chosen.append(1) or original(self, *a, **k))
+    original = type(policy).select
+    monkeypatch.setattr(type(policy), "select", lambda self, *a, **k: chosen.append(1) or original(self, *a, **k))
     counts = {}
     for maps in (1, 2, 6):
         chosen.clear()
-        fastdit.accelerate(pipe, config("none", TopMass(density=0.3), maps=maps))
+        fastdit.accelerate(pipe, config("none", policy, maps=maps))
         render(pipe)
         counts[maps] = len(chosen)
     assert counts == {1: 6 * 2 * 2, 2: 3 * 2 * 2, 6: 1 * 2 * 2}  # steps, branches, layers
     chosen.clear()
-    fastdit.accelerate(pipe, config("retention", TopMass(density=0.3)))
+    fastdit.accelerate(pipe, config("retention", policy))
     render(pipe)
     assert len(chosen) == 2 * 2 * 2  # a map a refresh, each third step
+
+
+STEP_CACHES = {
+    "first block": lambda pipe: FirstBlockCacheConfig(threshold=0.35),
+    "taylor": lambda pipe: TaylorSeerCacheConfig(
+        cache_interval=2, disable_cache_before_step=1, max_order=1, cache_identifiers=[r"blocks\.\d+"]
+    ),
+    "mag": lambda pipe: MagCacheConfig(
+        num_inference_steps=12, mag_ratios=torch.ones(12), threshold=0.5, max_skip_steps=2, retention_ratio=0.2
+    ),
+    "broadcast": lambda pipe: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, spatial_attention_timestep_skip_range=(-1, 901),
+        spatial_attention_block_identifiers=("blocks",), current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cache", STEP_CACHES)
+def test_what_a_step_cache_skips_ages_nothing(pipes, monkeypatch, cache):
+    """Statistics are refreshed every third time that a layer runs in a branch, however many steps its block was skipped."""
+    pipe, _ = pipes
+    pipe.transformer.enable_cache(STEP_CACHES[cache](pipe))
+    handle = fastdit.accelerate(pipe, config())
+    seen = {}
+    record = _Call.record
+
+    def note(self, plan, how, *rest):
+        seen.setdefault((self.site.layer, self.site.denoiser.branch), []).append((handle.clock.step, how))
+        record(self, plan, how, *rest)
+
+    monkeypatch.setattr(_Call, "record", note)
+    render(pipe, steps=12)
+    assert len(seen) == 4 if cache != "broadcast" else len(seen) >= 2  # which skips the second branch's calls altogether
+    assert min(map(len, seen.values())) < 12
+    for calls in seen.values():
+        assert [how for _, how in calls] == [("refresh", "reuse", "reuse")[i % 3] for i in range(len(calls))]
+        assert len({step for step, _ in calls}) == len(calls)
+
+
+def test_another_batch_starts_anew_and_a_phase_that_ends_leaves_nothing(pipes):
+    model = pipes[0].transformer
+    phases = [Phase(span, Window(size=(1, 1, 1)), reuse=Reuse("retention", 5)) for span in ((1.0, 0.5), (0.5, 0.0))]
+    handle = fastdit.accelerate(model, Config(tuple(phases), (1, 2, 2), min_tokens=0))
+    x, text = torch.randn(2, 4, 3, 16, 16), torch.randn(2, 512, 16)
+    held = []
+    with torch.no_grad():
+        for sigma, batch in ((900.0, 1), (800.0, 1), (700.0, 2), (600.0, 1), (400.0, 1)):
+            model(x[:batch], torch.full((batch,), sigma), text[:batch])
+            held.append(fastdit.report(model).memory)
+    assert [ran.how for ran in handle.sites[0].ran] == ["refresh", "reuse", "refresh", "reuse", "refresh"]
+    assert held == [held[0], held[0], 3 * held[0], 3 * held[0], held[0]]
 
 
 def test_copy_remembers_nothing_and_two_denoisers_have_their_own(pipes):
@@ -344,6 +459,41 @@ def test_copy_remembers_nothing_and_two_denoisers_have_their_own(pipes):
     assert len(sites) == 4
     assert all(site.ran != "never" and site.memory > 0 for site in sites)
     assert out.isfinite().all()
+
+
+def test_rows_with_other_padding_have_statistics_of_their_own(pipes):
+    """Two prompts in a batch, equally long, whose padding lies elsewhere: each as if it were alone."""
+    model = pipes[0].transformer
+    attn = model.blocks[0].attn1
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(3, 2, 3 * 4 * 4 + 8, 128, generator=generator)
+    shown = torch.ones(2, 1, 1, 56, dtype=torch.bool)
+    shown[0, ..., 50:52] = shown[1, ..., 54:56] = False
+
+    def answers(rows):
+        handle = fastdit.accelerate(model, config("residual"))
+        handle.denoisers[0].grid, handle.denoisers[0].after = (3, 4, 4), 8
+        found = []
+        for i, hidden in enumerate(steps):
+            handle.denoisers[0].sigma = torch.tensor(0.9 - 0.1 * i)
+            found.append(attn.processor(attn, hidden[rows], attention_mask=shown[rows])[:, :50])
+        return torch.stack(found), [ran.how for ran in handle.sites[0].ran]
+
+    with torch.no_grad():
+        both, hows = answers(slice(0, 2))
+        assert hows == ["refresh"] * 2 + ["reuse"] * 4
+        for row in (0, 1):
+            assert torch.allclose(answers(slice(row, row + 1))[0], both[:, row : row + 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["residual", "broadcast"])
+def test_density_is_that_of_what_ran(pipes, kind):
+    """All pairs in a refresh, the window's in a sparse step, none where the last output serves again."""
+    pipe, _ = pipes
+    fastdit.accelerate(pipe, config(kind))
+    render(pipe)
+    window = 1 / 12 if kind == "residual" else 0.0
+    assert fastdit.report(pipe).density == pytest.approx((2 + 4 * window) / 6)
 
 
 def test_memory_is_counted(pipes):
