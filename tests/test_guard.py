@@ -199,6 +199,12 @@ def test_heat_map_shows_the_numbers():
     assert luminance == sorted(luminance)  # readable without colour, too
 
 
+def test_heat_map_of_errors_is_scaled_to_the_largest():
+    image = np.asarray(draw([(0, 0, 0.02), (1, 0, 0.04)], "error", 1))
+    assert tuple(image[58, 58]) == VIRIDIS[4]
+    assert tuple(image[58, 58 + 14]) == VIRIDIS[-1]
+
+
 def test_heat_map_of_a_run():
     pipe = tiny_wan_pipeline()
     fastdit.accelerate(pipe, Config(SPARSE.phases, SPARSE.tile, min_tokens=0, max_density=1, error_budget=5.0))
