@@ -223,8 +223,8 @@ def statistics(path: Path) -> str:
     densities = sorted({asked for arm, asked in rows if arm == "sparse only"}, reverse=True)
     lines = [
         f"{measured['clips']} clips of {measured['size']} ({measured['tokens']:,} tokens), {measured['steps']} steps, dense at "
-        f"one step in {measured['refresh']}. Relative error of the last latents, and of the velocity at the dense ones; seconds "
-        f"of a clip ({measured['device']}, dense {rows['dense', 1.0]['seconds']:.2f}):",
+        f"one step in {measured['refresh']}. Relative error of the last latents, and of the velocity at the dense ones; "
+        f"seconds of a clip ({measured['device']}, dense {rows['dense', 1.0]['seconds']:.2f}):",
         "",
         "| what is remembered | " + " | ".join(f"window {density:g}" for density in densities) + " |",
         "|---" + "|--:" * len(densities) + "|",
