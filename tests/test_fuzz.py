@@ -139,7 +139,7 @@ def lengths(short, long):
     return pytest.mark.parametrize("examples", [short, pytest.param(long, marks=pytest.mark.slow)])
 
 
-@lengths(150, 6000)
+@lengths(60, 6000)
 def test_any_configuration_is_attention_under_its_token_mask(examples):
     def check(problem):
         config, grid, text, text_first, q, k, v = problem
@@ -171,7 +171,7 @@ def test_any_configuration_is_attention_under_its_token_mask(examples):
     fuzz(problems(), examples, check)
 
 
-@lengths(40, 1500)
+@lengths(25, 1500)
 def test_stripes_of_everything_are_dense_attention(examples):
     def check(problem):
         config, grid, text, text_first, q, k, v = problem
@@ -187,7 +187,7 @@ def test_stripes_of_everything_are_dense_attention(examples):
     fuzz(problems(), examples, check)
 
 
-@lengths(40, 1500)
+@lengths(25, 1500)
 def test_statistics_are_what_their_formulas_say(examples):
     """Step after step with drifting inputs, against the formulas on masked logits."""
     reuses = st.builds(
@@ -251,7 +251,7 @@ def runs(draw):
     return Config(tuple(phases), (1, 2, 2), min_tokens=0, max_density=1), draw(st.lists(run, min_size=1, max_size=2))
 
 
-@lengths(12, 400)
+@lengths(6, 400)
 def test_every_stream_of_calls_is_as_if_it_were_alone(examples):
     """Runs, branches, sizes and batches in any order, through a real denoiser: each answers as it does without the others."""
     model = wan(num_layers=1, num_attention_heads=1, attention_head_dim=12, ffn_dim=8)
@@ -276,7 +276,7 @@ def test_every_stream_of_calls_is_as_if_it_were_alone(examples):
     fuzz(runs(), examples, check)
 
 
-@lengths(60, 3000)
+@lengths(30, 3000)
 def test_a_rung_higher_is_no_fewer_tiles(examples):
     def check(drawn):
         policy, (_, grid, _, _, q, k, v) = drawn
@@ -289,7 +289,7 @@ def test_a_rung_higher_is_no_fewer_tiles(examples):
     fuzz(st.tuples(SIMPLE, problems()), examples, check)
 
 
-@lengths(60, 2000)
+@lengths(30, 2000)
 def test_configurations_survive_their_dictionaries(examples):
     def check(problem):
         config = problem[0]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fastdit import remainder
+from fastdit import ops, remainder
 from fastdit.blockmask import BlockMask
 from fastdit.config import Phase
 from fastdit.layout import Layout
@@ -91,6 +91,22 @@ def test_what_is_flat_is_stood_for_exactly(kind, quant):
     out, _ = remainder.attention(q.float(), k, v, mask, quant, remainder=kind)
     dense, _ = remainder.attention(q.float(), k, v, None, quant, remainder=kind)
     assert relative_error(out, dense) < (0.02 if quant.pv == "fp8" else 2e-3)
+
+
+@pytest.mark.parametrize("kind", remainder.REMAINDERS)
+def test_every_remainder_on_triton(monkeypatch, kind):
+    """The GPU's kernels, interpreted, behind the same door: what the CPU's say."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    from fastdit.kernels import attention as triton_kernels
+
+    layout, quant = Layout((2, 4, 5), (1, 4, 4), text_len=3), Quant("int8", smooth_k=True)
+    q, k, v = (torch.randn(1, 1, layout.length, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    mask = BlockMask.from_tile_map(torch.eye(layout.num_tiles, dtype=torch.bool)[None, None], layout)
+    expected, expected_lse = remainder.attention(q, k, v, mask, quant, remainder=kind)
+    monkeypatch.setattr(ops, "_kernels", lambda q: triton_kernels)
+    out, lse = remainder.attention(q, k, v, mask, quant, remainder=kind)
+    assert relative_error(out, expected) < 1e-2
+    assert relative_error(lse, expected_lse) < 1e-2
 
 
 def test_unknown_remainder_is_named():
