@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdit.apps.bench import write_block
+from fastdit.apps.bench import around_block, write_block
 from fastdit.apps.media import UserError
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def show_gallery(
     from fastdit.layout import Layout
     from fastdit.policies import POLICIES
 
+    around_block(docs / "policies.md", BEGIN, END)  # before a minute of drawing
     folder = docs / "policies"
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["| | policy | of all pairs |", "|---|---|--:|"]

@@ -5,7 +5,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
 from test_show import DOCS
-from util import fastdit
+from util import call
 
 from fastdit import Config, Phase, Window, preset, remainder
 from fastdit.apps import show
@@ -99,16 +99,15 @@ def test_the_schedule_foresees_what_runs(kind):
             model(**wan_inputs(sigma=sigma))
         ran = [call for index, call in package.report(model).calls if index == 0]
     names = {"refresh": "dense, statistics", "dense": "dense"}
-    for call, entry in zip(ran, schedule(config, sigmas), strict=True):
-        assert entry.what.startswith(names.get(call.how, "the last" if kind == "broadcast" else "window"))
-        assert call.phase == entry.phase
+    for each, entry in zip(ran, schedule(config, sigmas), strict=True):
+        assert entry.what.startswith(names.get(each.how, "the last" if kind == "broadcast" else "window"))
+        assert each.phase == entry.phase
 
 
 @pytest.mark.parametrize("name", ["balanced", "fast", "fps", "exact"])
-def test_the_command_prints_every_step(name, tmp_path):
-    done = fastdit("show", "schedule", name, "--steps", "8", "--layers", "3", "--out", tmp_path / "s.png")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("noise level") == 8
+def test_the_command_prints_every_step(name, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "show", "schedule", name, "--steps", 8, "--layers", 3, "--out", tmp_path / "s.png") == 0
+    assert capsys.readouterr().out.count("noise level") == 8
     assert Image.open(tmp_path / "s.png").width > 8
 
 
@@ -122,10 +121,9 @@ def test_the_command_prints_every_step(name, tmp_path):
         (["fast", "--layers", "0"], "--layers"),
     ],
 )
-def test_bad_schedules_are_refused(arguments, named):
-    done = fastdit("show", "schedule", *arguments)
-    assert done.returncode == 2
-    assert named in done.stderr
+def test_bad_schedules_are_refused(arguments, named, monkeypatch, capsys):
+    assert call(monkeypatch, "show", "schedule", *arguments) == 2
+    assert named in capsys.readouterr().err
 
 
 def test_the_page_holds_what_was_measured():
