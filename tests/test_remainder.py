@@ -157,6 +157,22 @@ def test_stripes_are_monotone_in_theta_and_never_count_a_kept_key_twice():
     assert relative_error(masses[-1], dropped) < 1e-12
 
 
+def test_stripes_are_judged_beside_what_the_tiles_reach():
+    """The same amount on all logits changes neither the stripes nor their share."""
+    q, k, v, kept = problem(6)
+    mask, ones = BlockMask.from_tile_map(kept, LAYOUT), torch.ones_like(q[..., :1])
+    found = []
+    for shift in (0.0, 30.0, -30.0):
+        query, key = torch.cat([q, ones], -1), torch.cat([k, shift * ones], -1)
+        value = torch.cat([v, ones], -1)
+        lse = remainder.attention(query, key, value, mask, scale=0.25)[1]
+        found.append(remainder.stripes(query, key, value, mask, lse, 0.25, theta=3.5)[1] - shift * 0.25)
+    assert found[0].isfinite().any()
+    assert found[0].isneginf().any()
+    assert torch.allclose(found[0], found[1])
+    assert torch.allclose(found[0], found[2])
+
+
 @pytest.mark.parametrize("quant", [Quant(), Quant("int8", "fp8", smooth_k=True)], ids=str)
 def test_stripes_through_the_door(quant):
     q, k, v, kept = problem(7, heads=4, kv_heads=2)
