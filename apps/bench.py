@@ -208,6 +208,12 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_block(path: Path, begin: str, end: str, text: str) -> None:
     """Replace what stands between two marking lines of a Markdown file. Raises UserError if it has none."""
+    before, after = around_block(path, begin, end)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def around_block(path: Path, begin: str, end: str) -> tuple[str, str]:
+    """What stands before and behind two marking lines. Raises UserError if there are none."""
     try:
         old = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -216,4 +222,4 @@ def write_block(path: Path, begin: str, end: str, text: str) -> None:
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise UserError(f"{path} has no {begin} … {end}: put these two lines where the table is to be")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    return before, after

@@ -118,8 +118,8 @@ class _Call:
     ) -> Tensor:
         """Sparse, quantized or dense as planned; again on a higher rung of the guard while the answer is not good enough."""
         while True:
-            key = (self.site.denoiser.branch, branch, place, q.shape, q.dtype, self.phase(), self.site.rung)
-            held = self.site.memories.setdefault(key, Memory())
+            key = (self.site.denoiser.branch, branch, place, q.shape, q.dtype, self.site.rung)
+            held = self.site.memory(self.phase(), *key)
             plan, roll = self.plan(q, k, v, place, held)
             if plan.reason is not None:
                 return self.dense(plan, q, k, v, trimmed=trimmed)
@@ -128,7 +128,7 @@ class _Call:
             out, how = memory.attention(
                 query, key_, value, plan, plan.reuse, held, self.scale,
                 lambda: self.original(_roll(q, roll), _roll(k, roll), _roll(v, roll)).transpose(1, 2),  # noqa: B023
-                lambda: sum(memory.bytes() for site in self.handle.sites for memory in site.memories.values()),
+                lambda device: sum(m.bytes(device) for site in self.handle.sites for m in site.memories.values()),
             )  # fmt: skip
             error, why = self.fault(query, key_, value, out, how)
             if why is None:

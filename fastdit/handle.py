@@ -64,10 +64,17 @@ class Site:
     ran: list[Ran] = field(default_factory=list)
     refusal: str | None = None
     """Why the last call went straight to the pipeline's own attention, seen when the call was traced."""
-    memories: dict[Hashable, Memory] = field(default_factory=dict)
+    memories: dict[tuple[Any, ...], Memory] = field(default_factory=dict)
     rung: int = 0
     guarded: str | None = None
     """Why the guard last raised the rung."""
+
+    def memory(self, phase: int | None, *key: Hashable) -> Memory:
+        """What is remembered for a phase and branch, shape, …: new at first. What another phase left goes: the noise level
+        only falls, and a phase begins with statistics of its own."""
+        for other in [other for other in self.memories if other[0] != phase]:
+            del self.memories[other]
+        return self.memories.setdefault((phase, *key), Memory())
 
     def climb(self, why: str, rung: int) -> None:
         self.guarded, self.rung = f"guard: {why} at noise level {self.denoiser.sigma.item():.3f}", rung

@@ -62,7 +62,8 @@ def make_plan(
     mask and density that a dynamic policy chose in an earlier step and that shall serve on."""
     phase = config.at(sigma, layer, layers)
     if phase is None:
-        return _dense(phase, f"no phase for noise level {sigma:.3f}" if config.phases else "the configuration is dense")
+        none = f"no phase for noise level {sigma:.3f} and layer {layer} of {layers}"
+        return _dense(phase, none if config.phases else "the configuration is dense")
     policy, quant = config.phases[phase].policy, config.phases[phase].quant
     tokens = math.prod(grid) + text_len
     if q.shape[2] != tokens:
