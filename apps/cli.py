@@ -21,6 +21,7 @@ COMMANDS = {
     "render": "command",
     "bench": "bench",
     "bench kernel": "bench_kernel",
+    "bench encoder": "bench_encoder",
     "show policy": "show",
     "show presets": "presets",
     "show schedule": "show",

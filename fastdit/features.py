@@ -126,5 +126,5 @@ def first_of(x: Tensor, batch: int, times: int) -> Tensor:
 def lent(tree: Any) -> Any:
     """Kept outputs for a model that may write into the first of them (FreeU, T2I-Adapter), often one of the skips too."""
     first = tree[0] if isinstance(tree, tuple) else tree
-    mine = first.clone()
-    return tree_map_only(Tensor, lambda x: mine if x is first else x, tree)
+    mine = first.detach().clone()
+    return tree_map_only(Tensor, lambda x: mine if x is first else x.detach(), tree)

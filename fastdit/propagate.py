@@ -55,6 +55,7 @@ class Propagation:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._schedule: Any = None
         self._levels: list[float] = []
+        self._once = False
         self._branches: list[Branches] = []
         self._hooked: list[nn.Module] = []
 
@@ -118,7 +119,9 @@ class Propagation:
             self.reset()
             self.clock.observe(now)
             self.counts, self._schedule = Counts(), schedule
-            self._levels = [] if schedule is None else sorted(set(map(float, torch.as_tensor(schedule).tolist())), reverse=True)
+            times = [] if schedule is None else [float(time) for time in torch.as_tensor(schedule).tolist()]
+            self._levels = sorted(set(times), reverse=True)
+            self._once = times.count(min(times, default=0)) == 1  # solvers of second order come twice
             if self._injection is not None:
                 self._injection.begin(scheduler, self._levels)
         return now, self._is_key(self.clock.step)
@@ -135,8 +138,8 @@ class Propagation:
         return times[:key]
 
     def ends(self, now: float) -> bool:
-        """Whether this is the last step of the schedule, so that nothing need be kept. (Runs that end before keep it.)"""
-        return bool(self._levels) and now == self._levels[-1]
+        """Whether no other call will follow, so that nothing need be kept. (What a run that ends early leaves, the next drops.)"""
+        return bool(self._levels) and now == self._levels[-1] and self._once
 
 
 def propagation_of(model: nn.Module) -> Propagation | None:

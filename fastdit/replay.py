@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from fastdit.features import Branch, Branches, Running, first_of, latents, lent, repeated, residuals, same
 
@@ -130,7 +129,7 @@ class Kept(_Hook):
             return self.forward(*args, **kwargs)
         if running.encodes:
             found = self.forward(*args, **kwargs)
-            running.branch.kept[module] = tree_map_only(Tensor, Tensor.detach, lent(found))
+            running.branch.kept[module] = lent(found)
             return found
         return lent(repeated(running.branch.kept[module], running.batch, running.times))
 

@@ -1,0 +1,219 @@
+"""`fastdit bench encoder`: encoder propagation on the UNet of Stable Diffusion 1.5, into JSON rows; for docs/encoder.md.
+
+Weights are random: no time depends on them. Two measurements. *forward*: one call of each kind, in turns, the best of several.
+*loop*: DDIM runs, stock and propagated taking turns step by step, with scheduler and guidance; a row says how far it came.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastdit.apps.bench import cpu_name, write_block
+from fastdit.apps.media import UserError, write_json
+
+SD15 = {"sample_size": 64, "cross_attention_dim": 768}
+"""What differs from the defaults of UNet2DConditionModel, which are its sizes."""
+BEGIN, END = "<!-- bench:encoder -->", "<!-- /bench:encoder -->"
+TOLERANCE = 1e-4
+"""Relative, of single precision answers whose sums run in another order."""
+
+
+def bench_encoder(
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file; parts that are not measured now stay.")] = Path(
+        "docs/results/encoder_cpu.json"
+    ),
+    size: Annotated[int, typer.Option(help="Side of the latents: 64 is 512 x 512 pixels.")] = 32,
+    steps: Annotated[int, typer.Option(help="DDIM steps of the loop; 0: no loop.")] = 50,
+    repeats: Annotated[int, typer.Option(help="Of each kind of forward; 0: none.")] = 3,
+    together: Annotated[int, typer.Option(help="Steps decoded in one call, for the row of batched decoding.")] = 4,
+    guidance: Annotated[bool, typer.Option(help="Two branches in one batch.")] = True,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="Measure nothing: write the rows into this Markdown file.")
+    ] = None,
+) -> None:
+    """Measure encoder propagation on Stable Diffusion 1.5's UNet, or write the table of what was measured."""
+    import json
+
+    rows: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    if table is not None:
+        write_block(table, BEGIN, END, "\n".join(lines(rows)))
+        return
+    import torch
+
+    model = unet(torch)
+    batch = 2 if guidance else 1
+    facts = {
+        "device": cpu_name() if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "clock": "wall" if torch.cuda.is_available() else "CPU time",
+        "date": datetime.date.today().isoformat(),
+        "batch": batch,
+        "size": size,
+    }
+    with torch.inference_mode():
+        if repeats:
+            for row in forwards(model, size, batch, repeats, together):
+                rows[f"forward {size}x{size}, batch {batch}"] = facts | row
+                write_json(out, rows)
+        if steps:
+            for row in loop(model, size, batch, steps):
+                rows[f"loop {size}x{size}, batch {batch}, {steps} steps"] = facts | row
+                write_json(out, rows)
+
+
+def unet(torch: Any) -> Any:
+    """The UNet with random weights. Filled by hand: drawing 860 million numbers as the layers do takes minutes."""
+    model = twin(None).to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.uniform_(-1, 1).mul_(1 / math.sqrt(parameter[0].numel()))
+    return model
+
+
+def twin(model: Any) -> Any:
+    """The same weights in another module, so that hooks in one leave the other alone; None: without weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        found: Any = UNet2DConditionModel(**SD15)
+    found.eval().requires_grad_(False)
+    if model is not None:
+        found.load_state_dict(model.state_dict(), assign=True)
+    return found
+
+
+def propagated(model: Any, keys: tuple[int, ...], joins: bool = True, batch: int = 1, pipeline: Any = None) -> tuple[Any, Any]:
+    """A twin with its encoder propagated, and the handle. joins: whether the convolutions of skips are kept too."""
+    from fastdit.pipelines.encoder import encoder_of
+    from fastdit.propagate import Propagation
+
+    found = twin(model)
+    handle = Propagation(keys, 0.0, batch, pipeline)
+    encoder = encoder_of(found)
+    handle.install(found, encoder if joins else encoder._replace(joins=[]))
+    return found, handle
+
+
+def forwards(model: Any, size: int, batch: int, repeats: int, together: int) -> Any:
+    """Seconds of each kind of forward, after every round; UserError where an answer is wrong."""
+    import torch
+
+    from fastdit.reference import relative_error
+
+    pipeline = Schedule(50)
+    levels = iter(pipeline.scheduler.timesteps)
+    x, text = torch.randn(batch, 4, size, size, device=model.device), torch.randn(batch, 77, 768, device=model.device)
+    plain, _ = propagated(model, (0,), joins=False)
+    joined, _ = propagated(model, (0,))
+    several, _ = propagated(model, (0,), batch=together, pipeline=pipeline)
+    first = next(levels)
+    stock = model(x, first, text)[0]
+    for one in (plain, joined, several):
+        if not torch.equal(one(x, first, text)[0], stock):
+            raise UserError("a key step differs from the stock model: not measured", 1)
+    best: dict[str, float] = {}
+    for _ in range(repeats):
+        now = [next(levels) for _ in range(together)]
+        seconds = {}
+        seconds["stock"], _ = _timed(partial(model, x, now[0], text))
+        seconds["decoder alone"], expected = _timed(partial(plain, x, now[0], text))
+        seconds["decoder, skips convolved once"], found = _timed(partial(joined, x, now[0], text))
+        steps = [_timed(partial(several, x, level, text)) for level in now]
+        seconds[f"the same, {together} steps in a batch"] = sum(took for took, _ in steps) / together
+        for answer in (found[0], steps[0][1][0]):
+            if relative_error(answer, expected[0]) > TOLERANCE:
+                raise UserError("two ways to decode differ: not measured", 1)
+        best = {name: min(best.get(name, math.inf), value) for name, value in seconds.items()}
+        print("  ".join(f"{name} {value:.2f} s" for name, value in seconds.items()), flush=True)
+        yield {"rounds": repeats, "seconds": best}
+
+
+def loop(model: Any, size: int, batch: int, steps: int) -> Any:
+    """Seconds of a run so far, after every step: stock, and propagated with the paper's key steps."""
+    import torch
+
+    from fastdit.propagate import KEY_STEPS
+
+    text = torch.randn(batch, 77, 768, device=model.device)
+    found, handle = propagated(model, KEY_STEPS)
+    arms = {"stock": model, "propagated": found}
+    schedules = {name: Schedule(steps).scheduler for name in arms}
+    latents = dict.fromkeys(arms, torch.randn(1, 4, size, size, device=model.device))
+    seconds = dict.fromkeys(arms, 0.0)
+    for i, level in enumerate(schedules["stock"].timesteps):
+        for name in sorted(arms, reverse=bool(i % 2)):  # neither is always the first
+
+            def one(name: str = name, level: Any = level) -> Any:
+                noise = arms[name](latents[name].repeat(batch, 1, 1, 1), level, text)[0]
+                if batch == 2:
+                    noise = noise[:1] + 7.5 * (noise[1:] - noise[:1])
+                return schedules[name].step(noise, level, latents[name]).prev_sample
+
+            took, latents[name] = _timed(one)
+            seconds[name] += took
+        print(f"step {i + 1}: " + "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), flush=True)
+        yield {"done": i + 1, "steps": steps, "keys": handle.counts.encoder, "seconds": dict(seconds)}
+
+
+class Schedule:
+    """A pipeline as far as `Propagation` needs one: something with a scheduler."""
+
+    def __init__(self, steps: int) -> None:
+        from diffusers import DDIMScheduler
+
+        self.scheduler: Any = DDIMScheduler(
+            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
+        )
+        self.scheduler.set_timesteps(steps)
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and the answer. On a CPU seconds of CPU time, which other processes on the machine do not lengthen much."""
+    import torch
+
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    start = clock()
+    found = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock() - start, found
+
+
+def lines(rows: dict[str, Any]) -> list[str]:
+    """The tables of docs/encoder.md."""
+    from fastdit.propagate import KEY_STEPS
+
+    found = []
+    for row in rows.values():
+        pixels, branches = (
+            f"{8 * row['size']}×{8 * row['size']} pixels",
+            "with guidance" if row["batch"] == 2 else "no guidance",
+        )
+        where = f"{pixels}, {branches}, {row['device']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+        seconds = row["seconds"]
+        if "done" not in row:
+            keys, rest = len(KEY_STEPS), 50 - len(KEY_STEPS)
+            found += [f"One forward, {where}, best of {row['rounds']}; what it makes of 50 steps with 9 key steps:", ""]
+            found += ["| forward | seconds | of stock | 50 steps |", "|---|--:|--:|--:|"]
+            for name, value in seconds.items():
+                share = value / seconds["stock"]
+                found.append(f"| {name} | {value:.2f} | {share:.2f} | {50 / (keys + rest * share):.2f}× |")
+        else:
+            ratio = seconds["stock"] / seconds["propagated"]
+            found.append(
+                f"Loop of {row['done']} of {row['steps']} DDIM steps ({row['keys']} key steps), {where}: "
+                f"stock {seconds['stock']:.0f} s, propagated {seconds['propagated']:.0f} s: **{ratio:.2f}×**."
+            )
+        found.append("")
+    return found[:-1]
