@@ -93,7 +93,9 @@ def twin(model: Any) -> Any:
     return found
 
 
-def propagated(model: Any, keys: tuple[int, ...], joins: bool = True, batch: int = 1, pipeline: Any = None) -> tuple[Any, Any]:
+def propagated(
+    model: Any, keys: tuple[int, ...], joins: bool = True, batch: int | None = 1, pipeline: Any = None
+) -> tuple[Any, Any]:
     """A twin with its encoder propagated, and the handle. joins: whether the convolutions of skips are kept too."""
     from fastdit.pipelines.encoder import encoder_of
     from fastdit.propagate import Propagation
@@ -140,19 +142,20 @@ def forwards(model: Any, size: int, batch: int, repeats: int, together: int) -> 
 
 
 def loop(model: Any, size: int, batch: int, steps: int) -> Any:
-    """Seconds of a run so far, after every step: stock, and propagated with the paper's key steps."""
+    """Seconds of a run so far, after every step: stock, and with the paper's key steps, decoded one by one and in batches."""
     import torch
 
     from fastdit.propagate import KEY_STEPS
 
     text = torch.randn(batch, 77, 768, device=model.device)
+    pipeline = Schedule(steps)
     found, handle = propagated(model, KEY_STEPS)
-    arms = {"stock": model, "propagated": found}
-    schedules = {name: Schedule(steps).scheduler for name in arms}
+    arms = {"stock": model, "propagated": found, "in batches": propagated(model, KEY_STEPS, batch=None, pipeline=pipeline)[0]}
+    schedules = {name: Schedule(steps).scheduler for name in arms} | {"in batches": pipeline.scheduler}
     latents = dict.fromkeys(arms, torch.randn(1, 4, size, size, device=model.device))
     seconds = dict.fromkeys(arms, 0.0)
     for i, level in enumerate(schedules["stock"].timesteps):
-        for name in sorted(arms, reverse=bool(i % 2)):  # neither is always the first
+        for name in list(arms)[:: (-1) ** i]:  # none is always the first
 
             def one(name: str = name, level: Any = level) -> Any:
                 noise = arms[name](latents[name].repeat(batch, 1, 1, 1), level, text)[0]
@@ -170,11 +173,10 @@ class Schedule:
     """A pipeline as far as `Propagation` needs one: something with a scheduler."""
 
     def __init__(self, steps: int) -> None:
-        from diffusers import DDIMScheduler
+        import diffusers
 
-        self.scheduler: Any = DDIMScheduler(
-            beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False
-        )
+        scheduler: Any = diffusers.DDIMScheduler
+        self.scheduler = scheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
         self.scheduler.set_timesteps(steps)
 
 
@@ -192,28 +194,27 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def lines(rows: dict[str, Any]) -> list[str]:
     """The tables of docs/encoder.md."""
-    from fastdit.propagate import KEY_STEPS
-
     found = []
     for row in rows.values():
-        pixels, branches = (
-            f"{8 * row['size']}×{8 * row['size']} pixels",
-            "with guidance" if row["batch"] == 2 else "no guidance",
+        where = (
+            f"{8 * row['size']}×{8 * row['size']} pixels, {'with' if row['batch'] == 2 else 'no'} guidance, {row['clock']}, "
+            f"{row['threads']} thread{'s' * (row['threads'] > 1)} of {row['device']}"
         )
-        where = f"{pixels}, {branches}, {row['device']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
         seconds = row["seconds"]
         if "done" not in row:
-            keys, rest = len(KEY_STEPS), 50 - len(KEY_STEPS)
-            found += [f"One forward, {where}, best of {row['rounds']}; what it makes of 50 steps with 9 key steps:", ""]
+            found += [f"One forward, {where}, best of {row['rounds']}:", ""]
             found += ["| forward | seconds | of stock | 50 steps |", "|---|--:|--:|--:|"]
-            for name, value in seconds.items():
-                share = value / seconds["stock"]
-                found.append(f"| {name} | {value:.2f} | {share:.2f} | {50 / (keys + rest * share):.2f}× |")
+            for name, share in ((name, value / seconds["stock"]) for name, value in seconds.items()):
+                found.append(f"| {name} | {seconds[name]:.2f} | {share:.2f} | {speedup(share):.2f}× |")
         else:
-            ratio = seconds["stock"] / seconds["propagated"]
-            found.append(
-                f"Loop of {row['done']} of {row['steps']} DDIM steps ({row['keys']} key steps), {where}: "
-                f"stock {seconds['stock']:.0f} s, propagated {seconds['propagated']:.0f} s: **{ratio:.2f}×**."
-            )
+            times = ", ".join(f"{name} {value:.0f} s ({seconds['stock'] / value:.2f}×)" for name, value in seconds.items())
+            found.append(f"{row['done']} of {row['steps']} DDIM steps, {row['keys']} of them key steps, {where}: {times}.")
         found.append("")
     return found[:-1]
+
+
+def speedup(share: float) -> float:
+    """Of 50 steps with the paper's key steps, when a step between takes this share of a full one."""
+    from fastdit.propagate import KEY_STEPS
+
+    return 50 / (len(KEY_STEPS) + (50 - len(KEY_STEPS)) * share)

@@ -138,7 +138,7 @@ class Propagation:
         return times[:key]
 
     def ends(self, now: float) -> bool:
-        """Whether no other call will follow, so that nothing need be kept. (What a run that ends early leaves, the next drops.)"""
+        """Whether no other call will follow, so that nothing need be kept. (What an early end leaves, the next run drops.)"""
         return bool(self._levels) and now == self._levels[-1] and self._once
 
 

@@ -46,7 +46,8 @@ def stable_diffusion(scheduler=None, control=None):
     """StableDiffusionPipeline, with one or two ControlNets if wanted; prompts come as embeddings."""
     unet = BY_NAME["UNet2DCondition"].model()
     parts = {
-        "vae": vae(), "text_encoder": None, "tokenizer": None, "unet": unet, "scheduler": scheduler or DDIMScheduler(steps_offset=1, clip_sample=False),
+        "vae": vae(), "text_encoder": None, "tokenizer": None, "unet": unet,
+        "scheduler": scheduler or DDIMScheduler(steps_offset=1, clip_sample=False),
         "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
     }  # fmt: skip
     if control is None:
