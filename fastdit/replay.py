@@ -27,6 +27,15 @@ class _Hook(ModelHook):
         super().__init__()
         self.propagation = propagation
 
+    def initialize_hook(self, module: nn.Module) -> nn.Module:
+        self.module = module
+        return module
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if module is not self.module:  # diffusers' hooks of a copy call the original's modules
+            raise RuntimeError("this model is a copy of one with encoder propagation: call fastdit.restore(copy) first")
+        return args, kwargs
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the hooked module does without us."""
         return self.fn_ref.original_forward(*args, **kwargs)

@@ -347,6 +347,63 @@ def test_installing_again_replaces():
     assert state(model) == before
 
 
+def test_a_copy_says_that_its_hooks_are_the_originals():
+    """diffusers hooks do not survive deepcopy: the copy would run with the original's weights."""
+    model, call = tiny("UNet2DCondition")
+    stock = run(model, call, (900,))
+    fastdit.propagate_encoder(model, 2)
+    twin = copy.deepcopy(model)
+    with pytest.raises(RuntimeError, match=r"copy.*fastdit\.restore\(copy\)"):
+        run(twin, call, (900,))
+    fastdit.restore(twin)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert torch.equal(run(twin, call, (900,))[0], stock[0])
+    assert propagation_of(model) is not None
+
+
+@pytest.mark.parametrize("first", ["hooks", "propagation"])
+@pytest.mark.parametrize("feature", ["group offload", "block offload", "casting"])
+def test_other_hooks_of_diffusers(feature, first):
+    """Offloaded modules that do not run are not fetched; weights stored in another format are not split by hand."""
+
+    def hooked(model):
+        if feature == "casting":
+            model.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float64)
+            return
+        kind = {"offload_type": "leaf_level"}
+        if feature == "block offload":
+            kind = {"offload_type": "block_level", "num_blocks_per_group": 1}
+        model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), **kind)
+
+    model, call = tiny("UNet2DCondition")
+    model.float().double()  # so that casting to float32 loses nothing
+    with fastdit.propagate_encoder(model, (0, 3)):
+        alone = run(model, call)
+    if first == "hooks":
+        hooked(model)
+    fastdit.propagate_encoder(model, (0, 3))
+    if first == "propagation":
+        hooked(model)
+    for ours, theirs in zip(run(model, call), alone, strict=True):
+        assert relative_error(ours, theirs) < 1e-12
+
+
+def test_compiled_blocks():
+    """`compile_repeated_blocks` compiles below the hooks: whole graphs, one for all steps."""
+    model, call = tiny("UNet2DCondition")
+    with fastdit.propagate_encoder(model, (0, 3)):
+        eager = run(model, call)
+    model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    fastdit.propagate_encoder(model, (0, 3))
+    run(model, call, TIMES[:2])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled = run(model, call)
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert relative_error(ours, theirs) < 1e-12
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

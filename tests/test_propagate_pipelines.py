@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
     ControlNetModel,
     DDIMScheduler,
     DiTPipeline,
@@ -18,10 +19,14 @@ from diffusers import (
     PixArtAlphaPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    StableVideoDiffusionPipeline,
 )
 from families import CASES, r
+from PIL import Image
 from test_families import name
 from test_propagate import state
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import fastdit
 from fastdit.propagate import propagation_of
@@ -120,9 +125,49 @@ def draw_animatediff(pipe, steps=6):
     ).frames  # fmt: skip
 
 
+def stable_diffusion_xl():
+    case = BY_NAME["UNet2DCondition"]
+    more = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64}
+    unet = replace(case, config=case.config | more).model()
+    return finish(
+        StableDiffusionXLPipeline(vae(), None, None, None, None, unet, EulerDiscreteScheduler(), add_watermarker=False)
+    )
+
+
+def draw_xl(pipe, steps=6):
+    return draw(pipe, steps, pooled_prompt_embeds=r(1, 16).double(), negative_pooled_prompt_embeds=r(1, 16, seed=9).double())
+
+
+def stable_video():
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, projection_dim=16, num_hidden_layers=1, num_attention_heads=2, image_size=224,
+        patch_size=56,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    coder = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, latent_channels=4, force_upcast=False
+    ).eval()
+    scheduler = EulerDiscreteScheduler(
+        prediction_type="v_prediction", timestep_type="continuous", sigma_min=0.002, sigma_max=700.0, use_karras_sigmas=True
+    )
+    encoder = CLIPVisionModelWithProjection(vision).eval()
+    unet = BY_NAME["UNetSpatioTemporalCondition"].model()
+    return finish(StableVideoDiffusionPipeline(coder, encoder, unet, scheduler, CLIPImageProcessor(size=224, crop_size=224)))
+
+
+def draw_video(pipe, steps=6):
+    latents = torch.randn(1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return pipe(
+        Image.new("RGB", (128, 128), (200, 30, 90)), height=128, width=128, num_frames=3, num_inference_steps=steps,
+        latents=latents, noise_aug_strength=0.0, output_type="latent", generator=torch.Generator().manual_seed(0),
+    ).frames  # fmt: skip
+
+
 PIPELINES = {
     "StableDiffusion": (stable_diffusion, draw),
     "StableDiffusion, no guidance": (stable_diffusion, lambda pipe, steps=6: draw(pipe, steps, guidance_scale=1.0)),
+    "StableDiffusionXL": (stable_diffusion_xl, draw_xl),
+    "StableVideo": (stable_video, draw_video),
     "ControlNet": (lambda: stable_diffusion(control=1), draw),
     "two ControlNets": (lambda: stable_diffusion(control=2), draw),
     "AnimateDiff": (animatediff, draw_animatediff),
