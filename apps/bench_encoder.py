@@ -17,10 +17,9 @@ from typing import Annotated, Any
 import typer
 
 from fastdit.apps.bench import cpu_name, write_block
+from fastdit.apps.encoder_arms import MODELS, Schedule, operations, propagated, unet
 from fastdit.apps.media import UserError, write_json
 
-SD15 = {"sample_size": 64, "cross_attention_dim": 768}
-"""What differs from the defaults of UNet2DConditionModel, which are its sizes."""
 BEGIN, END = "<!-- bench:encoder -->", "<!-- /bench:encoder -->"
 TOLERANCE = 1e-4
 """Relative, of single precision answers whose sums run in another order."""
@@ -48,7 +47,13 @@ def bench_encoder(
         return
     import torch
 
-    model = unet(torch)
+    for name, config in MODELS.items():
+        for side in (config["sample_size"] // 2, config["sample_size"]):
+            rows[f"operations {name} {side}x{side}"] = {"model": name, "size": side} | operations(config, side)
+    write_json(out, rows)
+    if not repeats and not steps:
+        return
+    model = unet()
     batch = 2 if guidance else 1
     facts = {
         "device": cpu_name() if not torch.cuda.is_available() else torch.cuda.get_device_name(),
@@ -67,44 +72,6 @@ def bench_encoder(
             for row in loop(model, size, batch, steps):
                 rows[f"loop {size}x{size}, batch {batch}, {steps} steps"] = facts | row
                 write_json(out, rows)
-
-
-def unet(torch: Any) -> Any:
-    """The UNet with random weights. Filled by hand: drawing 860 million numbers as the layers do takes minutes."""
-    model = twin(None).to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data.fill_(1.0)
-        else:
-            parameter.data.uniform_(-1, 1).mul_(1 / math.sqrt(parameter[0].numel()))
-    return model
-
-
-def twin(model: Any) -> Any:
-    """The same weights in another module, so that hooks in one leave the other alone; None: without weights."""
-    import torch
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        found: Any = UNet2DConditionModel(**SD15)
-    found.eval().requires_grad_(False)
-    if model is not None:
-        found.load_state_dict(model.state_dict(), assign=True)
-    return found
-
-
-def propagated(
-    model: Any, keys: tuple[int, ...], joins: bool = True, batch: int | None = 1, pipeline: Any = None
-) -> tuple[Any, Any]:
-    """A twin with its encoder propagated, and the handle. joins: whether the convolutions of skips are kept too."""
-    from fastdit.pipelines.encoder import encoder_of
-    from fastdit.propagate import Propagation
-
-    found = twin(model)
-    handle = Propagation(keys, 0.0, batch, pipeline)
-    encoder = encoder_of(found)
-    handle.install(found, encoder if joins else encoder._replace(joins=[]))
-    return found, handle
 
 
 def forwards(model: Any, size: int, batch: int, repeats: int, together: int) -> Any:
@@ -169,17 +136,6 @@ def loop(model: Any, size: int, batch: int, steps: int) -> Any:
         yield {"done": i + 1, "steps": steps, "keys": handle.counts.encoder, "seconds": dict(seconds)}
 
 
-class Schedule:
-    """A pipeline as far as `Propagation` needs one: something with a scheduler."""
-
-    def __init__(self, steps: int) -> None:
-        import diffusers
-
-        scheduler: Any = diffusers.DDIMScheduler
-        self.scheduler = scheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
-        self.scheduler.set_timesteps(steps)
-
-
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds and the answer. On a CPU seconds of CPU time, which other processes on the machine do not lengthen much."""
     import torch
@@ -194,8 +150,17 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def lines(rows: dict[str, Any]) -> list[str]:
     """The tables of docs/encoder.md."""
-    found = []
+    counted = [row for row in rows.values() if "seconds" not in row]
+    found = ["| operations of a step between, of a full one | decoder alone | 50 steps | skips convolved once | 50 steps |"]
+    found += ["|---|--:|--:|--:|--:|"]
+    for row in counted:
+        shares = [row[name] for name in ("decoder alone", "skips convolved once")]
+        cells = " | ".join(f"{share:.2f} | {speedup(share):.2f}×" for share in shares)
+        found.append(f"| {row['model']}, {8 * row['size']}×{8 * row['size']} | {cells} |")
+    found.append("")
     for row in rows.values():
+        if row in counted:
+            continue
         where = (
             f"{8 * row['size']}×{8 * row['size']} pixels, {'with' if row['batch'] == 2 else 'no'} guidance, {row['clock']}, "
             f"{row['threads']} thread{'s' * (row['threads'] > 1)} of {row['device']}"

@@ -10,14 +10,16 @@ The model's own forward runs at every call; diffusers hooks on its modules (`rep
 
 from __future__ import annotations
 
+import contextlib
 import types
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from torch import nn
+from torch import Tensor, nn
 
 from fastdit.clock import Clock
 from fastdit.facts import Encoder
@@ -87,14 +89,16 @@ class Propagation:
         return self._branches[-1]
 
     def _hook(self, module: nn.Module, hook: ModelHook) -> None:
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, NAME)
+        with _inside_accelerate(module):
+            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, NAME)
         self._hooked.append(module)
 
     def restore(self) -> None:
         """Take every hook off. A second call does nothing."""
         for module in self._hooked:
             registry: Any = module._diffusers_hook
-            registry.remove_hook(NAME, recurse=False)
+            with _inside_accelerate(module):
+                registry.remove_hook(NAME, recurse=False)
             if not registry.hooks:
                 del module._diffusers_hook
             if vars(module).get("forward") == types.MethodType(type(module).forward, module):
@@ -112,7 +116,7 @@ class Propagation:
 
     def observe(self, timestep: Any) -> tuple[float, bool]:
         """Take in the timestep of a call: it as a number, and whether its step is a key step."""
-        now = float(torch.as_tensor(timestep).amax())
+        now = float(timestep.amax() if isinstance(timestep, Tensor) else timestep)
         scheduler = None if self._pipeline is None else getattr(self._pipeline(), "scheduler", None)
         schedule = getattr(scheduler, "timesteps", None)  # a new object in each run
         if self.clock.observe(now) or schedule is not self._schedule:
@@ -140,6 +144,17 @@ class Propagation:
     def ends(self, now: float) -> bool:
         """Whether no other call will follow, so that nothing need be kept. (What an early end leaves, the next run drops.)"""
         return bool(self._levels) and now == self._levels[-1] and self._once
+
+
+@contextlib.contextmanager
+def _inside_accelerate(module: Any) -> Iterator[None]:
+    """Change a module's forward beneath accelerate's offloading, which takes its own forward off and on after every run."""
+    outer = vars(module).get("forward") if "_old_forward" in vars(module) else None
+    if outer is not None:
+        module.forward = module._old_forward
+    yield
+    if outer is not None:
+        module._old_forward, module.forward = module.forward, outer
 
 
 def propagation_of(model: nn.Module) -> Propagation | None:

@@ -323,6 +323,27 @@ def test_noise_is_injected_in_the_second_half(solver):
     assert torch.equal(draw(pipe, 8), plain)
 
 
+@pytest.mark.parametrize("first", ["offload", "propagation"])
+def test_model_offload(first):
+    """accelerate takes its forward off the model after every run and puts it on again: ours must stay."""
+    pipe = stable_diffusion(control=1)
+    with fastdit.propagate_encoder(pipe, 3):
+        expected = draw(pipe)
+    if first == "propagation":
+        handle = fastdit.propagate_encoder(pipe, 3)
+    pipe.enable_model_cpu_offload(device="cpu")
+    if first == "offload":
+        handle = fastdit.propagate_encoder(pipe, 3)
+    for _ in range(2):
+        assert torch.equal(draw(pipe), expected)
+        assert (handle.counts.encoder, handle.counts.control) == (2, 2)
+    fastdit.restore(pipe)
+    stock = draw(pipe)
+    assert handle.counts.calls == 6
+    pipe.remove_all_hooks()
+    assert torch.equal(draw(pipe), stock)
+
+
 def test_noise_follows_a_scheduler_that_is_changed():
     pipe = stable_diffusion()
     fastdit.propagate_encoder(pipe, 1, noise=0.1)
