@@ -25,7 +25,7 @@ from fastdit.clock import Clock
 from fastdit.facts import Encoder
 from fastdit.features import Branches, Running
 from fastdit.inject import Injection
-from fastdit.replay import Control, Denoiser, Joined, Kept, Skipped
+from fastdit.replay import ControlHook, DenoiserHook, JoinHook, KeepHook, SkipHook
 
 NAME = "fastdit_encoder"
 KEY_STEPS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
@@ -73,16 +73,16 @@ class Propagation:
         self.restore()
 
     def install(self, model: nn.Module, encoder: Encoder) -> None:
-        self._hook(model, Denoiser(self, self._new_branches(model)))
+        self._hook(model, DenoiserHook(self, self._new_branches(model)))
         for module in encoder.keep:
-            self._hook(module, Kept(self))
+            self._hook(module, KeepHook(self))
         for module in encoder.skip:
-            self._hook(module, Skipped(self))
+            self._hook(module, SkipHook(self))
         for join in encoder.joins:
-            self._hook(join.conv, Joined(self, join.varies))
+            self._hook(join.conv, JoinHook(self, join.varies))
 
     def install_control(self, model: nn.Module) -> None:
-        self._hook(model, Control(self, self._new_branches(model)))
+        self._hook(model, ControlHook(self, self._new_branches(model)))
 
     def _new_branches(self, model: nn.Module) -> Branches:
         self._branches.append(Branches(model))

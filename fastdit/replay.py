@@ -1,7 +1,7 @@
 """The diffusers hooks of encoder propagation (`propagate.py`): around the denoiser, its ControlNet, and modules of its encoder.
 
 Beyond the paper, and exactly: where the decoder joins a skip to its own feature and convolves both, the skip's share of the
-convolution is the same until the next key step, and is computed once (`Joined`).
+convolution is the same until the next key step, and is computed once (`JoinHook`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastdit.propagate import Propagation
 
 
-class _Hook(ModelHook):
+class Hook(ModelHook):
     """A hook that knows what it belongs to."""
 
     fn_ref: Any
@@ -41,7 +41,7 @@ class _Hook(ModelHook):
         return self.fn_ref.original_forward(*args, **kwargs)
 
 
-class _Whole(_Hook):
+class WholeHook(Hook):
     """A hook around a whole model, with its branches."""
 
     _is_stateful = True
@@ -67,7 +67,7 @@ class _Whole(_Hook):
         raise NotImplementedError
 
 
-class Denoiser(_Whole):
+class DenoiserHook(WholeHook):
     def call(self, call: dict[str, Any]) -> Any:
         ours = self.propagation
         now, key = ours.observe(call["timestep"])
@@ -112,7 +112,7 @@ class Denoiser(_Whole):
         return branch.ahead.pop(now)
 
 
-class Control(_Whole):
+class ControlHook(WholeHook):
     """A ControlNet runs at key steps and answers the same until the next: its residuals belong to the encoder's features."""
 
     def call(self, call: dict[str, Any]) -> Any:
@@ -129,7 +129,7 @@ class Control(_Whole):
         return branch.kept
 
 
-class Kept(_Hook):
+class KeepHook(Hook):
     """A module of the encoder whose outputs are kept at key steps and given at the others."""
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -143,7 +143,7 @@ class Kept(_Hook):
         return lent(repeated(running.branch.kept[module], running.batch, running.times))
 
 
-class Skipped(_Hook):
+class SkipHook(Hook):
     """A module of the encoder whose output nothing reads at other steps: it gives its input back."""
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -153,7 +153,7 @@ class Skipped(_Hook):
         return args[0] if args else kwargs["hidden_states"]
 
 
-class Joined(_Hook):
+class JoinHook(Hook):
     """A convolution of decoder features joined to skips, as a sum of two; that of the skips is computed once a key step."""
 
     def __init__(self, propagation: Propagation, varies: int) -> None:
