@@ -77,9 +77,9 @@ def draw(pipe, steps=6, seed=0, **more):
             picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
             given["image"] = [picture, picture.flip(-1)] if isinstance(pipe.controlnet, MultiControlNetModel) else picture
         generator = torch.Generator().manual_seed(seed)
-        latents = torch.randn(1, 4, 16, 16, generator=generator, dtype=torch.float64)
+        latents = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
         return pipe(
-            **given | more, num_inference_steps=steps, latents=latents, height=128, width=128, output_type="latent"
+            **given | more, num_inference_steps=steps, latents=latents, height=64, width=64, output_type="latent"
         ).images
 
 
@@ -93,9 +93,9 @@ def draw_pixart(pipe, steps=6):
         "prompt_embeds": r(1, 7, 16).double(), "negative_prompt_embeds": r(1, 7, 16, seed=9).double(),
         "prompt_attention_mask": torch.ones(1, 7), "negative_prompt_attention_mask": torch.ones(1, 7),
     }  # fmt: skip
-    latents = torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return pipe(
-        prompt=None, negative_prompt=None, **text, num_inference_steps=steps, latents=latents, height=192, width=192,
+        prompt=None, negative_prompt=None, **text, num_inference_steps=steps, latents=latents, height=64, width=64,
         output_type="latent", use_resolution_binning=False,
     ).images  # fmt: skip
 
@@ -118,10 +118,10 @@ def animatediff():
 
 
 def draw_animatediff(pipe, steps=6):
-    latents = torch.randn(1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latents = torch.randn(1, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return pipe(
-        prompt_embeds=r(1, 7, 16).double(), negative_prompt_embeds=r(1, 7, 16, seed=9).double(), num_frames=3, height=128,
-        width=128, num_inference_steps=steps, latents=latents, output_type="latent",
+        prompt_embeds=r(1, 7, 16).double(), negative_prompt_embeds=r(1, 7, 16, seed=9).double(), num_frames=3, height=64,
+        width=64, num_inference_steps=steps, latents=latents, output_type="latent",
     ).frames  # fmt: skip
 
 
@@ -156,9 +156,9 @@ def stable_video():
 
 
 def draw_video(pipe, steps=6):
-    latents = torch.randn(1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latents = torch.randn(1, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return pipe(
-        Image.new("RGB", (128, 128), (200, 30, 90)), height=128, width=128, num_frames=3, num_inference_steps=steps,
+        Image.new("RGB", (64, 64), (200, 30, 90)), height=64, width=64, num_frames=3, num_inference_steps=steps,
         latents=latents, noise_aug_strength=0.0, output_type="latent", generator=torch.Generator().manual_seed(0),
     ).frames  # fmt: skip
 
@@ -315,7 +315,7 @@ def test_noise_is_injected_in_the_second_half(solver):
     with_noise, without = draw_with(0.5), draw_with(0.0)
     for i in range(3):
         assert torch.equal(with_noise[i], without[i])
-    first = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     sigma = float(pipe.scheduler.sigmas[4]) if solver is EulerDiscreteScheduler else 0.0
     assert relative_error(with_noise[3] - without[3], 0.5 * (sigma**2 + 1) ** 0.5 * first) < 1e-6
     fastdit.restore(pipe)
@@ -366,10 +366,10 @@ def test_pipeline_composes_with_the_attention_processor():
 
     def single(**more):
         picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         return pipe(
             prompt_embeds=r(1, 7, 16), negative_prompt_embeds=r(1, 7, 16, seed=9), image=picture, num_inference_steps=6,
-            latents=latents, height=128, width=128, output_type="latent", **more,
+            latents=latents, height=64, width=64, output_type="latent", **more,
         ).images  # fmt: skip
 
     once = single()
