@@ -16,7 +16,7 @@ from fastdit.reference import relative_error
 
 UNETS = (
     "UNet2DCondition", "UNetMotion", "UNetSpatioTemporalCondition",
-    pytest.param("UNet3DCondition", marks=pytest.mark.slow),  # few use it, and its float64 convolutions take as long as all others
+    pytest.param("UNet3DCondition", marks=pytest.mark.slow),  # as long as all others
 )  # fmt: skip
 DITS = ("DiT", "PixArt")
 BY_NAME = {name(case): case for case in CASES}
