@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "bench",
     "bench kernel": "bench_kernel",
     "bench gpu": "bench_gpu",
+    "bench encoder": "bench_encoder",
     "show policy": "show",
     "show presets": "presets",
     "show schedule": "show",

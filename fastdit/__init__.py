@@ -1,6 +1,6 @@
 """Sparse, quantized, self-measuring attention for Hugging Face diffusers."""
 
-from fastdit.api import FastAttnProcessor, accelerate, patch_diffusers, report, restore
+from fastdit.api import FastAttnProcessor, accelerate, patch_diffusers, propagate_encoder, report, restore
 from fastdit.config import Config, Phase
 from fastdit.policies import Dense, Window
 from fastdit.presets import PRESETS, preset
@@ -21,6 +21,7 @@ __all__ = [
     "Window",
     "accelerate",
     "preset",
+    "propagate_encoder",
     "report",
     "restore",
 ]

@@ -1,4 +1,5 @@
-"""The few calls most people need: `accelerate`, `restore`, `report`, and `set_attn_processor(FastAttnProcessor())`.
+"""The few calls most people need: `accelerate`, `propagate_encoder`, `restore`, `report` and, for
+`set_attn_processor`, `FastAttnProcessor`.
 
 diffusers has `set_attn_processor` on models; importing fastdit adds it to pipelines, and teaches the models' own to take a
 `FastAttnProcessor`. Every other processor goes where it always went.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -18,8 +19,10 @@ from torch import nn
 from fastdit.config import Config
 from fastdit.handle import Handle
 from fastdit.pipelines.adapter import adapter_for
+from fastdit.pipelines.encoder import encoder_of
 from fastdit.presets import DEFAULT, preset
 from fastdit.processor import install, installed, replace, uninstall
+from fastdit.propagate import KEY_STEPS, Propagation, propagation_of
 from fastdit.report import Report
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -51,20 +54,81 @@ def accelerate(target: Any, config: str | Config = DEFAULT) -> Handle:
     resolved = _config(config)
     models = dict(_denoisers(target))
     adapters = {name: adapter_for(model) for name, model in models.items()}
-    restore(target)
+    _restore_attention(target)
     handle = Handle(resolved)
     for name, model in models.items():
         install(model, name, adapters[name], handle)
-    handle.restore = functools.partial(restore, target)
+    handle.restore = functools.partial(_restore_attention, target)
     if not isinstance(target, nn.Module):
         handle.pipeline = weakref.ref(target)
     return handle
 
 
+def propagate_encoder(
+    target: Any,
+    key_steps: int | Iterable[int] = KEY_STEPS,
+    *,
+    noise: float = 0.0,
+    batch: int | None = 1,
+    depth: int | None = None,
+) -> Propagation:
+    """Run the encoder of a UNet, DiT or PixArt at key steps only, until `restore` (Faster Diffusion, arXiv 2312.09608).
+
+    target: a pipeline, or its denoiser alone. A pipeline's ControlNet runs at key steps only as well.
+    key_steps: indices of steps, from 0, or k for every k-th; the first is always one. Default: the paper's for 50 steps.
+    noise: α of the paper's prior noise injection, .003 there; 0 for none. Needs a pipeline.
+    batch: how many steps are decoded in one call; 1: one after another; None: all up to the next key step. More than 1 needs a
+    pipeline, whose scheduler knows the steps to come, and memory for so many times the batch.
+    depth: of a transformer, how many blocks are its encoder; default 18/28 of them.
+
+    Steps are told apart by their timestep, guidance's branches by their conditioning. One run at a time: runs that take turns
+    on one model are not told apart. Composes with `accelerate`. Returns the handle, which is also a context manager.
+
+    Raises ValueError for a model whose encoder is not known, and for arguments out of range; the target is unchanged then.
+    """
+    pipeline = None if isinstance(target, nn.Module) else target
+    steps = _key_steps(key_steps)
+    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
+        raise ValueError(f"batch={batch!r}: a number of steps from 1 up, or None for all up to the next key step")
+    if not 0 <= noise < 1:
+        raise ValueError(f"noise={noise!r}: a share of the first latents, from 0 to 1; the paper's is 0.003")
+    if pipeline is None and (noise or batch != 1):
+        raise ValueError("noise and batch need the pipeline, whose scheduler knows the steps: pass it instead of its model")
+    models = [model for _, model in _denoisers(target)]
+    encoders = [encoder_of(model, depth) for model in models]
+    _restore_encoder(target)
+    propagation = Propagation(steps, noise, batch, pipeline)
+    for model, encoder in zip(models, encoders, strict=True):
+        propagation.install(model, encoder)
+    control = getattr(pipeline, "controlnet", None)
+    if isinstance(control, nn.Module):
+        propagation.install_control(getattr(control, "_orig_mod", control))
+    return propagation
+
+
+def _key_steps(key_steps: int | Iterable[int]) -> int | tuple[int, ...]:
+    steps = (key_steps,) if isinstance(key_steps, int) else tuple(key_steps)
+    first = 1 if isinstance(key_steps, int) else 0
+    if not steps or any(isinstance(step, bool) or not isinstance(step, int) or step < first for step in steps):
+        raise ValueError(f"key_steps={key_steps!r}: indices of steps from 0 up, or one number k from 1 up for every k-th step")
+    return key_steps if isinstance(key_steps, int) else steps
+
+
 def restore(target: Any) -> None:
-    """Give a pipeline or model back exactly the processors it had. One that is not accelerated is left alone."""
+    """Give a pipeline or model back exactly as it was: its processors, its encoder. One that is neither is left alone."""
+    _restore_attention(target)
+    _restore_encoder(target)
+
+
+def _restore_attention(target: Any) -> None:
     for _, model in _denoisers(target):
         uninstall(model)
+
+
+def _restore_encoder(target: Any) -> None:
+    for _, model in _denoisers(target):
+        if (propagation := propagation_of(model)) is not None:
+            propagation.restore()
 
 
 def report(target: Any) -> Report:

@@ -50,3 +50,21 @@ class Adapter(Protocol):
     def facts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
         """Read one call of the denoiser's forward. Traced by torch.compile: tensor operations and plain Python only."""
         ...
+
+
+class Join(NamedTuple):
+    """A convolution over channels of which the first `varies` depend on the decoder, and the others on skips alone."""
+
+    conv: nn.Module
+    varies: int
+
+
+class Encoder(NamedTuple):
+    """The part of a denoiser whose features hardly change from step to step.
+
+    keep: modules whose outputs the decoder reads. skip: other modules, in order. joins: the decoder's, see `Join`.
+    """
+
+    keep: list[nn.Module]
+    skip: list[nn.Module]
+    joins: list[Join]
