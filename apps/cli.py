@@ -19,6 +19,9 @@ from fastdit.apps.media import UserError
 
 COMMANDS = {
     "render": "command",
+    "compare": "compare_files",
+    "doctor": "doctor",
+    "models": "model_table",
     "bench": "bench",
     "bench kernel": "bench_kernel",
     "show policy": "show",
