@@ -137,7 +137,9 @@ def kernels() -> list[Finding]:
             lines = wrong([quant], (64,), dtype, device, RAGGED[:1])
         except Exception as error:  # a compiler that is missing, a driver too old: of many kinds
             text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            found.append(Finding(what, f"does not run: {text}", False, "python -m pip install --upgrade triton, or a newer driver"))
+            found.append(
+                Finding(what, f"does not run: {text}", False, "python -m pip install --upgrade triton, or a newer driver")
+            )
             continue
         taken = f"{time.perf_counter() - start:.1f} s on {device}"
         if lines:
@@ -145,5 +147,3 @@ def kernels() -> list[Finding]:
         else:
             found.append(Finding(what, f"agrees with float64 ({taken})", True))
     return found
-
-
