@@ -26,6 +26,7 @@ COMMANDS = {
     "bench kernel": "bench_kernel",
     "show policy": "show",
     "show presets": "presets",
+    "show policies": "presets",
     "show schedule": "show",
     "show gallery": "show",
 }
@@ -34,7 +35,10 @@ COMMANDS = {
 One of two words belongs to the group of the first, which may be a command itself.
 """
 
-HELP = {"show": "Pictures and tables of policies, presets and schedules."}
+HELP = {
+    "bench": "Measure the presets against dense attention.",
+    "show": "Pictures and tables of policies, presets and schedules.",
+}
 INTERRUPTED = 130
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "context_settings": {"help_option_names": ["-h", "--help"]}}
 
@@ -55,7 +59,7 @@ def _add_commands() -> None:
             found[group] = typer.Typer(invoke_without_command=alone, no_args_is_help=not alone, help=HELP.get(group), **PLAIN)
             app.add_typer(found[group], name=group)
             if alone:
-                found[group].callback(invoke_without_command=True)(function)
+                found[group].callback(invoke_without_command=True, help=HELP[group])(function)
         if rest:
             found[group].command(rest)(function)
 

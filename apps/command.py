@@ -68,7 +68,11 @@ def render(
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each clip, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> int:
-    """Render clips from prompts: video, JSON file and contact sheet each, and a manifest of the folder."""
+    """Render clips from prompts.
+
+    Each is a video, a JSON file and a contact sheet; the folder has a manifest, by which the same command goes on where it was
+    stopped.
+    """
     from fastdit.apps import jobs
 
     base: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""`fastdit compare`: two files, or two folders name by name: how near they are in numbers, and pictures of where they differ."""
+"""`fastdit compare`: two files, or two folders name by name, in numbers and in pictures of the difference."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each pair, and nothing else.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name in --out.")] = False,
 ) -> int:
-    """Compare two clips, or two folders of clips: PSNR, SSIM, MS-SSIM, flicker; LPIPS where its weights are.
+    """Compare two clips, or two folders of clips.
 
-    Flicker is the PSNR of differences from frame to frame. Two clips of one seed part company the longer they are
-    denoised: these numbers tell how near they are, not which one is better.
+    PSNR, SSIM, MS-SSIM and flicker (PSNR of the changes from frame to frame), and LPIPS where its weights are. Two clips of one
+    seed part company the longer they are denoised: these numbers tell how near they are, not which one is better.
     """
     matched, failed = pairs(first, second)
     rows = []
@@ -67,8 +67,8 @@ def compare(
         typer.echo(f"PSNR and flicker in dB; MS-SSIM of {' and '.join(map(str, scales))} scales")
         for why in sorted({row["lpips_missing"] for row in rows if row["lpips_missing"]}):
             typer.echo(f"no LPIPS: {why}")
-    for problem in failed:
-        print(f"fastdit: {' '.join(problem.split())}", file=sys.stderr)
+    for why in failed:
+        print(f"fastdit: {' '.join(why.split())}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -103,21 +103,22 @@ def read(files: list[Path]) -> Film:
     """A video, an animation, a picture, or the pictures of a clip. Raises UserError."""
     import imageio.v3 as imageio
     import numpy as np
+    from PIL import Image, ImageSequence
 
     fps = 8.0
     try:
-        if files[0].suffix.lower() in PICTURES:
-            stacks = [imageio.imread(path, plugin="pillow", mode="RGB", index=...) for path in files]
-            frames = np.concatenate(stacks)
-            duration = imageio.immeta(files[0], plugin="pillow").get("duration", 0)  # milliseconds of a frame
-            fps = 1000 / duration if duration else fps
-        else:
+        if files[0].suffix.lower() not in PICTURES:
             frames = imageio.imread(files[0], plugin="FFMPEG")
-            fps = float(imageio.immeta(files[0], plugin="FFMPEG").get("fps", fps))
+            return Film(frames, float(imageio.immeta(files[0], plugin="FFMPEG").get("fps", fps)))
+        stack = []
+        for path in files:
+            with Image.open(path) as image:
+                stack += [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+                duration = image.info.get("duration", 0)  # milliseconds of the last frame
+        return Film(np.stack(stack), 1000 / duration if duration else fps)
     except Exception as error:  # of ffmpeg, of Pillow, of imageio, for files that are no clips
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"cannot read {files[0]} as a clip ({cause})") from None
-    return Film(frames, fps)
 
 
 def one(name: str, left: list[Path], right: list[Path], out: Path | None, overwrite: bool) -> dict[str, Any]:

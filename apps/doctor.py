@@ -34,7 +34,10 @@ def doctor(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder whose disk is looked at.")] = Path("."),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Say what this machine will run and why, test every kernel against float64, and say what to install."""
+    """Say what this machine will run, and what to install.
+
+    Every kernel is tested against float64. Exit status 1 if something that a render needs is missing or wrong.
+    """
     findings = [*software(), *machine(folder), *kernels()]
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
@@ -49,6 +52,7 @@ def doctor(
 
 
 def software() -> list[Finding]:
+    """What is installed, and what is not and would do more."""
     import torch
 
     import fastdit
@@ -73,19 +77,18 @@ def software() -> list[Finding]:
 
 
 def machine(folder: Path) -> list[Finding]:
+    """Processors, memory, the disk of a folder, GPUs or why there are none."""
     import torch
 
     found = [Finding("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of PyTorch")]
     if (memory := _free_memory()) is not None:
         found.append(Finding("memory", f"{memory / 2**30:.1f} GB free"))
-    try:
-        disk = shutil.disk_usage(folder).free
-    except OSError as error:
-        found.append(Finding("disk", f"{folder}: {error.strerror}", False, "choose another folder with --out"))
-    else:
-        enough = disk >= LEAST_DISK
-        remedy = "" if enough else "make room, or choose another folder with --out"
-        found.append(Finding("disk", f"{disk / 2**30:.1f} GB free at {folder.resolve()}", enough, remedy))
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())  # `render` makes the rest
+    disk = shutil.disk_usage(there).free
+    good = disk >= LEAST_DISK and os.access(there, os.W_OK)
+    remedy = "" if good else "make room, or choose another folder with --out"
+    state = f"{disk / 2**30:.1f} GB free at {there}"
+    found.append(Finding("disk", state if os.access(there, os.W_OK) else f"{there} cannot be written", good, remedy))
     if not torch.cuda.is_available():
         built = torch.version.cuda or torch.version.hip
         why = f"PyTorch is built for {built} and sees none" if built else "PyTorch is built without CUDA"
@@ -137,9 +140,7 @@ def kernels() -> list[Finding]:
             lines = wrong([quant], (64,), dtype, device, RAGGED[:1])
         except Exception as error:  # a compiler that is missing, a driver too old: of many kinds
             text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            found.append(
-                Finding(what, f"does not run: {text}", False, "python -m pip install --upgrade triton, or a newer driver")
-            )
+            found.append(Finding(what, f"does not run: {text}", False, "pip install --upgrade triton, or a newer driver"))
             continue
         taken = f"{time.perf_counter() - start:.1f} s on {device}"
         if lines:

@@ -35,7 +35,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def flicker(a: Tensor, b: Tensor) -> float | None:
-    """PSNR in dB of the differences from frame to frame: low where one clip flickers and the other does not; None: one frame."""
+    """PSNR in dB of the changes from frame to frame: low where only one of the clips flickers. None: a single frame."""
     _same_shape(a, b)
     return psnr(a.diff(dim=0), b.diff(dim=0)) if len(a) > 1 else None
 
@@ -103,17 +103,15 @@ def lpips(a: Tensor, b: Tensor) -> tuple[float | None, str]:
     _same_shape(a, b)
     weights = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
     try:
+        import torchvision  # noqa: F401  (torchmetrics' function exists without it, and fails)
         from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
-        from torchvision import models  # noqa: F401: without it torchmetrics' function exists and fails
     except (ImportError, RuntimeError) as error:  # the latter from a torchvision of another torch
         return None, f"torchmetrics and torchvision are needed: pip install 'fastdit[metrics]' ({error})"
     if not weights.is_file():
         return None, f"no weights of AlexNet at {weights}"
     with torch.no_grad():
-        each = [
-            distance(*(z.float().permute(2, 0, 1)[None] for z in pair), net_type="alex", normalize=True).item()
-            for pair in zip(a, b, strict=True)
-        ]
+        left, right = ([z.float().permute(2, 0, 1)[None] for z in clip] for clip in (a, b))
+        each = [distance(x, y, net_type="alex", normalize=True).item() for x, y in zip(left, right, strict=True)]
     return sum(each) / len(each), ""
 
 

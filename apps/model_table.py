@@ -15,7 +15,7 @@ BEGIN, END = "<!-- families -->", "<!-- /families -->"
 
 @dataclass(frozen=True)
 class Row:
-    """text: where it sits in the sequence; mask: what becomes of one; left: what stays dense; helped: False where nothing is."""
+    """text: where it sits; mask: what becomes of one; left: what stays dense, or why nothing is `helped`."""
 
     cls: str
     text: str
@@ -39,7 +39,10 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     table: Annotated[Path | None, typer.Option(help="Write the table into this Markdown file instead.")] = None,
 ) -> None:
-    """List the model families: where their text sits, what happens to masks, and what is left dense."""
+    """List the models that fastdit knows.
+
+    Where their text sits in the sequence, what happens to masks, and which attention is left dense.
+    """
     found = list(rows())
     if table is not None:
         from fastdit.apps.bench import write_block

@@ -8,6 +8,7 @@ settings alone, so it does not matter who draws it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -203,7 +204,7 @@ class Actors:
         self.ray = ray
         if not ray.is_initialized():
             try:
-                ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="ERROR")
+                ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise UserError(f"--cluster {address}: no Ray there ({str(error).splitlines()[0][:200]})") from None
         found = ray.cluster_resources()

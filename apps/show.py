@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ import typer
 
 from fastdit.apps.bench import write_block
 from fastdit.apps.media import UserError
+from fastdit.apps.presets import about
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,9 +101,7 @@ def show_gallery(
         policy = make(name, [])
         image, density = draw(policy, Layout((9, 16, 16), (1, 4, 4)), 0.6)
         image.quantize(16).save(folder / f"{name}.png", optimize=True)
-        several = POLICIES[name].__module__.endswith("compose")
-        first = ((POLICIES[name] if several else sys.modules[POLICIES[name].__module__]).__doc__ or "").split("\n")[0]
-        lines.append(f'| <img src="policies/{name}.png" width="220"> | **{policy}**<br>{first} | {density:.0%} |')
+        lines.append(f'| <img src="policies/{name}.png" width="220"> | **{policy}**<br>{about(type(policy))} | {density:.0%} |')
     text = "\n".join([*lines, "", *quality(docs / "results" / "policies.json"), "", *cost(docs / "results" / "selection.json")])
     write_block(docs / "policies.md", BEGIN, END, text)
     write_block(docs / "statistics.md", "<!-- reuse -->", "<!-- /reuse -->", statistics(docs / "results" / "reuse.json"))
