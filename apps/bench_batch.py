@@ -20,6 +20,7 @@ from typing import Any
 from fastdit.apps.bench import cpu_name
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 2}
+MIDDLE = {"frames": 17, "height": 64, "width": 64, "steps": 20}
 USUAL = {"frames": 33, "height": 128, "width": 128, "steps": 20}
 
 
@@ -73,9 +74,11 @@ def memory(clips: int) -> dict[str, Any]:
     from fastdit.apps import pool
 
     watch = batch(clips, lambda todo, stop: pool.here(todo, stop, show=False), **SMALL)
+    resident = [size / 2**20 for size in watch.resident]
     ends = min(20, clips // 2)
-    first, last = (statistics.mean(part) / 2**20 for part in (watch.resident[:ends], watch.resident[-ends:]))
-    return SMALL | {"what": "memory", "clips": clips, "ends": ends, "first_mb": first, "last_mb": last, "ratio": last / first}
+    first, last = statistics.mean(resident[:ends]), statistics.mean(resident[-ends:])
+    row = SMALL | {"what": "memory", "clips": clips, "ends": ends, "first_mb": first, "last_mb": last, "ratio": last / first}
+    return row | {"every_20th_mb": resident[::20]}
 
 
 def throughput(clips: int, turns: int, kind: str) -> dict[str, Any]:
@@ -91,11 +94,11 @@ def throughput(clips: int, turns: int, kind: str) -> dict[str, Any]:
                 workers: Any = pool.Processes(size, threads=1) if kind == "processes" else Actors("local", 1, size)
                 return pool.elsewhere(todo, stop, workers)
 
-            times = batch(clips, team, **USUAL | {"steps": 4}).times
+            times = batch(clips, team, **MIDDLE).times
             rate = (clips - size) / (times[-1] - times[size - 1])
             best[size] = max(best[size], rate)
-    return USUAL | {
-        "what": "throughput", "kind": kind, "steps": 4, "clips": clips, "turns": turns, "clips_per_s": list(best.values()),
+    return MIDDLE | {
+        "what": "throughput", "kind": kind, "clips": clips, "turns": turns, "clips_per_s": list(best.values()),
         "ratio": best[2] / best[1],
     }  # fmt: skip
 

@@ -267,3 +267,16 @@ def test_removed_output_folder(tmp_path: Path) -> None:
     again = fastdit("render", "--prompts", file, *TINY, "-o", out)  # those that went with the old folder
     assert again.returncode == 0
     assert len(list(out.glob("*.mp4"))) == 16
+
+
+def test_no_prompt_reaches_out_of_the_folder(tmp_path: Path) -> None:
+    lines = ["../../etc/passwd", "/etc/passwd", "北京/東京", "a\\b", "..", "C:\\x", "\u202emp4.exe", "a\u0000b", "é" * 300]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": line, "frames": 1, "steps": 1}) for line in lines))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    run = fastdit("render", "--prompts", tmp_path / "p.jsonl", *TINY, "-o", tmp_path / "out", "--name", "{slug}")
+    assert run.returncode == 0, run.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "out"])
+    assert len(hashes(tmp_path / "out")) == len(lines)
+    for record in read(tmp_path / "out").values():
+        assert (tmp_path / "out" / record["file"]).resolve().parent == tmp_path / "out"
+        assert record["settings"]["prompt"] in lines
