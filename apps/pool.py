@@ -179,6 +179,7 @@ def _serve(connection: Any, gpu: int | None, threads: int | None) -> None:
         try:
             job = connection.recv()
         except EOFError:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # leaving already: nothing is to be unwound
             return
         connection.send(attempt(renderer, job))
 

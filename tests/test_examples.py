@@ -193,7 +193,7 @@ def test_python(page: Path, body: str, tmp_path: Path, monkeypatch: pytest.Monke
         (["doctor"], ["--json", "float64"]),
         (["models"], ["--json", "--table"]),
         (["bench"], ["--sizes", "--table", "kernel"]),
-        (["bench", "kernel"], ["--json"]),
+        (["bench", "kernel"], ["--grid", "--formats", "--densities"]),
         (["show"], ["policy", "policies", "presets", "schedule", "gallery"]),
         (["show", "policy"], ["--grid", "--set"]),
         (["show", "schedule"], ["--steps", "--shift"]),
@@ -208,8 +208,6 @@ def test_help(command: list[str], says: list[str], monkeypatch: pytest.MonkeyPat
     assert call(monkeypatch, *command, "--help") == 0
     said = capsys.readouterr().out
     assert all(word in said for word in says), said
-    for _, described in re.findall(r"^  (-\S[^\n]*?)  +(\S.*)$", said, re.MULTILINE):
-        assert described.strip(), said
 
 
 def test_completion(monkeypatch: pytest.MonkeyPatch) -> None:
