@@ -20,7 +20,7 @@ from typing import Any
 from fastdit.apps.bench import cpu_name
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 2}
-MIDDLE = {"frames": 17, "height": 64, "width": 64, "steps": 20}
+MIDDLE = {"frames": 17, "height": 64, "width": 64, "steps": 10}
 USUAL = {"frames": 33, "height": 128, "width": 128, "steps": 20}
 
 
