@@ -123,7 +123,7 @@ def test_command(
     prepare(tmp_path, line)
     monkeypatch.chdir(tmp_path)
     long = " ".join(arguments).startswith(LONG) and "--table" not in arguments
-    elsewhere = arguments[:2] == ["bench", "kernel"]
+    elsewhere = arguments[:2] == ["bench", "kernel"] or arguments[:1] == ["web"]  # which serves until it is stopped
     if arguments[:1] == ["render"] and len(arguments) > 1 and "--help" not in arguments:
         (tmp_path / "clips").mkdir(exist_ok=True)
         elsewhere = bool({*ELSEWHERE} & {*arguments})
@@ -174,11 +174,10 @@ def test_python(page: Path, body: str, tmp_path: Path, monkeypatch: pytest.Monke
 
     import fastdit
 
-    pipe = tiny_wan_pipeline()
-    pipe = Small(**pipe.components)
+    pipe, model = Small(**tiny_wan_pipeline().components), tiny_wan_pipeline().transformer
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.chdir(tmp_path)
-    exec(compile(body, str(page), "exec"), {"pipe": pipe, "prompt": "a red circle", "fastdit": fastdit})
+    exec(compile(body, str(page), "exec"), {"pipe": pipe, "prompt": "a red circle", "fastdit": fastdit, "model": model})
 
 
 @pytest.mark.parametrize(
