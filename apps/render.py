@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdit.apps.generate import Clip, generate
 from fastdit.apps.jobs import Job
-from fastdit.apps.media import contact_sheet, encode, ffmpeg, png, to_uint8
+from fastdit.apps.media import UserError, contact_sheet, encode, ffmpeg, png, to_uint8
 from fastdit.apps.models import check_shape, defaults, denoisers, dropped_tokens, load, tokens
 from fastdit.apps.settings import Settings
 
@@ -108,6 +108,8 @@ class Renderer:
         facts = {"job": job.hash, "state": "done", "index": job.index, "where": job.where, "seed": settings.seed}
         facts |= record(settings, pipe) | {"dropped_tokens": dropped_tokens(pipe, settings.prompt)}
         facts["tokens"] = tokens(pipe, settings.frames, settings.height, settings.width)
+        if facts["tokens"] % (parts := settings.ulysses * settings.ring):
+            raise UserError(f"{facts['tokens']} tokens cannot be shared by {parts} processes: change the height or width", 2)
         if job.repeats:
             self.restore()
             result = both(pipe, settings, job.repeats, facts, self.show)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +12,7 @@ import typer
 
 from fastdit.apps.bench import around_block, write_block
 from fastdit.apps.media import UserError
+from fastdit.apps.presets import about
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -102,11 +102,9 @@ def show_gallery(
         policy = make(name, [])
         image, density = draw(policy, Layout((9, 16, 16), (1, 4, 4)), 0.6)
         image.quantize(16).save(folder / f"{name}.png", optimize=True)
-        several = POLICIES[name].__module__.endswith("compose")
-        first = ((POLICIES[name] if several else sys.modules[POLICIES[name].__module__]).__doc__ or "").split("\n")[0]
-        lines.append(f'| <img src="policies/{name}.png" width="220"> | **{policy}**<br>{first} | {density:.0%} |')
+        lines.append(f'| <img src="policies/{name}.png" width="220"> | **{policy}**<br>{about(type(policy))} | {density:.0%} |')
     results = docs / "results"
-    costs = cost(results / "selection.json", results / "selection_h200.json")
+    costs = cost(results / "selection.json", results / "gpu_selection.json")
     text = "\n".join([*lines, "", *quality(results / "policies.json"), "", *costs])
     write_block(docs / "policies.md", BEGIN, END, text)
     write_block(docs / "statistics.md", "<!-- reuse -->", "<!-- /reuse -->", statistics(docs / "results" / "reuse.json"))
@@ -204,9 +202,9 @@ def quality(path: Path) -> list[str]:
 
 
 def cost(cpu: Path, gpu: Path) -> list[str]:
-    """Markdown of the rows that `fastdit.apps.tiny.selection_cost` wrote on a CPU and on a GPU."""
+    """Markdown of the rows of `fastdit.apps.tiny.selection_cost` on a CPU and of `fastdit bench gpu` on a GPU."""
     rows, others = (json.loads(path.read_text(encoding="utf-8")) for path in (cpu, gpu))
-    there = {row["policy"]: row["of dense"] for row in others}
+    there = {row["policy"]: row["of dense"] for row in others["rows"]}
     lines = [
         "Time to choose tiles, of dense attention's:",
         "",

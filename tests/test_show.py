@@ -57,7 +57,7 @@ def test_page_is_what_the_rows_say():
     """docs/policies.md holds the tables of the committed rows, and a picture of every policy."""
     page = (DOCS / "policies.md").read_text()
     results = DOCS / "results"
-    costs = show.cost(results / "selection.json", results / "selection_h200.json")
+    costs = show.cost(results / "selection.json", results / "gpu_selection.json")
     for lines in (show.quality(results / "policies.json"), costs):
         assert "\n".join(lines) in page
     pictures = re.findall(r'src="(policies/\w+\.png)"', page)
