@@ -108,12 +108,14 @@ class Denoiser:
     """Which of several calls at one noise level this is (conditional, unconditional, …)."""
     contexts: Callable[[], str | None] = field(default=lambda: None)
     """The name that the pipeline gives to the branch (diffusers' `cache_context`), where a step cache keeps one."""
+    splits_text: Callable[[], bool] = field(default=lambda: False)
+    """Whether text is split over processes beside the picture (`hooked.splits_text`)."""
     _at: tuple[float, int, int] = (-1.0, 0, 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
         twin = memo[id(self)] = copy.copy(self)
         twin.handle, twin.sites = copy.deepcopy((self.handle, self.sites), memo)
-        twin.contexts = lambda: None  # its own are those of the model it was copied from
+        twin.contexts, twin.splits_text = lambda: None, lambda: False  # its own are those of the model it was copied from
         return twin
 
     def count(self, sigma: float, layer: int, begins: bool) -> None:
