@@ -42,7 +42,7 @@ def attend(
 
     at: int64 [n], where q has only n of the sequence's tokens: which ones.
     """
-    places = [denoiser.before, denoiser.after, int(denoiser.ragged), *denoiser.grid]
+    places = [denoiser.before, denoiser.after, int(denoiser.ragged), int(denoiser.unread), *denoiser.grid]
     for grid in denoiser.coarser:
         places.extend(grid)
     return _site_attention(q, k, v, mask, ids, denoiser.sigma, denoiser.where, at, places, scale, backend)
@@ -116,12 +116,13 @@ class _Call:
     backend: str
 
     def trimmed(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, runs: trim.Runs, square: bool) -> None:
-        """Into out. Hidden tokens are no keys; as queries they attend what is left, or stay 0 if the mask is square."""
+        """Into out. Hidden tokens are no keys; as queries they attend what is left, or stay 0 if the mask is square, or if they
+        are text of which nobody reads what becomes."""
         hidden = trim.gaps(runs, q.shape[1])
         query, key, value = (trim.take(x, runs) for x in (q, k, v))
         place = self.place(q.shape[1], runs)
         trim.put(out, self.answer(query, key, value, place, trim.count(hidden), branch=runs), runs)
-        if square:
+        if square or (self.places[3] and not isinstance(place, str)):
             trim.put(out, torch.zeros_like(trim.take(q, hidden)), hidden)
         else:
             trim.put(out, self.original(trim.take(q, hidden), key, value), hidden)
@@ -163,7 +164,7 @@ class _Call:
         return error, f"error {error:.3g} over the budget of {budget:g}" if error > budget else None
 
     def place(self, tokens: int, kept: trim.Runs | None = None) -> Place | str:
-        before, after, ragged, *sides = self.places
+        before, after, ragged, _, *sides = self.places
         grids = [(sides[i], sides[i + 1], sides[i + 2]) for i in range(0, len(sides), 3)]
         if self.where is not None:
             t, h, w = self.where.tolist()

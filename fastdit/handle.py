@@ -100,6 +100,7 @@ class Denoiser:
     before: int = 0
     after: int = 0
     ragged: bool = False
+    unread: bool = False
     where: Tensor | None = None
     """The grid, on the CPU, where it is only known when the call runs."""
     sigma: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -149,8 +150,8 @@ class Observe:
             denoiser.grid, denoiser.where = (0, 0, 0), facts.grid.to("cpu", torch.int64)
         else:
             denoiser.grid, denoiser.where = facts.grid, None
-        denoiser.before, denoiser.after, denoiser.ragged = facts.before, facts.after, facts.ragged
-        denoiser.coarser = facts.coarser
+        denoiser.before, denoiser.after, denoiser.coarser = facts.before, facts.after, facts.coarser
+        denoiser.ragged, denoiser.unread = facts.ragged, facts.unread
         denoiser.sigma = facts.sigma.amax().to("cpu", torch.float32)
 
 

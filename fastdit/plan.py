@@ -57,8 +57,9 @@ def make_plan(
     v: Tensor,
     known: tuple[BlockMask, float] | None = None,
 ) -> Plan:
-    """Resolve one call. q, k and v: [B, H, N, D] in token order (q may have fewer tokens than the sequence); layer: index among the denoiser's `layers` sites; known: block
-    mask and density that a dynamic policy chose in an earlier step and that shall serve on."""
+    """Resolve one call. q, k and v: [B, H, N, D] in token order (q may have fewer tokens than the sequence); layer: index
+    among the denoiser's `layers` sites; known: block mask and density that a dynamic policy chose in an earlier step and that
+    shall serve on."""
     phase = config.at(sigma, layer, layers)
     if phase is None:
         return _dense(phase, f"no phase for noise level {sigma:.3f}" if config.phases else "the configuration is dense")
