@@ -71,7 +71,7 @@ def _site_attention(
     if mask is not None:
         keys = trim.read(mask, q.shape[0], q.shape[1], k.shape[1])
         if keys is None:
-            return call.dense(call.lacking("the mask hides more than whole keys"), q, k, v, mask).contiguous()
+            return call.dense(call.lacking(trim.why_not(mask)), q, k, v, mask).contiguous()
         if all(runs == ((0, k.shape[1]),) for runs in keys.kept):
             keys = None
     if keys is None:

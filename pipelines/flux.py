@@ -52,3 +52,13 @@ class Bria(Flux):
     """timestep = 1000 σ."""
 
     full = 1000.0
+
+
+class Flux3(Flux2):
+    """Blocks of the image by itself, then joint ones: text, image, and reference pictures, which are another argument."""
+
+    skips: ClassVar[dict[str, str]] = {"txt_mode_blocks": "text refiner", "image_cond": "reference pictures"}
+    order: ClassVar[tuple[str, ...]] = ("mode_blocks", "single_transformer_blocks")
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        return super().read(model, call)._replace(after=length(call.get("image_cond_hidden_states")))

@@ -1,7 +1,6 @@
 """Real pipelines around tiny denoisers: `set_attn_processor`, the noise levels they make, offloading, LoRA files.
 
-Prompts come as embeddings and results as latents, so that the text encoders and autoencoders, which fastdit never sees, need not
-be there.
+Prompts come as embeddings and results as latents: text encoders and autoencoders, which fastdit never sees, are left out.
 """
 
 import inspect
