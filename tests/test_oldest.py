@@ -1,4 +1,4 @@
-"""The oldest diffusers and transformers that pyproject.toml allows: an environment of them is made, and the seam's tests run in it."""
+"""The oldest diffusers and transformers of pyproject.toml: an environment of them is made, and the seam's tests run in it."""
 
 import re
 import subprocess

@@ -19,6 +19,7 @@ from fastdit.reference import relative_error
 
 BY_NAME = {name(case): case for case in CASES}
 STEPS = 4
+WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def make(pipeline: str, scheduler: Any, **parts: Any) -> Any:
@@ -209,20 +210,20 @@ def test_lora_files(pipeline, tmp_path):
     trained = getattr(pipe, part)
     fastdit.accelerate(pipe, "exact")
     torch.manual_seed(3)
-    trained.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    trained.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     pipe.save_lora_weights(tmp_path, **{f"{part}_lora_layers": get_peft_model_state_dict(trained)})
     with_lora = draw(pipe, arguments)
 
     stock, _ = PIPELINES[pipeline]()
     plain = draw(stock, arguments)
-    stock.load_lora_weights(tmp_path)
+    stock.load_lora_weights(tmp_path, weight_name=WEIGHTS)
     expected = draw(stock, arguments)
     assert relative_error(plain, expected) > 1e-4
     assert relative_error(with_lora, expected) < 1e-5
 
     fresh, _ = PIPELINES[pipeline]()
     fastdit.accelerate(fresh, "exact")
-    fresh.load_lora_weights(tmp_path)
+    fresh.load_lora_weights(tmp_path, weight_name=WEIGHTS)
     assert relative_error(draw(fresh, arguments), expected) < 1e-5
     fresh.unload_lora_weights()
     assert relative_error(draw(fresh, arguments), plain) < 1e-6
