@@ -177,6 +177,8 @@ def test_two_denoisers_share_the_steps_of_a_run():
 @pytest.mark.parametrize("pipeline", ["StableDiffusion", "Wan", "Flux"])
 def test_offloaded_pipelines(pipeline, how, order):
     """`enable_model_cpu_offload` and `enable_group_offload` of the pipeline itself, to the only device there is here."""
+    if how == "group" and diffusers.__version__.startswith("0.37"):
+        pytest.skip("diffusers 0.37 offloads groups only where there is an accelerator")
     pipe, arguments = PIPELINES[pipeline]()
     fastdit.accelerate(pipe, SPARSE)
     expected = draw(pipe, arguments)
