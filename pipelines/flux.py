@@ -13,7 +13,7 @@ from fastdit.pipelines.family import REST, Facts, Family, length, noise_level
 class Flux(Family):
     """img_ids [N, 3] = (picture, row, column) of each image token; reference pictures (Kontext) follow the one being drawn.
 
-    timestep is σ already. Chroma masks padded text, which is cut.
+    timestep is σ already.
     """
 
     names: ClassVar[tuple[str, ...]] = (
@@ -21,7 +21,6 @@ class Flux(Family):
     )  # fmt: skip
     skips: ClassVar[dict[str, str]] = {}
     text = "before"
-    mask = "Chroma: padded text, cut"
     full = 1.0
     """timestep of pure noise."""
 
@@ -39,6 +38,8 @@ def coordinates(ids: Tensor) -> Tensor:
 
 
 class Chroma(Flux):
+    mask = "padded text, cut"
+    note = "a mask of numbers 0 and 1, which ChromaPipeline passes, is added and hides nothing: such calls stay dense"
     names = ("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "attention_mask")
 
 

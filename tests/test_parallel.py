@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import ContextParallelConfig, ParallelConfig
 from ranks import BY_NAME, CASES, call
 from test_families import SPARSE, run
 from util import environment
@@ -15,7 +16,8 @@ import fastdit
 from fastdit import ops
 from fastdit.blockmask import BlockMask
 from fastdit.layout import Layout
-from fastdit.parallel import _interleaved
+from fastdit.parallel import _interleaved, refusal
+from fastdit.processor import installed
 from fastdit.reference import attention, relative_error, token_mask
 
 
@@ -64,6 +66,24 @@ def test_two_processes_are_one(found, pair):
         assert relative_error(result["sparse"], sparse) < 1e-5
         assert {ran for ran, _, _ in result["sparse report"]} == {"sparse"}, result["sparse report"]
         assert all(density < 1 for _, _, density in result["sparse report"])
+
+
+@pytest.mark.parametrize(
+    ("split", "mask", "text", "why"),
+    [
+        ({"ring_degree": 2, "ulysses_degree": 2}, None, 0, "by ring and Ulysses at once"),
+        ({"ring_degree": 2}, torch.ones(1, 1, 1, 8, dtype=torch.bool), 0, "by a ring, with a mask"),
+        ({"ulysses_degree": 2}, None, 5, "not text and picture apart"),
+    ],
+)
+def test_what_stays_with_diffusers(split, mask, text, why):
+    """Text in the sequence that no hook splits, as diffusers' own plans do: nobody knows the order of the tokens then."""
+    model = BY_NAME["HunyuanVideo"].model()
+    fastdit.accelerate(model, SPARSE)
+    denoiser = installed(model)
+    denoiser.after = text
+    config = ParallelConfig(context_parallel_config=ContextParallelConfig(**split))
+    assert why in refusal(denoiser, config, mask)
 
 
 def test_gathered_places():
