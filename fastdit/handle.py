@@ -107,6 +107,7 @@ class Denoiser:
     before: int = 0
     after: int = 0
     ragged: bool = False
+    unread: bool = False
     where: Tensor | None = None
     """The grid, on the CPU, where it is only known when the call runs."""
     sigma: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -115,12 +116,14 @@ class Denoiser:
     """Which of several calls at one noise level this is (conditional, unconditional, …)."""
     contexts: Callable[[], str | None] = field(default=lambda: None)
     """The name that the pipeline gives to the branch (diffusers' `cache_context`), where a step cache keeps one."""
+    splits_text: Callable[[], bool] = field(default=lambda: False)
+    """Whether text is split over processes beside the picture (`hooked.splits_text`)."""
     _at: tuple[float, int, int] = (-1.0, 0, 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
         twin = memo[id(self)] = copy.copy(self)
         twin.handle, twin.sites = copy.deepcopy((self.handle, self.sites), memo)
-        twin.contexts = lambda: None  # its own are those of the model it was copied from
+        twin.contexts, twin.splits_text = lambda: None, lambda: False  # its own are those of the model it was copied from
         return twin
 
     def count(self, sigma: float, layer: int, begins: bool) -> None:
@@ -154,8 +157,8 @@ class Observe:
             denoiser.grid, denoiser.where = (0, 0, 0), facts.grid.to("cpu", torch.int64)
         else:
             denoiser.grid, denoiser.where = facts.grid, None
-        denoiser.before, denoiser.after, denoiser.ragged = facts.before, facts.after, facts.ragged
-        denoiser.coarser = facts.coarser
+        denoiser.before, denoiser.after, denoiser.coarser = facts.before, facts.after, facts.coarser
+        denoiser.ragged, denoiser.unread = facts.ragged, facts.unread
         denoiser.sigma = facts.sigma.amax().to("cpu", torch.float32)
 
 

@@ -62,6 +62,8 @@ class Report:
     memory: int
     calls: tuple[tuple[int, Ran], ...]
     """(index of the site, what it did) in the order in which they ran."""
+    left: tuple[tuple[str, int], ...] = ()
+    """(why, how many) of the attention modules that are no self-attention of the picture and were not touched."""
 
     @classmethod
     def of(cls, handle: Handle) -> Report:
@@ -73,7 +75,9 @@ class Report:
         if outside := [ran for ran in total if ran.phase is None]:  # noise levels and layers that no phase names
             phases.append(_phase(Phase(), outside))
         sites = tuple(_site(site) for site in handle.sites)
-        return cls(config, _density(total), tuple(phases), sites, sum(site.memory for site in sites), tuple(calls))
+        left = sum((denoiser.left for denoiser in handle.denoisers), Counter())
+        memory = sum(site.memory for site in sites)
+        return cls(config, _density(total), tuple(phases), sites, memory, tuple(calls), tuple(left.most_common()))
 
     def to_dict(self, calls: bool = False) -> dict[str, Any]:
         """For JSON. calls: with a row for every call of every site."""
@@ -83,8 +87,15 @@ class Report:
             "memory": self.memory,
             "phases": [vars(phase) | {"sigma": list(phase.sigma)} for phase in self.phases],
             "sites": [dict(vars(site)) for site in self.sites],
+            "left": dict(self.left),
+            "trimmed": self.trimmed,
         }
         return found | {"calls": [{"site": site} | ran._asdict() for site, ran in self.calls]} if calls else found
+
+    @property
+    def trimmed(self) -> int:
+        """Padded keys cut from all calls together."""
+        return sum(ran.trimmed for _, ran in self.calls)
 
     def heatmap(self, what: str = "density") -> Image:
         """A picture over steps (x) and sites (y) of "density", "error" or "seconds"."""
@@ -106,6 +117,9 @@ class Report:
             f"{count} sites {ran}" + (f" ({reason})" if reason else "") + (f", now {rung}" if rung != guard.RUNGS[0] else "")
             for (ran, reason, rung), count in sites.items()
         ]
+        notes += [f"{count} modules left alone ({why})" for why, count in self.left]
+        if self.trimmed:
+            notes.append(f"padded text cut: {self.trimmed / len(self.calls):.0f} keys a call")
         if self.memory:
             notes.append(f"statistics held: {self.memory / 2**20:.1f} MB")
         return "\n".join([*_table(rows), *notes, f"density over all calls: {self.density:.3f}"])
