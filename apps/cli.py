@@ -19,6 +19,7 @@ from fastdit.apps.media import UserError
 
 COMMANDS = {
     "render": "command",
+    "web": "web",
     "bench": "bench",
     "bench kernel": "bench_kernel",
     "show policy": "show",
