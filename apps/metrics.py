@@ -26,6 +26,12 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
+def flicker(a: Tensor, b: Tensor) -> float | None:
+    """PSNR in dB of the changes from frame to frame: low where only one of the clips flickers. None: a single frame."""
+    _same_shape(a, b)
+    return psnr(a.diff(dim=0), b.diff(dim=0)) if len(a) > 1 else None
+
+
 def ssim(a: Tensor, b: Tensor) -> float:
     """Mean structural similarity of two clips, at most 1. Raises ValueError for frames smaller than the window."""
     _same_shape(a, b)

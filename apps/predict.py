@@ -1,7 +1,8 @@
 """How many tokens a clip has and about how much faster a configuration will draw it, told without drawing.
 
 Of a denoiser's forward, attention between N tokens takes 4·N·d·L multiplications a token (heads' width d, L layers) and
-everything else about 2·P (P parameters), so its share is N / (N + P / (2·d·L)). A sparse step leaves density × `OVERHEAD` of it.
+everything else about 2·P (P parameters), so its share is N / (N + P / (2·d·L)). A sparse
+step leaves density × `OVERHEAD` of it.
 """
 
 from __future__ import annotations

@@ -79,8 +79,9 @@ def serve(
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    from fastdit.apps.web_limits import Limits
     from fastdit.apps.web_page import Page, looks
-    from fastdit.apps.web_studio import EMBEDDED, Limits, Studio
+    from fastdit.apps.web_studio import EMBEDDED, Studio
 
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -50,7 +50,7 @@ def build(page: Page) -> dict[str, Any]:
                 guidance = gr.Slider(0, 20, usual.guidance, step=0.5, label="Guidance", min_width=140)
             with gr.Row(equal_height=True):
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, elem_id="seed", min_width=140)
-                die = gr.Button("🎲 Another seed", elem_id="die", min_width=140)
+                die = gr.Button("⚄ New seed", elem_id="die", min_width=140)
             with gr.Accordion("More", open=False):
                 negative = gr.Textbox(label="Negative prompt", lines=1)
                 model = gr.Dropdown(list(page.studio.models), value=next(iter(page.studio.models)), label="Model")
@@ -65,20 +65,20 @@ def build(page: Page) -> dict[str, Any]:
         "width": width, "steps": steps, "guidance": guidance, "seed": seed, "image": image,
     }  # fmt: skip
 
-    async def generate(request: gr.Request, *values: Any) -> AsyncIterator[str]:
+    async def clicked(request: gr.Request, *values: Any) -> AsyncGenerator[Any, None]:
         async with contextlib.aclosing(draw(page, dict(zip(inputs, values, strict=True)), request)) as states:
             async for state in states:
                 yield state
 
     event = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    gr.on([go.click, prompt.submit], generate, list(inputs.values()), shown, trigger_mode="once", **event)
+    gr.on([go.click, prompt.submit], clicked, list(inputs.values()), shown, trigger_mode="once", **event)
     stop.click(page.stop, None, None, queue=False, api_visibility="private")
     die.click(lambda: random.randrange(2**31), None, seed, queue=False, api_visibility="private")
 
     def tell(*values: Any) -> str:
         return foresee(page, *values)
 
-    sizes = [model, speed, frames, height, width, steps]
+    sizes: list[Any] = [model, speed, frames, height, width, steps]
     gr.on(
         [page.blocks.load, *(each.change for each in sizes)], tell, sizes, told, queue=False, show_progress="hidden",
         api_visibility="private", trigger_mode="always_last",
@@ -86,10 +86,12 @@ def build(page: Page) -> dict[str, Any]:
     return inputs
 
 
-async def draw(page: Page, said: dict[str, Any], request: gr.Request) -> AsyncIterator[str]:
+async def draw(
+    page: Page, said: dict[str, Any], request: gr.Request, custom: Any = None, repeats: int = 0
+) -> AsyncGenerator[Any, None]:
     """From a click to the clip, or to a sentence on why there is none."""
     try:
-        job = page.studio.job(said)
+        job = page.studio.job(said, custom, repeats)
         async with contextlib.aclosing(page.studio.follow(page.key(request), job, page.folder(request))) as tickets:
             picture, last = "", ""
             async for ticket in tickets:
@@ -97,7 +99,7 @@ async def draw(page: Page, said: dict[str, Any], request: gr.Request) -> AsyncIt
                     picture = preview(ticket.latents) or picture
                 if ticket.state == "failed":
                     now = web_html.error(ticket.error)
-                elif ticket.state == "done":
+                elif ticket.state == "done" and ticket.record is not None:
                     page.remember(request, ticket)
                     now = page.result(ticket.folder, ticket.record, again=not ticket.marks)
                 else:

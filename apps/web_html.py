@@ -1,4 +1,4 @@
-"""What the page shows besides Gradio's own widgets, as HTML: progress, clips, errors. Every word of a person is escaped here."""
+"""What the page shows besides Gradio's widgets, as HTML: progress, clips, errors. A person's words are escaped here."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def data_url(image: Any) -> str:
+def data_url(image: Any, kind: str = "JPEG") -> str:
     """A small picture inside the page, so that no file is left of it."""
     stream = io.BytesIO()
-    image.convert("RGB").save(stream, format="JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    image.convert("RGB").save(stream, format=kind, quality=80)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def clip(url: str, label: str, key: str = "") -> str:

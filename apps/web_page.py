@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
-from fastdit.apps import web_create, web_html
+from fastdit.apps import web_api, web_compare, web_create, web_gallery, web_html, web_inside
 from fastdit.apps.web_studio import Studio, Ticket
 
 HERE = Path(__file__).parent
@@ -24,14 +24,24 @@ class Page:
 
     def __init__(self, studio: Studio, users: bool) -> None:
         self.studio, self.users = studio, users
-        self.latest: dict[str, Any] = {}
+        self.latest: dict[str, Ticket] = {}
+        self.inputs: dict[str, Any] = {}
+        self.knobs: list[Any] = []
         self.blocks = gr.Blocks(title="fastdit", analytics_enabled=False, delete_cache=(3600, DAY), fill_width=True)
 
     def build(self) -> gr.Blocks:
         with self.blocks:
             gr.HTML("<header><h1>fastdit</h1><p>Text to video, dense and fast side by side</p></header>", elem_id="head")
-            with gr.Tabs(elem_id="tabs"), gr.Tab("Create", id="create"):
-                self.inputs = web_create.build(self)
+            with gr.Tabs(elem_id="tabs") as tabs:
+                with gr.Tab("Create", id="create"):
+                    self.inputs = web_create.build(self)
+                with gr.Tab("Compare", id="compare"):
+                    self.knobs = web_compare.build(self)
+                with gr.Tab("Look inside", id="inside"):
+                    web_inside.build(self)
+                with gr.Tab("Gallery", id="gallery") as tab:
+                    web_gallery.build(self, tabs, tab)
+            web_api.build(self)
             self.blocks.unload(self.gone)
         return self.blocks
 
@@ -56,17 +66,19 @@ class Page:
         if ticket.report is not None:
             self.latest[str(request.session_hash)] = ticket
 
-    def serve(self, folder: Path, names: list[str]) -> dict[str, str]:
-        """{name: address} of files of a folder, copied to where the page may read them."""
-        served = str(self.studio.out / SERVED)
-        return {name: web_html.address(save_file_to_cache(str(folder / name), served)) for name in names}
+    def copy(self, folder: Path, name: str) -> str:
+        """Path of a copy that the page may read."""
+        return save_file_to_cache(str(folder / name), str(self.studio.out / SERVED))
 
     def result(self, folder: Path, record: dict[str, Any], again: bool = False) -> str:
+        """A clip or a comparison, as HTML."""
         names = [*reversed(record["files"]), f"{record['name']}.json"]
-        return web_html.result(record, self.serve(folder, names), again)
+        urls = {name: web_html.address(self.copy(folder, name)) for name in names}
+        return web_compare.result(record, urls) if "ratio" in record else web_html.result(record, urls, again)
 
 
 def looks() -> dict[str, Any]:
     """Theme, style and script, none of which asks another host for anything."""
     theme = gr.themes.Default(font=FONTS, font_mono=MONO, primary_hue="teal", neutral_hue="slate")
-    return {"theme": theme, "css_paths": [HERE / "web.css"]}
+    script = (HERE / "web.js").read_text(encoding="utf-8")
+    return {"theme": theme, "css_paths": [HERE / "web.css"], "head": f"<script>{script}</script>"}

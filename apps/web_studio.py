@@ -7,10 +7,10 @@ files and manifest are the same, whoever made them. Nothing here knows Gradio.
 from __future__ import annotations
 
 import asyncio
-import os
+import functools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,50 +22,12 @@ from fastdit.apps.media import UserError
 from fastdit.apps.pool import attempt
 from fastdit.apps.render import Renderer
 from fastdit.apps.settings import Settings
+from fastdit.apps.web_limits import Limits
 
 EMBEDDED = "embedded model"
 HEARTBEAT = 0.5  # seconds: so soon it is noticed that somebody has gone
 KEYS = ("prompt", "negative", "model", "preset", "frames", "height", "width", "steps", "guidance", "seed", "image")
 """What a person may say; everything else is the operator's."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most that one clip, one user and the queue may have. pixels: of a frame, and of a picture that is sent."""
-
-    frames: int = 241
-    pixels: int = 1280 * 720
-    steps: int = 100
-    each: int = 4
-    queue: int = 100
-    upload_mb: int = 20
-    upload_pixels: int = 16_000_000
-
-    def check(self, settings: Settings) -> None:
-        """Raises UserError for what the command line would draw and this page does not."""
-        for what, size, most in (
-            ("frames", settings.frames, self.frames),
-            ("steps", settings.steps, self.steps),
-            ("height x width, in pixels,", settings.height * settings.width, self.pixels),
-        ):
-            if size > most:
-                raise UserError(f"{what} may be {most:,} at most on this page, got {size:,}")
-
-    def check_picture(self, path: str) -> None:
-        """Raises UserError for a file that is no picture, or too large; reads no more of it than its head."""
-        from PIL import Image, UnidentifiedImageError
-
-        if os.path.getsize(path) > self.upload_mb * 2**20:
-            raise UserError(f"the picture is larger than {self.upload_mb} MB")
-        try:
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as picture:
-                pixels = picture.width * picture.height
-        except Image.DecompressionBombError:
-            pixels = -1
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-            raise UserError("the picture is not a PNG, JPEG or WebP file") from None
-        if not 0 <= pixels <= self.upload_pixels:
-            raise UserError(f"the picture has more than {self.upload_pixels / 1e6:.0f} million pixels")
 
 
 @dataclass
@@ -87,7 +49,7 @@ class Ticket:
     report: Any = None
     error: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
-    notify: Callable[[], None] = lambda: None
+    notify: Callable[[], Any] = lambda: None
 
     def become(self, state: str) -> None:
         self.state = state
@@ -109,6 +71,9 @@ class Ticket:
         self.become("starting")
 
     def on_step(self, step: int, latents: Any) -> None:
+        if step == 0:  # a comparison measures errors
+            self.become("finishing")
+            return
         self.step += 1
         self.marks.append(time.perf_counter())
         self.latents = latents
@@ -122,7 +87,7 @@ class Ticket:
 
 
 class Studio:
-    """models: name on the page -> folder or Hub id (None: embedded). fixed: settings that hold for every clip, such as device."""
+    """models: name on the page -> folder or Hub id (None: embedded). fixed: settings of every clip."""
 
     def __init__(self, out: Path, models: dict[str, str | None], limits: Limits, fixed: dict[str, Any] | None = None) -> None:
         self.out, self.models, self.limits, self.fixed = out, models, limits, fixed or {}
@@ -181,12 +146,12 @@ class Studio:
                     ticket.stop.set()
                     ticket.notify()
 
-    async def follow(self, user: str, job: jobs.Job, folder: Path) -> AsyncIterator[Ticket]:
-        """Draw, and yield the ticket whenever something changed, and every `HEARTBEAT` besides. Closing it stops the drawing."""
+    async def follow(self, user: str, job: jobs.Job, folder: Path) -> AsyncGenerator[Ticket, None]:
+        """Draw, and yield the ticket at every change, and every `HEARTBEAT` besides. Closing it stops the drawing."""
         settings = job.settings()
         ticket = self.enter(user, job, folder, settings.steps * max(1, 2 * job.repeats))
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
-        ticket.notify = lambda: loop.call_soon_threadsafe(changed.set) and None
+        ticket.notify = functools.partial(loop.call_soon_threadsafe, changed.set)
         future = self.worker.submit(self._draw, ticket)
         try:
             while True:
