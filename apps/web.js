@@ -54,6 +54,11 @@
   inside("load", difference);
   inside("seeked", difference);
   inside("playing", (pair) => run(pair));
+  // On a narrow screen the result lies far below the button.
+  document.addEventListener("click", (event) => {
+    const shown = { generate: "result", compare: "compared" }[event.target.closest?.("button")?.id];
+    if (shown && innerWidth < 700) document.getElementById(shown).scrollIntoView({ behavior: "smooth" });
+  });
   inside("click", (pair, target) => {
     if (target.dataset.act === "play") pause(pair, !of(pair)("dense").paused);
   });

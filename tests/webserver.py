@@ -55,7 +55,7 @@ class Watched:
         self.wrong: list[str] = []
         self.page = browser.new_page(**context)
         self.page.set_default_timeout(60_000)
-        self.page.on("console", lambda said: said.type in ("error", "warning") and self.wrong.append(f"console: {said.text}"))
+        self.page.on("console", lambda said: said.type == "error" and self.wrong.append(f"console: {said.text}"))
         self.page.on("pageerror", lambda error: self.wrong.append(f"script: {error}"))
         self.page.on("request", lambda asked: asked.url.startswith((url, "data:", "blob:")) or self.wrong.append(asked.url))
         self.page.goto(url)
