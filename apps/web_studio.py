@@ -155,12 +155,12 @@ class Studio:
         future = self.worker.submit(self._draw, ticket)
         try:
             while True:
-                yield ticket
-                if ticket.over:
-                    return
                 changed.clear()
-                if not ticket.over:
-                    await _either(changed, HEARTBEAT)
+                over = ticket.over  # of what is yielded, not of what becomes of it meanwhile
+                yield ticket
+                if over:
+                    return
+                await _either(changed, HEARTBEAT)
                 if ticket.stop.is_set() and future.cancel():  # before its turn
                     ticket.state = "stopped"
         finally:

@@ -80,7 +80,7 @@ def test_every_step_is_told_and_the_record_is_the_manifests(server: Server) -> N
         (["x" * 10_000], "10000 characters"), (["a", "", "embedded model", "balanced", -5], "frames must be positive"),
         (["a", "", "embedded model", "balanced", 8], "nearest is 9"), (["a", "", "/etc"], "no model"),
         (["a", "", "embedded model", "../../etc"], "unknown preset"), ([{"path": "/etc/passwd"}], "prompt must be text"),
-        (["a", "", "embedded model", "balanced", float("nan")], "whole number|42[0-9]|400|500"), ([None], "no prompt"),
+        (["a", "", "embedded model", "balanced", float("nan")], "whole number"), ([None], "no prompt"),
         (["a", "", "embedded model", "balanced", 5, 32, 32, 10**9], "200 at most"),
     ],
 )  # fmt: skip
@@ -95,10 +95,10 @@ def test_bad_input_is_refused_in_a_sentence(server: Server, values: list[Any], n
 def test_files_elsewhere_are_not_served(server: Server) -> None:
     secret = server.out.parent / "secret.txt"
     secret.write_text("do not tell")
-    (server.out / ".served" / "link.txt").unlink(missing_ok=True)
+    served = server.out / ".served"
     for path in (
-        secret, "/etc/passwd", server.out / ".served" / ".." / ".." / secret.name, server.out / manifest.FILE, Path("README.md"),
-        "%2e%2e/%2e%2e/etc/passwd", f"{server.out}/.served/..%2f..%2f{secret.name}",
+        secret, "/etc/passwd", served / ".." / ".." / secret.name, server.out / manifest.FILE, Path("README.md"),
+        "%2e%2e/%2e%2e/etc/passwd", f"{served}/..%2f..%2f{secret.name}",
     ):  # fmt: skip
         status, content = get(f"{server.url}/gradio_api/file={path}")
         assert status in (400, 403, 404), path
@@ -122,7 +122,8 @@ def test_uploads_that_are_too_large_are_refused(server: Server) -> None:
 def test_a_client_that_vanishes_frees_its_place(server: Server) -> None:
     code = (
         "import sys; from gradio_client import Client\n"
-        f"job = Client({server.url!r}, verbose=False).submit('a', frames=33, height=64, width=64, steps=200, api_name='/generate')\n"
+        f"client = Client({server.url!r}, verbose=False)\n"
+        "job = client.submit('a', frames=33, height=64, width=64, steps=200, api_name='/generate')\n"
         "for said in job: print(said['step'], flush=True)"
     )
     gone = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment())

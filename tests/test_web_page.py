@@ -1,6 +1,8 @@
 """The page as a person meets it, in a real browser: drawn, compared, stopped, loaded back, refused.
 
-Nothing may go wrong unseen: every test fails on a console error, and on a request to any other host. SCREENSHOTS=folder keeps a picture of each."""
+Nothing may go wrong unseen: every test fails on a console error, and on a request to any other host. SCREENSHOTS=folder keeps
+a picture of each.
+"""
 
 from __future__ import annotations
 
@@ -159,6 +161,8 @@ def test_gallery_of_the_command_line_is_loaded_back(visit: Any, server: Server) 
     tab.page.wait_for_selector("#detail video")
     assert tab.page.locator("#detail .prompt").inner_text() == HTML
     assert tab.page.locator("#gallery b, #detail b, #detail img").count() == 0
+    if folder := os.environ.get("SCREENSHOTS"):
+        tab.page.screenshot(path=Path(folder) / "gallery.png", full_page=True)
     links = tab.page.locator("#detail .downloads a").all_inner_texts()
     assert links == ["Video", "Contact sheet", "Settings and numbers (JSON)"]
     tab.page.click("#load")
@@ -208,7 +212,7 @@ def test_narrow_screen(visit: Any) -> None:
         assert tab.page.evaluate("document.scrollingElement.scrollWidth") <= 360, name
     tab.draw("a red circle", frames=5)
     tab.page.wait_for_selector("#result video")
-    tab.page.wait_for_function("document.querySelector('#result').getBoundingClientRect().top < innerHeight / 2")
+    tab.page.wait_for_function("document.querySelector('#result').getBoundingClientRect().top < innerHeight")
     assert tab.page.evaluate("document.scrollingElement.scrollWidth") <= 360
 
 
