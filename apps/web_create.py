@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 from collections.abc import AsyncGenerator
@@ -96,7 +97,7 @@ async def draw(
             picture, last = "", ""
             async for ticket in tickets:
                 if ticket.state == "denoising" and ticket.step % EVERY == 1 and ticket.latents is not None:
-                    picture = preview(ticket.latents) or picture
+                    picture = await asyncio.to_thread(preview, ticket.latents) or picture
                 if ticket.state == "failed":
                     now = web_html.error(ticket.error)
                 elif ticket.state == "done" and ticket.record is not None:

@@ -25,7 +25,7 @@ from fastdit.apps.settings import Settings
 from fastdit.apps.web_limits import Limits
 
 EMBEDDED = "embedded model"
-HEARTBEAT = 0.5  # seconds: so soon it is noticed that somebody has gone
+HEARTBEAT = 1.0  # seconds: so soon it is noticed that somebody has gone
 KEYS = ("prompt", "negative", "model", "preset", "frames", "height", "width", "steps", "guidance", "seed", "image")
 """What a person may say; everything else is the operator's."""
 
