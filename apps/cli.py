@@ -19,6 +19,7 @@ from fastdit.apps.media import UserError
 
 COMMANDS = {
     "render": "command",
+    "web": "web",
     "compare": "compare_files",
     "doctor": "doctor",
     "models": "model_table",

@@ -45,12 +45,18 @@ class Died(Exception):  # noqa: N818
 Outcome = Result | Failure
 
 
-def attempt(renderer: Renderer, job: Job, stop: Callable[[], bool] = lambda: False) -> Outcome:
-    """Render, whatever happens. Raises Stopped within a denoising step of `stop` becoming true."""
+def attempt(
+    renderer: Renderer,
+    job: Job,
+    stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[int, Any], None] = lambda step, latents: None,
+) -> Outcome:
+    """Render, whatever happens. Raises Stopped within a denoising step of `stop` becoming true; `watch` is told each step."""
 
     def on_step(step: int, latents: Any) -> None:
         if stop():
             raise Stopped
+        watch(step, latents)
 
     try:
         return renderer.render(job, on_step)

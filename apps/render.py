@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result:
-    """record: what the manifest keeps, all JSON; report: in full, for the file beside the clip; said: in words.
+    """record: what the manifest keeps, all JSON; report: of the run; said: in words.
 
     files: {suffix: content}, the clip itself last, so that what is there is all there.
     """
 
     record: dict[str, Any]
-    report: dict[str, Any]
+    report: Report
     files: dict[str, bytes]
     said: str
 
@@ -112,7 +112,7 @@ class Renderer:
             raise UserError(f"{facts['tokens']} tokens cannot be shared by {parts} processes: change the height or width", 2)
         if job.repeats:
             self.restore()
-            result = both(pipe, settings, job.repeats, facts, self.show)
+            result = both(pipe, settings, job.repeats, facts, self.show, on_step)
         else:
             self.accelerate(settings)
             clip = generate(pipe, settings, show=self.show, on_step=on_step)
@@ -133,7 +133,7 @@ class Renderer:
             "frames_sha256": sha256(clip),
         }
         said = f"{report}\n" + "  ".join(f"{stage} {taken:.2f} s" for stage, taken in facts["seconds"].items())
-        return Result(facts, report.to_dict(), ({} if len(clip.frames) == 1 else sheet) | clip_files, said)
+        return Result(facts, report, ({} if len(clip.frames) == 1 else sheet) | clip_files, said)
 
 
 def sha256(clip: Clip) -> str:
