@@ -107,9 +107,9 @@ class Renderer:
         check_shape(pipe, settings.frames, settings.height, settings.width)
         facts = {"job": job.hash, "state": "done", "index": job.index, "where": job.where, "seed": settings.seed}
         facts |= record(settings, pipe) | {"dropped_tokens": dropped_tokens(pipe, settings.prompt)}
-        facts["tokens"] = tokens(pipe, settings.frames, settings.height, settings.width)
-        if facts["tokens"] % (parts := settings.ulysses * settings.ring):
-            raise UserError(f"{facts['tokens']} tokens cannot be shared by {parts} processes: change the height or width", 2)
+        facts["tokens"] = count = tokens(pipe, settings.frames, settings.height, settings.width)
+        if count % (parts := settings.ulysses * settings.ring):
+            raise UserError(f"{count} tokens cannot be shared by {parts} processes: change the height or width", 2)
         if job.repeats:
             self.restore()
             result = both(pipe, settings, job.repeats, facts, self.show, on_step)
