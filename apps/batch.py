@@ -145,7 +145,7 @@ def _publish(manifest: Manifest, job: Job, name: str, result: Result, overwrite:
     files = [name + suffix for suffix in result.files]
     record = {"job": job.hash, "state": "done", "file": files[-1], "files": files, "name": name, "finished": _now()}
     record |= result.record
-    beside = to_json(record | {"report": result.report})
+    beside = to_json(record | {"report": result.report.to_dict()})
     manifest.publish(job.hash, name, {".json": beside} | result.files, overwrite)
     manifest.append(record)
     return record

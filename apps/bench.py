@@ -27,6 +27,7 @@ KEY = ("shape", "preset", "steps", "prompt", "seed")
 
 
 def bench(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of rows; rows it has are kept.")] = Path(
         "docs/results/bench_cpu.json"
     ),
@@ -42,6 +43,8 @@ def bench(
     ] = None,
 ) -> None:
     """Measure the presets against dense attention, or write the table of what was measured."""
+    if context.invoked_subcommand is not None:  # bench kernel, bench gpu: not this one too
+        return
     if table is not None:
         write_table(table, read_rows(out, must_exist=True))
         typer.echo(f"{table}: table written from {out}")
@@ -205,6 +208,12 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_block(path: Path, begin: str, end: str, text: str) -> None:
     """Replace what stands between two marking lines of a Markdown file. Raises UserError if it has none."""
+    before, after = around_block(path, begin, end)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def around_block(path: Path, begin: str, end: str) -> tuple[str, str]:
+    """What stands before and behind two marking lines. Raises UserError if there are none."""
     try:
         old = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -213,4 +222,4 @@ def write_block(path: Path, begin: str, end: str, text: str) -> None:
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise UserError(f"{path} has no {begin} … {end}: put these two lines where the table is to be")
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    return before, after

@@ -19,11 +19,17 @@ from fastdit.apps.media import UserError
 
 COMMANDS = {
     "render": "command",
+    "web": "web",
+    "compare": "compare_files",
+    "doctor": "doctor",
+    "models": "model_table",
     "bench": "bench",
     "bench kernel": "bench_kernel",
+    "bench gpu": "bench_gpu",
     "bench encoder": "bench_encoder",
     "show policy": "show",
     "show presets": "presets",
+    "show policies": "presets",
     "show schedule": "show",
     "show gallery": "show",
 }
@@ -32,7 +38,10 @@ COMMANDS = {
 One of two words belongs to the group of the first, which may be a command itself.
 """
 
-HELP = {"show": "Pictures and tables of policies, presets and schedules."}
+HELP = {
+    "bench": "Measure the presets against dense attention.",
+    "show": "Pictures and tables of policies, presets and schedules.",
+}
 INTERRUPTED = 130
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "context_settings": {"help_option_names": ["-h", "--help"]}}
 
@@ -53,7 +62,7 @@ def _add_commands() -> None:
             found[group] = typer.Typer(invoke_without_command=alone, no_args_is_help=not alone, help=HELP.get(group), **PLAIN)
             app.add_typer(found[group], name=group)
             if alone:
-                found[group].callback(invoke_without_command=True)(function)
+                found[group].callback(invoke_without_command=True, help=HELP[group])(function)
         if rest:
             found[group].command(rest)(function)
 

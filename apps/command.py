@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -62,19 +63,26 @@ def render(
     workers: Annotated[Whole, typer.Option(help="Processes on the CPU that share its cores.")] = None,
     threads: Annotated[Whole, typer.Option(help="Of PyTorch, in each process.")] = None,
     cluster: Annotated[Text, typer.Option(help="Render on Ray: auto, local, ray://HOST:PORT. Paths must exist there.")] = None,
+    ulysses: Annotated[int, typer.Option(help="GPUs that share each video by attention heads, under torchrun.")] = 1,
+    ring: Annotated[int, typer.Option(help="GPUs that share each video in a ring, under torchrun.")] = 1,
     resume: Annotated[bool, typer.Option(help="Leave out what the folder's manifest has as done.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Render again, and replace files of the same name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be rendered, and load nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each clip, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> int:
-    """Render clips from prompts: video, JSON file and contact sheet each, and a manifest of the folder."""
+    """Render clips from prompts.
+
+    Each is a video, a JSON file and a contact sheet; the folder has a manifest, by which the same command goes on where it was
+    stopped.
+    """
     from fastdit.apps import jobs
 
     base: dict[str, Any] = {
         "negative": negative_prompt, "seed": seed, "model": model, "preset": preset, "frames": frames, "height": height,
         "width": width, "steps": steps, "guidance": guidance, "fps": fps, "device": device, "dtype": dtype, "image": image,
         "lora": lora, "format": format, "crf": crf, "cpu_offload": cpu_offload, "compile": compile, "vae_tiling": vae_tiling,
+        "ulysses": ulysses, "ring": ring,
         "custom": None if config is None else read_config(config),
     }  # fmt: skip
     base = {key: value for key, value in base.items() if value is not None}
@@ -83,13 +91,24 @@ def render(
     Settings(**{"prompt": "x"} | base).check()
     if compare and repeats < 2:
         raise UserError(f"--repeats must be at least 2 (two dense runs must agree), got {repeats}", 2)
+    shared = ulysses * ring > 1
+    if shared and (gpus or workers or cluster or compare):
+        raise UserError("--ulysses and --ring do not go with --gpus, --workers, --cluster or --compare", 2)
+    if shared and not dry_run:
+        from fastdit.apps import together
+
+        if together.join(ulysses, ring):
+            return together.follow()
     lines = [("the command line", prompt)] if prompts is None else jobs.read(prompts, sys.stdin)
     batch = jobs.make(lines, base, name, repeat, repeats if compare else 0)
     if prompts is None and batch.errors:
         raise UserError(batch.errors[0][1], 2)
     if dry_run:
         return _dry_run(batch, as_json)
-    pool = choose_pool(len(batch.jobs), gpus, workers, threads, cluster, show=not (quiet or as_json))
+    show = not (quiet or as_json)
+    pool = choose_pool(len(batch.jobs), gpus, workers, threads, cluster, show)
+    if shared:
+        pool = functools.partial(together.lead, show=show)
     talk = Talk(quiet, as_json, single=len(lines) * repeat == 1, out=out)
     for where, why in batch.errors:
         print(f"fastdit: {where}: {why}", file=sys.stderr)
@@ -182,7 +201,9 @@ def choose_pool(
         if not todo:
             return iter(())
         if cluster is not None:
-            return pools.elsewhere(todo, stop, pools.Actors(cluster, threads or cores, workers))
+            from fastdit.apps.cluster import Actors
+
+            return pools.elsewhere(todo, stop, Actors(cluster, threads or cores, workers))
         if gpus or workers:
             count = min(gpus or workers or 1, jobs)
             share = threads or max(1, cores // count)

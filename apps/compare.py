@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from fastdit.apps.generate import Clip
 from fastdit.apps.measure import Comparison, measure
 from fastdit.apps.media import contact_sheet, encode, png
+from fastdit.apps.metrics import flicker
 from fastdit.apps.render import Result, phases, sha256
 from fastdit.apps.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def describe(settings: Settings, found: Comparison, name: str, repeats: int) -> str:
@@ -37,10 +45,23 @@ def describe(settings: Settings, found: Comparison, name: str, repeats: int) -> 
     return "\n".join(lines)
 
 
-def both(pipe: Any, settings: Settings, repeats: int, facts: dict[str, Any], show: bool = True) -> Result:
-    """Render densely and by the preset, and compare. facts: what the record begins with."""
+def _flicker(fast: Clip, dense: Clip) -> float | None:
+    """In dB; None where there is nothing to tell: equal clips, or a single frame."""
+    found = flicker(torch.from_numpy(fast.frames), torch.from_numpy(dense.frames))
+    return found if found is not None and math.isfinite(found) else None
+
+
+def both(
+    pipe: Any,
+    settings: Settings,
+    repeats: int,
+    facts: dict[str, Any],
+    show: bool = True,
+    on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
+) -> Result:
+    """Render densely and by the preset, and compare. facts: what the record begins with; on_step: as in `measure`."""
     name = "custom" if settings.custom else settings.preset
-    found = measure(pipe, settings, {name: settings.config()}, repeats, show)
+    found = measure(pipe, settings, {name: settings.config()}, repeats, show, on_step)
     variant = found.variants[name]
     start = time.perf_counter()
     said = facts["settings"]
@@ -55,9 +76,12 @@ def both(pipe: Any, settings: Settings, repeats: int, facts: dict[str, Any], sho
         "seconds": variant.clip.seconds | {"encode": time.perf_counter() - start},
         "phases": phases(variant.clip, variant.report),
         "dense_s": found.dense_seconds,
+        "dense_stages": found.dense.seconds,
+        "flicker_db": _flicker(variant.clip, found.dense),
+        "error": max((site.error for site in variant.report.sites if site.error is not None), default=None),
         "frames_sha256": sha256(variant.clip),
         "dense_sha256": sha256(found.dense),
     }
     facts |= variant.to_dict(found.dense_seconds)
     files = {"-sheet.png": sheet} | {f"-dense{suffix}": content for suffix, content in dense.items()} | fast
-    return Result(facts, variant.report.to_dict(), files, describe(settings, found, name, repeats))
+    return Result(facts, variant.report, files, describe(settings, found, name, repeats))

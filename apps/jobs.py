@@ -32,7 +32,7 @@ KINDS: dict[str, type] = {
 }  # fmt: skip
 """What a line may say."""
 
-NOT_THE_CLIP = ("device", "cpu_offload", "compile", "vae_tiling")
+NOT_THE_CLIP = ("device", "cpu_offload", "compile", "vae_tiling", "ulysses", "ring")
 """Settings that change how fast a clip is made and not what it shows: jobs that differ in these alone are one."""
 
 LONGEST_NAME = 200  # bytes, of the 255 that most file systems allow

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,6 @@ INCLUDES = "packing, quantization, tile lists, attention, scattering back; not t
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 ROUNDING = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-20}
 
@@ -45,20 +44,23 @@ def inputs(layout: Layout, heads: int, dim: int, dtype: torch.dtype, device: str
 
 RAGGED = (Layout((3, 12, 12), (1, 8, 8), text_len=9), Layout((5, 9, 17), (2, 8, 8)), Layout((4, 17, 9), (6, 8, 8)))
 """Layouts to be right on: text, tiles that overhang on every axis, tiles of several blocks."""
+LARGE = (Layout((3, 36, 44), (1, 8, 8)), Layout((5, 36, 36), (2, 8, 8)))
+"""Enough tiles to fill a GPU: short sequences are cut into parts, which is another kernel."""
 
 
 def wrong(
-    formats: list[Quant], dims: tuple[int, ...], dtype: torch.dtype, device: str, layouts: tuple[Layout, ...] = RAGGED
+    formats: list[Quant], dims: tuple[int, ...], dtype: torch.dtype, device: str, layouts: tuple[Layout, ...] | None = None
 ) -> list[str]:
     """Every format on ragged layouts against float64: a line for each answer outside twice its emulation's error."""
     lines = []
-    for layout in layouts:
+    for layout in layouts or (RAGGED if device == "cpu" else RAGGED + LARGE):
         for dim in dims:
             q, k, v = inputs(layout, 2, dim, dtype, "cpu")
             tile_map = torch.rand(1, 2, layout.num_tiles, layout.num_tiles, generator=torch.Generator().manual_seed(1)) < 0.5
             tile_map[:, 1, 1] = False  # rows that see nothing
             mask, there = (BlockMask.from_tile_map(tile_map.to(where), layout) for where in ("cpu", device))
-            exact, exact_lse = attention(q.double(), k.double(), v.double(), token_mask(layout, tile_map))
+            allowed = token_mask(layout, tile_map).to(device)
+            exact, exact_lse = (x.cpu() for x in attention(*(x.to(device).double() for x in (q, k, v)), allowed))
             for quant in formats:
                 if (reason := ops.unsupported(q.to(device), quant)) is not None:
                     raise NotImplementedError(reason)
@@ -123,8 +125,11 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: BlockMask) -> Ca
 
 
 IN_A_ROW = 4
-"""Calls of one timing on a GPU: the first one's way there is hidden by nothing, those of the others by the call before, as in
-a denoising loop."""
+"""Calls of one timing on a GPU. It is kept busy until all are on their way, as in a denoising loop, where the GPU is behind."""
+BUSY = 20_000_000
+"""Cycles that keep it so, about 10 ms. What a call costs the CPU is a number of its own, `host_ms`."""
+LONG = 20.0
+"""Milliseconds from which one call is timed alone: nothing of it is left to hide."""
 
 
 def milliseconds(calls: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
@@ -146,49 +151,60 @@ def _cpu_time(call: Callable[[], Any]) -> float:
 
 def _gpu_time(call: Callable[[], Any]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(IN_A_ROW):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / IN_A_ROW
+    for often in (1, IN_A_ROW):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(BUSY)
+        begin.record()
+        for _ in range(often):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        if (took := begin.elapsed_time(end) / often) > LONG:
+            break
+    return took
 
 
 def items(call: Callable[[], Any], device: str) -> dict[str, float]:
-    """Milliseconds of GPU kernels in one call: packing, attention, everything else."""
+    """Milliseconds of one call: its GPU kernels for packing, for attention and for everything else, and the CPU."""
     if device == "cpu":
         return {}
     from torch.profiler import ProfilerActivity, profile
 
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    host = time.perf_counter() - start
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        call()
+        for _ in range(IN_A_ROW):
+            call()
         torch.cuda.synchronize()
     spent = {"packing_ms": 0.0, "attention_ms": 0.0, "other_ms": 0.0}
     for event in seen.key_averages():
         packing = event.key in ("_pack", "_statistics", "_finish")
         spent["packing_ms" if packing else "attention_ms" if event.key == "forward" else "other_ms"] += (
-            event.self_device_time_total / 1000
+            event.self_device_time_total / 1000 / IN_A_ROW
         )
-    return spent
+    return spent | {"host_ms": 1000 * host}
 
 
 def measure(
-    layout: Layout, heads: int, dim: int, dtype: torch.dtype, formats: list[Quant], densities: list[float], device: str,
-    repeats: int = 7, with_flex: bool = False,
+    layout: Layout, heads: int, dim: int, dtype: torch.dtype, formats: list[Quant], densities: Sequence[float | Window],
+    device: str, repeats: int = 7, with_flex: bool = False,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One row per density and format; density 1 is a full tile map."""
+    """One row per density of a window, or window, and format; density 1 is a full tile map."""
     q, k, v = inputs(layout, heads, dim, dtype, device)
     others = baselines(q, k, v)
     for density in densities:
         if density == 1:
             tile_map = torch.ones(1, 1, layout.num_tiles, layout.num_tiles, dtype=torch.bool, device=device)
         else:
-            tile_map = Window(density=density).select(layout).to(device)
+            window = density if isinstance(density, Window) else Window(density=density)
+            tile_map = window.select(layout).to(device)
         mask = BlockMask.from_tile_map(tile_map, layout)
         calls = dict(others)
         if with_flex:
             calls["FlexAttention"] = flex(q, k, v, layout, mask)
+            calls["FlexAttention"]()  # compiles
         ours = {str(x): partial(ops.attention, q, k, v, mask, x) for x in formats}
         best = milliseconds(calls | ours, repeats, device)
         some = slice(None, None, max(1, layout.length // 512))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -86,8 +86,17 @@ class Comparison:
     variants: dict[str, Variant]
 
 
-def measure(pipe: Any, settings: Settings, configs: Mapping[str, Config], repeats: int = 2, show: bool = True) -> Comparison:
+def measure(
+    pipe: Any,
+    settings: Settings,
+    configs: Mapping[str, Config],
+    repeats: int = 2,
+    show: bool = True,
+    on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
+) -> Comparison:
     """Dense and every configuration in turn, `repeats` times over. Leaves the pipeline not accelerated.
+
+    on_step: as in `generate`, of every run; step 0: a call that measures the velocity error.
 
     Raises UserError for an output that is not finite, or dense runs of a seed that differ: no time means anything then.
     """
@@ -104,7 +113,7 @@ def measure(pipe: Any, settings: Settings, configs: Mapping[str, Config], repeat
     calls: list[Call] = []
     for turn in range(1, repeats + 1):
         with Recorder(pipe, calls if turn == 1 else []):
-            dense.append(generate(pipe, settings, f"dense {turn}/{repeats}", show))
+            dense.append(generate(pipe, settings, f"dense {turn}/{repeats}", show, on_step))
         check_finite(dense[-1], "dense")
         if not torch.equal(dense[-1].latents, dense[0].latents):
             off = (dense[-1].latents - dense[0].latents).abs().max().item()
@@ -114,7 +123,7 @@ def measure(pipe: Any, settings: Settings, configs: Mapping[str, Config], repeat
             )
         for name, config in configs.items():
             with fastdit.accelerate(pipe, config):
-                clip = generate(pipe, settings, f"{name} {turn}/{repeats}", show)
+                clip = generate(pipe, settings, f"{name} {turn}/{repeats}", show, on_step)
                 report = fastdit.report(pipe)
             check_finite(clip, name)
             best = min(clip.seconds["denoise"], variants[name].seconds if turn > 1 else math.inf)
@@ -123,7 +132,7 @@ def measure(pipe: Any, settings: Settings, configs: Mapping[str, Config], repeat
     for name, variant in variants.items():
         frames = torch.from_numpy(variant.clip.frames)
         variant.psnr, variant.ssim = psnr(frames, reference), ssim(frames, reference)
-        variant.velocity = velocity_error(pipe, configs[name], calls)
+        variant.velocity = velocity_error(pipe, configs[name], calls, on_step)
     seconds = min(clip.seconds["denoise"] for clip in dense)
     return Comparison(dense[0], seconds, kernel_name(pipe), tokens(calls[0]), variants)
 
@@ -167,7 +176,12 @@ def tokens(call: Call) -> int:
     return math.prod(facts.grid) + facts.text_len
 
 
-def velocity_error(pipe: Any, config: Config, calls: list[Call]) -> list[dict[str, Any]]:
+def velocity_error(
+    pipe: Any,
+    config: Config,
+    calls: list[Call],
+    on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
+) -> list[dict[str, Any]]:
     """Teacher-forced relative error per phase that the run came through: {"sigma", "policy", "error", "steps"}."""
     import torch
 
@@ -184,10 +198,10 @@ def velocity_error(pipe: Any, config: Config, calls: list[Call]) -> list[dict[st
             chosen = {round(i * (len(inside) - 1) / (STEPS_A_PHASE - 1)) for i in range(STEPS_A_PHASE)}
             if phase is not None and phase.reuse.kind != "none":
                 chosen = set(range(len(inside)))
-            errors = [
-                relative_error(call.model(*call.args, **call.kwargs)[0], call.velocity)
-                for call in (inside[i] for i in sorted(chosen))
-            ]
+            errors = []
+            for call in (inside[i] for i in sorted(chosen)):
+                errors.append(relative_error(call.model(*call.args, **call.kwargs)[0], call.velocity))
+                on_step(0, call.velocity)
             rows.append(
                 {
                     "sigma": [1.0, 0.0] if phase is None else list(phase.sigma),

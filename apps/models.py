@@ -104,6 +104,10 @@ def _prepare(pipe: Any, settings: Settings, device: str) -> Any:
         pipe.enable_model_cpu_offload()
     else:
         pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
+    if settings.ulysses * settings.ring > 1:
+        from fastdit.apps.together import split
+
+        split(pipe, settings.ulysses, settings.ring)
     if settings.compile:
         for model in denoisers(pipe):
             compile_blocks: Any = getattr(model, "compile_repeated_blocks", None)

@@ -1,4 +1,4 @@
-"""Who renders: this process, processes of its own beside it, or Ray actors anywhere. All take jobs from one queue.
+"""Who renders: this process, processes of its own beside it, or Ray actors anywhere (`cluster`). All take jobs from one queue.
 
 A worker holds one pipeline and draws one job at a time; results come back as bytes, and only the driver writes files. A job
 whose worker died is given to another one, and fails when that happened `ATTEMPTS` times. A clip depends on its seed and
@@ -30,11 +30,12 @@ POLL = 0.2  # seconds between two looks at whether to stop
 
 @dataclass
 class Failure:
-    """Why there is no clip. code: exit status of a run of this job alone; trace: where, if it was not foreseen."""
+    """Why there is no clip. code: exit status of a run of this job alone; trace: where, if no UserError says what to mend."""
 
     error: str
     code: int = 1
     trace: str | None = None
+    unforeseen: bool = False
 
 
 class Died(Exception):  # noqa: N818
@@ -44,12 +45,18 @@ class Died(Exception):  # noqa: N818
 Outcome = Result | Failure
 
 
-def attempt(renderer: Renderer, job: Job, stop: Callable[[], bool] = lambda: False) -> Outcome:
-    """Render, whatever happens. Raises Stopped within a denoising step of `stop` becoming true."""
+def attempt(
+    renderer: Renderer,
+    job: Job,
+    stop: Callable[[], bool] = lambda: False,
+    watch: Callable[[int, Any], None] = lambda step, latents: None,
+) -> Outcome:
+    """Render, whatever happens. Raises Stopped within a denoising step of `stop` becoming true; `watch` is told each step."""
 
     def on_step(step: int, latents: Any) -> None:
         if stop():
             raise Stopped
+        watch(step, latents)
 
     try:
         return renderer.render(job, on_step)
@@ -58,12 +65,12 @@ def attempt(renderer: Renderer, job: Job, stop: Callable[[], bool] = lambda: Fal
     except Stopped:
         raise
     except MemoryError:
-        return Failure("out of memory: render something smaller")
+        return Failure("out of memory: render something smaller", unforeseen=True)
     except Exception as error:
         with contextlib.suppress(Exception):
             renderer.close()  # of a pipeline that broke nothing is known
         text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        return Failure(f"{type(error).__name__}: {text}", 1, traceback.format_exc())
+        return Failure(f"{type(error).__name__}: {text}", 1, traceback.format_exc(), unforeseen=True)
 
 
 def here(jobs: Iterable[Job], stop: Callable[[], bool], show: bool = True) -> Iterator[tuple[Job, Outcome]]:
@@ -178,6 +185,7 @@ def _serve(connection: Any, gpu: int | None, threads: int | None) -> None:
         try:
             job = connection.recv()
         except EOFError:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # leaving already: nothing is to be unwound
             return
         connection.send(attempt(renderer, job))
 
@@ -187,62 +195,3 @@ def set_threads(count: int | None) -> None:
 
     if count is not None:
         torch.set_num_threads(count)
-
-
-class Actors:
-    """A Ray actor per GPU of the cluster, or per `cpus` cores where it has none. address: "auto", "local" or ray://HOST:PORT.
-
-    Models, LoRAs and images are read by the workers: their paths must mean the same on every machine.
-    """
-
-    def __init__(self, address: str, cpus: int, size: int | None = None) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise UserError("--cluster needs Ray: pip install 'fastdit[cluster]'") from None
-        self.ray = ray
-        if not ray.is_initialized():
-            try:
-                ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise UserError(f"--cluster {address}: no Ray there ({str(error).splitlines()[0][:200]})") from None
-        found = ray.cluster_resources()
-        gpus = int(found.get("GPU", 0))
-        self.size = size or gpus or int(found.get("CPU", 1) // cpus)
-        if self.size < 1:
-            raise UserError(f"--cluster {address}: the cluster has neither a GPU nor {cpus} cores for a worker")
-
-        @ray.remote(num_cpus=0 if gpus else cpus, num_gpus=1 if gpus else 0, max_restarts=0)
-        class Actor:
-            def __init__(self) -> None:
-                set_threads(None if gpus else cpus)
-                self.renderer = Renderer(show=False)
-
-            def render(self, job: Job) -> Outcome:
-                return attempt(self.renderer, job)
-
-        actor: Any = Actor
-        self.make = actor.remote
-        self.actors = [self.make() for _ in range(self.size)]
-        self.running: dict[Any, int] = {}
-
-    def start(self, worker: int, job: Job) -> None:
-        self.running[self.actors[worker].render.remote(job)] = worker
-
-    def wait(self) -> list[tuple[int, Outcome | Died]]:
-        ready, _ = self.ray.wait(list(self.running), timeout=POLL)
-        found: list[tuple[int, Outcome | Died]] = []
-        for reference in ready:
-            worker = self.running.pop(reference)
-            try:
-                found.append((worker, self.ray.get(reference)))
-            except self.ray.exceptions.RayError as error:
-                found.append((worker, Died(type(error).__name__)))
-                self.ray.kill(self.actors[worker])
-                self.actors[worker] = self.make()
-        return found
-
-    def close(self) -> None:
-        for actor in self.actors:
-            self.ray.kill(actor)
-        self.ray.shutdown()

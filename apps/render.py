@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdit.apps.generate import Clip, generate
 from fastdit.apps.jobs import Job
-from fastdit.apps.media import contact_sheet, encode, ffmpeg, png, to_uint8
+from fastdit.apps.media import UserError, contact_sheet, encode, ffmpeg, png, to_uint8
 from fastdit.apps.models import check_shape, defaults, denoisers, dropped_tokens, load, tokens
 from fastdit.apps.settings import Settings
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result:
-    """record: what the manifest keeps, all JSON; report: in full, for the file beside the clip; said: in words.
+    """record: what the manifest keeps, all JSON; report: of the run; said: in words.
 
     files: {suffix: content}, the clip itself last, so that what is there is all there.
     """
 
     record: dict[str, Any]
-    report: dict[str, Any]
+    report: Report
     files: dict[str, bytes]
     said: str
 
@@ -107,10 +107,12 @@ class Renderer:
         check_shape(pipe, settings.frames, settings.height, settings.width)
         facts = {"job": job.hash, "state": "done", "index": job.index, "where": job.where, "seed": settings.seed}
         facts |= record(settings, pipe) | {"dropped_tokens": dropped_tokens(pipe, settings.prompt)}
-        facts["tokens"] = tokens(pipe, settings.frames, settings.height, settings.width)
+        facts["tokens"] = count = tokens(pipe, settings.frames, settings.height, settings.width)
+        if count % (parts := settings.ulysses * settings.ring):
+            raise UserError(f"{count} tokens cannot be shared by {parts} processes: change the height or width", 2)
         if job.repeats:
             self.restore()
-            result = both(pipe, settings, job.repeats, facts, self.show)
+            result = both(pipe, settings, job.repeats, facts, self.show, on_step)
         else:
             self.accelerate(settings)
             clip = generate(pipe, settings, show=self.show, on_step=on_step)
@@ -131,7 +133,7 @@ class Renderer:
             "frames_sha256": sha256(clip),
         }
         said = f"{report}\n" + "  ".join(f"{stage} {taken:.2f} s" for stage, taken in facts["seconds"].items())
-        return Result(facts, report.to_dict(), ({} if len(clip.frames) == 1 else sheet) | clip_files, said)
+        return Result(facts, report, ({} if len(clip.frames) == 1 else sheet) | clip_files, said)
 
 
 def sha256(clip: Clip) -> str:

@@ -22,8 +22,8 @@ class Settings:
     """All that decides a clip and how it is run; where nothing is said, what suits the embedded model.
 
     model: folder or Hub id, None: embedded. custom: replaces the preset. height, width: pixels; fps: frames a second; image: a
-    file to start from; lora: folder, file or Hub id, with @scale if it is not 1. format, crf: of the video file. The last four
-    change speed and memory only.
+    file to start from; lora: folder, file or Hub id, with @scale if it is not 1. format, crf: of the video file. What follows
+    changes speed and memory only; ulysses, ring: processes that share a video.
     """
 
     prompt: str
@@ -47,6 +47,8 @@ class Settings:
     cpu_offload: str = "none"
     compile: bool = False
     vae_tiling: bool = False
+    ulysses: int = 1
+    ring: int = 1
 
     def config(self) -> Config:
         """The preset's configuration. Raises UserError listing the presets."""
@@ -76,6 +78,9 @@ class Settings:
         for name, size in (("frames", self.frames), ("height", self.height), ("width", self.width)):
             if size < 0:
                 raise UserError(f"--{name} must be positive, got {size}", 2)
+        for name, size in (("ulysses", self.ulysses), ("ring", self.ring)):
+            if size < 1:
+                raise UserError(f"--{name} must be at least 1, got {size}", 2)
         if self.format not in FORMATS:
             raise UserError(f"--format must be one of {', '.join(FORMATS)}, got {self.format!r}", 2)
         if not 0 <= self.crf <= 51:
@@ -97,4 +102,14 @@ class Settings:
     @property
     def pipeline(self) -> tuple[Any, ...]:
         """What the loaded pipeline depends on."""
-        return (self.model, self.device, self.dtype, self.lora, self.cpu_offload, self.compile, self.vae_tiling)
+        return (
+            self.model,
+            self.device,
+            self.dtype,
+            self.lora,
+            self.cpu_offload,
+            self.compile,
+            self.vae_tiling,
+            self.ulysses,
+            self.ring,
+        )

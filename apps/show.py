@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdit.apps.bench import write_block
+from fastdit.apps.bench import around_block, write_block
 from fastdit.apps.media import UserError
+from fastdit.apps.presets import about
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,6 +94,7 @@ def show_gallery(
     from fastdit.layout import Layout
     from fastdit.policies import POLICIES
 
+    around_block(docs / "policies.md", BEGIN, END)  # before a minute of drawing
     folder = docs / "policies"
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["| | policy | of all pairs |", "|---|---|--:|"]
@@ -101,10 +102,10 @@ def show_gallery(
         policy = make(name, [])
         image, density = draw(policy, Layout((9, 16, 16), (1, 4, 4)), 0.6)
         image.quantize(16).save(folder / f"{name}.png", optimize=True)
-        several = POLICIES[name].__module__.endswith("compose")
-        first = ((POLICIES[name] if several else sys.modules[POLICIES[name].__module__]).__doc__ or "").split("\n")[0]
-        lines.append(f'| <img src="policies/{name}.png" width="220"> | **{policy}**<br>{first} | {density:.0%} |')
-    text = "\n".join([*lines, "", *quality(docs / "results" / "policies.json"), "", *cost(docs / "results" / "selection.json")])
+        lines.append(f'| <img src="policies/{name}.png" width="220"> | **{policy}**<br>{about(type(policy))} | {density:.0%} |')
+    results = docs / "results"
+    costs = cost(results / "selection.json", results / "gpu_selection.json")
+    text = "\n".join([*lines, "", *quality(results / "policies.json"), "", *costs])
     write_block(docs / "policies.md", BEGIN, END, text)
     write_block(docs / "statistics.md", "<!-- reuse -->", "<!-- /reuse -->", statistics(docs / "results" / "reuse.json"))
     typer.echo(f"{docs / 'policies.md'}: {len(POLICIES)} pictures and two tables; {docs / 'statistics.md'}: one table")
@@ -200,16 +201,18 @@ def quality(path: Path) -> list[str]:
     return lines
 
 
-def cost(path: Path) -> list[str]:
-    """Markdown of the rows that `fastdit.apps.tiny.selection_cost` wrote."""
-    rows = json.loads(path.read_text(encoding="utf-8"))
+def cost(cpu: Path, gpu: Path) -> list[str]:
+    """Markdown of the rows of `fastdit.apps.tiny.selection_cost` on a CPU and of `fastdit bench gpu` on a GPU."""
+    rows, others = (json.loads(path.read_text(encoding="utf-8")) for path in (cpu, gpu))
+    there = {row["policy"]: row["of dense"] for row in others["rows"]}
     lines = [
-        "Time to choose tiles (9,216 tokens, two CPU cores) of dense attention's:",
+        "Time to choose tiles, of dense attention's:",
         "",
-        "| policy | share |",
-        "|---|--:|",
+        "| policy | two CPU cores, 9,216 tokens | H200, 75,600 tokens |",
+        "|---|--:|--:|",
     ]
-    return [*lines, *(f"| {row['policy']} | {row['of dense']:.1%} |" for row in rows if row["policy"] != "dense")]
+    found = ((row["policy"], row["of dense"]) for row in rows if row["policy"] != "dense")
+    return [*lines, *(f"| {name} | {share:.1%} | {there[name]:.1%} |" for name, share in found)]
 
 
 def statistics(path: Path) -> str:
@@ -219,14 +222,16 @@ def statistics(path: Path) -> str:
     densities = sorted({asked for arm, asked in rows if arm == "sparse only"}, reverse=True)
     lines = [
         f"{measured['clips']} clips of {measured['size']} ({measured['tokens']:,} tokens), {measured['steps']} steps, dense at "
-        f"one step in {measured['refresh']}. Relative error of the last latents, and of the velocity at the dense ones:",
+        f"one step in {measured['refresh']}. Relative error of the last latents, and of the velocity at the dense ones; "
+        f"seconds of a clip ({measured['device']}, dense {rows['dense', 1.0]['seconds']:.2f}):",
         "",
         "| what is remembered | " + " | ".join(f"window {density:g}" for density in densities) + " |",
         "|---" + "|--:" * len(densities) + "|",
     ]
     for arm in dict.fromkeys(arm for arm, _ in rows if arm != "dense"):
         cells = [rows.get((arm, density)) or rows[arm, 0.0] for density in densities]
-        lines.append(f"| {arm} | " + " | ".join(f"{row['final']:.2f}, {row['forced']:.3f}" for row in cells) + " |")
+        text = [f"{row['final']:.2f}, {row['forced']:.3f}; {row['seconds']:.2f}" for row in cells]
+        lines.append(f"| {arm} | {' | '.join(text)} |")
     return "\n".join(lines)
 
 

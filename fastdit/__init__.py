@@ -1,7 +1,8 @@
 """Sparse, quantized, self-measuring attention for Hugging Face diffusers."""
 
-from fastdit.api import FastAttnProcessor, accelerate, patch_diffusers, propagate_encoder, report, restore
+from fastdit.api import FastAttnProcessor, accelerate, install, patch_diffusers, propagate_encoder, report, restore
 from fastdit.config import Config, Phase
+from fastdit.facts import REST, Facts
 from fastdit.policies import Dense, Window
 from fastdit.presets import PRESETS, preset
 from fastdit.quant import Quant
@@ -11,8 +12,10 @@ from fastdit.reuse import Reuse
 __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
+    "REST",
     "Config",
     "Dense",
+    "Facts",
     "FastAttnProcessor",
     "Phase",
     "Quant",
@@ -20,6 +23,7 @@ __all__ = [
     "Reuse",
     "Window",
     "accelerate",
+    "install",
     "preset",
     "propagate_encoder",
     "report",

@@ -1,5 +1,5 @@
-"""The few calls most people need: `accelerate`, `propagate_encoder`, `restore`, `report` and, for
-`set_attn_processor`, `FastAttnProcessor`.
+"""The few calls people need: `accelerate`, `install`, `propagate_encoder`, `restore`, `report`, and
+`set_attn_processor(FastAttnProcessor())`.
 
 diffusers has `set_attn_processor` on models; importing fastdit adds it to pipelines, and teaches the models' own to take a
 `FastAttnProcessor`. Every other processor goes where it always went.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -18,10 +18,12 @@ from torch import nn
 
 from fastdit.config import Config
 from fastdit.handle import Handle
+from fastdit.pipelines import own
 from fastdit.pipelines.adapter import adapter_for
 from fastdit.pipelines.encoder import encoder_of
 from fastdit.presets import DEFAULT, preset
-from fastdit.processor import install, installed, replace, uninstall
+from fastdit.processor import install as install_model
+from fastdit.processor import installed, replace, uninstall
 from fastdit.propagate import KEY_STEPS, Propagation, propagation_of
 from fastdit.report import Report
 
@@ -53,14 +55,40 @@ def accelerate(target: Any, config: str | Config = DEFAULT) -> Handle:
     """
     resolved = _config(config)
     models = dict(_denoisers(target))
-    adapters = {name: adapter_for(model) for name, model in models.items()}
+    adapters = {  # a model that was described by `install` stays described
+        name: adapter_for(model) if (denoiser := installed(model)) is None else denoiser.adapter
+        for name, model in models.items()
+    }
     _restore_attention(target)
     handle = Handle(resolved)
     for name, model in models.items():
-        install(model, name, adapters[name], handle)
+        install_model(model, name, adapters[name], handle)
     handle.restore = functools.partial(_restore_attention, target)
     if not isinstance(target, nn.Module):
         handle.pipeline = weakref.ref(target)
+    return handle
+
+
+def install(
+    model: nn.Module, layout: own.Description, config: str | Config = DEFAULT, *, skip: Mapping[str, str] = own.SKIP
+) -> Handle:
+    """`accelerate` for a model that fastdit does not know: an own subclass with other arguments, or a denoiser of one's own.
+
+    layout: a function that gets the arguments of the model's forward by name and returns `fastdit.Facts`: the grid (T, H, W)
+    in tokens, the noise level σ, and how many other tokens of the same sequence lie before and behind the grid. It is called
+    once per forward and traced by torch.compile, so it may use shapes and tensor operations, but not read tensors' values.
+    Or the name of a model class that has its tokens in the same places ("WanTransformer3DModel"), or an object like those
+    of `fastdit.pipelines`. skip: parts of module names that are no self-attention, each with the reason the report shall give.
+
+    The model's attention modules must keep their attention in a `processor`, as diffusers' do. Returns the handle, as
+    `accelerate` does. Raises ValueError for a layout that describes nothing; the model is unchanged then.
+    """
+    resolved, model = _config(config), getattr(model, "_orig_mod", model)
+    adapter = own.adapter_of(model, layout, skip)
+    _restore_attention(model)
+    handle = Handle(resolved)
+    install_model(model, "model", adapter, handle)
+    handle.restore = functools.partial(_restore_attention, model)
     return handle
 
 
@@ -166,8 +194,7 @@ _set_on_model = AttentionMixin.set_attn_processor
 def _model_set_attn_processor(self: Any, processor: Any) -> None:
     if isinstance(processor, FastAttnProcessor):
         accelerate(self, processor.config)
-        return
-    if installed(self) is None:
+    elif installed(self) is None:
         _set_on_model(self, processor)
     else:
         replace(self, processor, functools.partial(_set_on_model, self))

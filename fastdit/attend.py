@@ -6,7 +6,6 @@ graph.
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +16,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from fastdit import guard, memory, ops, trim
+from fastdit.clock import Stopwatch
 from fastdit.handle import Denoiser, Handle, Ran, Site
 from fastdit.memory import Memory
 from fastdit.place import Place, find_place
@@ -28,13 +28,24 @@ SDPA = "F.scaled_dot_product_attention"
 
 
 def attend(
-    denoiser: Denoiser, ids: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, backend: str
+    denoiser: Denoiser,
+    ids: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    backend: str,
+    at: Tensor | None = None,
 ) -> Tensor:
-    """[B, N, H, D] -> [B, N, H, D] at the site of this number in the denoiser's call. Traced by torch.compile."""
-    places = [denoiser.before, denoiser.after, int(denoiser.ragged), *denoiser.grid]
+    """[B, N, H, D] -> [B, N, H, D] at the site of this number in the denoiser's call. Traced by torch.compile.
+
+    at: int64 [n], where q has only n of the sequence's tokens: which ones.
+    """
+    places = [denoiser.before, denoiser.after, int(denoiser.ragged), int(denoiser.unread), *denoiser.grid]
     for grid in denoiser.coarser:
         places.extend(grid)
-    return _site_attention(q, k, v, mask, ids, denoiser.sigma, denoiser.where, places, scale, backend)
+    return _site_attention(q, k, v, mask, ids, denoiser.sigma, denoiser.where, at, places, scale, backend)
 
 
 @torch.library.custom_op("fastdit::site_attention", mutates_args=())
@@ -46,6 +57,7 @@ def _site_attention(
     ids: Tensor,
     sigma: Tensor,
     where: Tensor | None,
+    at: Tensor | None,
     places: list[int],
     scale: float | None,
     backend: str,
@@ -54,16 +66,16 @@ def _site_attention(
     handle = Handle.find(number)
     level, site = float(sigma), handle.sites[index]
     handle.begin_call(level, site)
-    call = _Call(handle, site, level, where, places, scale, backend)
+    call = _Call(handle, site, level, where, at, places, scale, backend)
     keys = None
     if mask is not None:
         keys = trim.read(mask, q.shape[0], q.shape[1], k.shape[1])
         if keys is None:
-            return call.dense(call.lacking("the mask hides more than whole keys"), q, k, v, mask).contiguous()
+            return call.dense(call.lacking(trim.why_not(mask)), q, k, v, mask).contiguous()
         if all(runs == ((0, k.shape[1]),) for runs in keys.kept):
             keys = None
     if keys is None:
-        return call.answer(q, k, v, call.place(q.shape[1])).contiguous()
+        return call.answer(q, k, v, call.place(k.shape[1])).contiguous()
     groups = defaultdict(list)
     for row, runs in enumerate(keys.kept):
         groups[runs].append(row)
@@ -98,17 +110,19 @@ class _Call:
     site: Site
     sigma: float
     where: Tensor | None
+    at: Tensor | None
     places: list[int]
     scale: float | None
     backend: str
 
     def trimmed(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, runs: trim.Runs, square: bool) -> None:
-        """Into out. Hidden tokens are no keys; as queries they attend what is left, or stay 0 if the mask is square."""
+        """Into out. Hidden tokens are no keys; as queries they attend what is left, or stay 0 if the mask is square, or if they
+        are text of which nobody reads what becomes."""
         hidden = trim.gaps(runs, q.shape[1])
         query, key, value = (trim.take(x, runs) for x in (q, k, v))
         place = self.place(q.shape[1], runs)
         trim.put(out, self.answer(query, key, value, place, trim.count(hidden), branch=runs), runs)
-        if square:
+        if square or (self.places[3] and not isinstance(place, str)):
             trim.put(out, torch.zeros_like(trim.take(q, hidden)), hidden)
         else:
             trim.put(out, self.original(trim.take(q, hidden), key, value), hidden)
@@ -118,24 +132,24 @@ class _Call:
     ) -> Tensor:
         """Sparse, quantized or dense as planned; again on a higher rung of the guard while the answer is not good enough."""
         while True:
-            key = (self.site.denoiser.branch, branch, place, q.shape, q.dtype, self.phase(), self.site.rung)
-            held = self.site.memories.setdefault(key, Memory())
+            key = (self.site.denoiser.branch, branch, place, q.shape, q.dtype, self.site.rung)
+            held = self.site.memory(self.phase(), *key)
             plan, roll = self.plan(q, k, v, place, held)
             if plan.reason is not None:
                 return self.dense(plan, q, k, v, trimmed=trimmed)
-            watch = _Stopwatch(q)
-            query, key_, value = (_roll(x, roll).transpose(1, 2) for x in (q, k, v))
+            watch = Stopwatch(q)
+            query, key_, value = self.rolled(q, k, v, roll)
             out, how = memory.attention(
                 query, key_, value, plan, plan.reuse, held, self.scale,
-                lambda: self.original(_roll(q, roll), _roll(k, roll), _roll(v, roll)).transpose(1, 2),  # noqa: B023
-                lambda: sum(memory.bytes() for site in self.handle.sites for memory in site.memories.values()),
+                lambda: self.original(*(x.transpose(1, 2) for x in (query, key_, value))).transpose(1, 2),  # noqa: B023
+                lambda device: sum(m.bytes(device) for site in self.handle.sites for m in site.memories.values()),
             )  # fmt: skip
             error, why = self.fault(query, key_, value, out, how)
             if why is None:
                 skipped = how == "reuse" and plan.reuse.kind == "broadcast"
                 density = 1.0 if how in ("refresh", "dense") else 0.0 if skipped else plan.density
                 self.record(replace(plan, density=density), how, watch, trimmed, error, held.no_room)
-                return _roll(out.transpose(1, 2), -roll)
+                return out.transpose(1, 2) if self.at is not None else _roll(out.transpose(1, 2), -roll)
             self.site.climb(why, guard.TOP if error is None else self.site.rung + 1)
 
     def fault(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, how: str) -> tuple[float | None, str | None]:
@@ -150,7 +164,7 @@ class _Call:
         return error, f"error {error:.3g} over the budget of {budget:g}" if error > budget else None
 
     def place(self, tokens: int, kept: trim.Runs | None = None) -> Place | str:
-        before, after, ragged, *sides = self.places
+        before, after, ragged, _, *sides = self.places
         grids = [(sides[i], sides[i + 1], sides[i + 2]) for i in range(0, len(sides), 3)]
         if self.where is not None:
             t, h, w = self.where.tolist()
@@ -168,7 +182,7 @@ class _Call:
             return self.lacking(place), 0
         phase, layers = self.phase(), len(self.site.denoiser.sites)
         roll = place.after if place.before and phase is not None else 0
-        query, key, value = (_roll(x, roll).transpose(1, 2) for x in (q, k, v))
+        query, key, value = self.rolled(q, k, v, roll)
         config = guard.raised(self.handle.config, self.site.rung)
         age = 1 if phase is None else config.phases[phase].reuse.map_age
         known = (held.block_mask, held.density) if held.block_mask is not None and held.map_uses < age else None
@@ -181,7 +195,14 @@ class _Call:
         if age > 1:
             held.block_mask, held.density = plan.block_mask, plan.density
             held.map_uses = 1 if known is None else held.map_uses + 1
+        if self.at is not None and plan.block_mask is not None:
+            plan = replace(plan, block_mask=plan.block_mask.for_queries((self.at + roll) % k.shape[1]))
         return plan, roll
+
+    def rolled(self, q: Tensor, k: Tensor, v: Tensor, roll: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, H, N, D], the sequence's tokens rolled; queries that are only some of them stay where they are."""
+        q = q if self.at is not None else _roll(q, roll)
+        return q.transpose(1, 2), _roll(k, roll).transpose(1, 2), _roll(v, roll).transpose(1, 2)
 
     def lacking(self, reason: str) -> Plan:
         """Dense for want of something, which a strict configuration does not accept. Raises RuntimeError then."""
@@ -190,7 +211,7 @@ class _Call:
         return Plan(self.phase(), 1.0, None, Quant(), reason)
 
     def dense(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, trimmed: int = 0) -> Tensor:
-        watch = _Stopwatch(q)
+        watch = Stopwatch(q)
         out = self.original(q, k, v, mask)
         reason = self.site.guarded if self.site.rung == guard.TOP and self.site.guarded else plan.reason
         self.record(replace(plan, reason=reason), "dense", watch, trimmed)
@@ -205,31 +226,13 @@ class _Call:
         return dispatch_attention_fn(q, k, v, mask, scale=self.scale, backend=backend)
 
     def record(
-        self, plan: Plan, how: str, watch: _Stopwatch, trimmed: int = 0, error: float | None = None, no_room: str | None = None
+        self, plan: Plan, how: str, watch: Stopwatch, trimmed: int = 0, error: float | None = None, no_room: str | None = None
     ) -> None:
         step, rung = self.handle.clock.step, self.site.rung
         self.site.ran.append(
             Ran(plan.phase, plan.density, how, plan.reason or no_room, step, self.sigma, str(plan.quant), trimmed, error, rung,
                 watch.stop())
         )  # fmt: skip
-
-
-class _Stopwatch:
-    """Seconds from its making to `stop`; on a GPU the two events between which they passed, so that nobody waits for them."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.cuda = like.is_cuda
-        self.start = self._now()
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self) -> Any:
-        return (self.start, self._now()) if self.cuda else self._now() - self.start
 
 
 def _roll(x: Tensor, tokens: int) -> Tensor:

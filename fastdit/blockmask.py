@@ -7,7 +7,7 @@ itself and nobody pays for a permutation of the whole sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,18 @@ class BlockMask:
         order = layout.order(tile_map.device)
         indices = tile_map.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         return cls(tile_map.sum(-1, dtype=torch.int32), indices.to(torch.int32), order, order, layout.length, layout.length)
+
+    def for_queries(self, at: Tensor) -> BlockMask:
+        """The same for some of the queries: at, int64 [n], says which token of the sequence each of them is."""
+        new = torch.full((self.q_len,), -1, dtype=torch.long, device=at.device)
+        new[at] = torch.arange(len(at), device=at.device)
+        order = torch.where(self.q_order >= 0, new[self.q_order.clamp(min=0)], -1)
+        order = order.gather(1, (order < 0).to(torch.int8).argsort(dim=1, stable=True))  # padding behind real tokens
+        tiles = order[:, 0] >= 0
+        return replace(
+            self, kv_num_blocks=self.kv_num_blocks[..., tiles].contiguous(),
+            kv_indices=self.kv_indices[..., tiles, :].contiguous(), q_order=order[tiles], q_len=len(at),
+        )  # fmt: skip
 
     def to_tile_map(self) -> Tensor:
         """Back to bool [b, h, q_tiles, k_tiles]."""

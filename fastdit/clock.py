@@ -6,7 +6,12 @@ Guidance calls a denoiser twice a step in one pipeline and once in another, step
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 RISE = 1e-4
 """σ must rise by this much to mean a new run; solvers that call twice at one σ repeat it to within rounding."""
@@ -29,3 +34,21 @@ class Clock:
             self.step += 1
         self.sigma = sigma
         return begins
+
+
+class Stopwatch:
+    """Seconds from its making to `stop`; on a GPU the two events between which they passed, so that nobody waits for them."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.cuda = like.is_cuda
+        self.start = self._now()
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> Any:
+        return (self.start, self._now()) if self.cuda else self._now() - self.start

@@ -21,6 +21,7 @@ class Facts(NamedTuple):
     before, after: other tokens of the same sequence (text, reference images), in front of the grid's and behind them; one of
         them may be `REST`.
     ragged: each batch element has its own number of tokens before the grid, and padding behind it.
+    unread: nobody reads what becomes of tokens that a mask hides: all layers hide them, and the model's answer is without them.
     coarser: further grids, of the lower resolutions of a UNet; a site's number of tokens tells which is its own.
     """
 
@@ -29,6 +30,7 @@ class Facts(NamedTuple):
     before: int = 0
     after: int = 0
     ragged: bool = False
+    unread: bool = False
     coarser: tuple[Grid, ...] = ()
 
     @property

@@ -64,10 +64,17 @@ class Site:
     ran: list[Ran] = field(default_factory=list)
     refusal: str | None = None
     """Why the last call went straight to the pipeline's own attention, seen when the call was traced."""
-    memories: dict[Hashable, Memory] = field(default_factory=dict)
+    memories: dict[tuple[Any, ...], Memory] = field(default_factory=dict)
     rung: int = 0
     guarded: str | None = None
     """Why the guard last raised the rung."""
+
+    def memory(self, phase: int | None, *key: Hashable) -> Memory:
+        """What is remembered for a phase and branch, shape, …: new at first. What another phase left goes: the noise level
+        only falls, and a phase begins with statistics of its own."""
+        for other in [other for other in self.memories if other[0] != phase]:
+            del self.memories[other]
+        return self.memories.setdefault((phase, *key), Memory())
 
     def climb(self, why: str, rung: int) -> None:
         self.guarded, self.rung = f"guard: {why} at noise level {self.denoiser.sigma.item():.3f}", rung
@@ -100,6 +107,7 @@ class Denoiser:
     before: int = 0
     after: int = 0
     ragged: bool = False
+    unread: bool = False
     where: Tensor | None = None
     """The grid, on the CPU, where it is only known when the call runs."""
     sigma: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -108,12 +116,14 @@ class Denoiser:
     """Which of several calls at one noise level this is (conditional, unconditional, …)."""
     contexts: Callable[[], str | None] = field(default=lambda: None)
     """The name that the pipeline gives to the branch (diffusers' `cache_context`), where a step cache keeps one."""
+    splits_text: Callable[[], bool] = field(default=lambda: False)
+    """Whether text is split over processes beside the picture (`hooked.splits_text`)."""
     _at: tuple[float, int, int] = (-1.0, 0, 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
         twin = memo[id(self)] = copy.copy(self)
         twin.handle, twin.sites = copy.deepcopy((self.handle, self.sites), memo)
-        twin.contexts = lambda: None  # its own are those of the model it was copied from
+        twin.contexts, twin.splits_text = lambda: None, lambda: False  # its own are those of the model it was copied from
         return twin
 
     def count(self, sigma: float, layer: int, begins: bool) -> None:
@@ -147,8 +157,8 @@ class Observe:
             denoiser.grid, denoiser.where = (0, 0, 0), facts.grid.to("cpu", torch.int64)
         else:
             denoiser.grid, denoiser.where = facts.grid, None
-        denoiser.before, denoiser.after, denoiser.ragged = facts.before, facts.after, facts.ragged
-        denoiser.coarser = facts.coarser
+        denoiser.before, denoiser.after, denoiser.coarser = facts.before, facts.after, facts.coarser
+        denoiser.ragged, denoiser.unread = facts.ragged, facts.unread
         denoiser.sigma = facts.sigma.amax().to("cpu", torch.float32)
 
 

@@ -11,7 +11,7 @@ VIRIDIS = ((68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 
            (173, 220, 48), (253, 231, 37))  # fmt: skip
 """Nine samples of matplotlib's viridis, dark to light."""
 EMPTY = (225, 225, 225)
-CELL, EDGE, LEGEND = 14, 56, 90
+CELL, EDGE, LEGEND, TITLE = 14, 56, 90, 270
 
 
 def colour(share: float) -> tuple[int, int, int]:
@@ -32,7 +32,7 @@ def draw(points: Sequence[tuple[int, int, float | None]], what: str, sites: int)
     means = {place: sum(values) / len(values) for place, values in cells.items()}
     steps = 1 + max((step for step, _, _ in points), default=0)
     top = 1.0 if what == "density" else max(means.values(), default=0.0) or 1.0
-    width, height = EDGE + steps * CELL + LEGEND, EDGE + max(sites, 8) * CELL
+    width, height = EDGE + max(steps * CELL + LEGEND, TITLE), EDGE + max(sites, 8) * CELL
     image = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default()
     pen.text((EDGE, 6), f"{what} by step (right) and attention layer (down)", "black", font)

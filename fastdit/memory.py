@@ -40,8 +40,10 @@ class Memory:
     no_room: str | None = None
     """Why nothing is remembered, though it should be."""
 
-    def bytes(self) -> int:
-        return (0 if self.ratio is None else self.ratio.nbytes) + (0 if self.kept is None else self.kept.bytes())
+    def bytes(self, device: torch.device | None = None) -> int:
+        """Held on a device; None: on all."""
+        tensors = [self.ratio, *((self.kept.data, self.kept.scale) if self.kept is not None else ())]
+        return sum(x.nbytes for x in tensors if x is not None and device in (None, x.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +66,16 @@ class Stored:
         x = self.data.to(like.device, non_blocking=True).to(torch.promote_types(like.dtype, torch.float32))
         return x if self.scale is None else x * self.scale.to(like.device)
 
-    def bytes(self) -> int:
-        return self.data.nbytes + (0 if self.scale is None else self.scale.nbytes)
-
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, reuse: Reuse, memory: Memory, scale: float | None,
-    dense: Callable[[], Tensor], held: Callable[[], int] = lambda: 0,
+    dense: Callable[[], Tensor], held: Callable[[torch.device], int] = lambda device: 0,
     compute: Callable[..., tuple[Tensor, Tensor]] = remainder.attention,
 ) -> tuple[Tensor, str]:  # fmt: skip
     """One call with what was remembered, which it updates: q, k, v [B, H, N, D] -> out like q, and how: "sparse",
     "refresh" or "reuse"; "dense" where there is no room to remember anything.
 
-    dense: the best dense attention there is for these inputs; held: bytes that all sites remember already; compute:
+    dense: the best dense attention there is for these inputs; held: bytes that all sites remember already on a device; compute:
     `remainder.attention`, or what stands in its place.
     """
 
@@ -102,11 +101,13 @@ def attention(
     memory.uses, memory.ratio, memory.kept = 0, None, None
     host = reuse.host
     if reuse.kind != "ratio":
-        needs = q.numel() * STORES[reuse.store].itemsize
+        rows = q.numel() // q.shape[-1]  # each with a ratio, or a scale
+        needs = q.numel() * STORES[reuse.store].itemsize + 4 * rows * ((reuse.kind == "retention") + (reuse.store == "fp8"))
         places = [torch.device("cpu")] if host or not q.is_cuda else [q.device, torch.device("cpu")]
-        found = [place for place in places if held() + needs <= (free_bytes(place) + held()) // 2]
+        found = [place for place in places if held(place) + needs <= (free_bytes(place) + held(place)) // 2]
         if not found:
-            memory.no_room = f"{reuse.kind}: no room for {needs / 2**20:.0f} MB beside {held() / 2**20:.0f} MB remembered"
+            beside = sum(map(held, places)) / 2**20
+            memory.no_room = f"{reuse.kind}: no room for {needs / 2**20:.0f} MB beside {beside:.0f} MB remembered"
             return dense(), "dense"  # densities chosen for use with statistics do not hold without them
         host = found[0].type == "cpu"
     if reuse.kind == "broadcast":

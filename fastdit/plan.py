@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdit.blockmask import BlockMask
 from fastdit.config import Config
+from fastdit.kernels import configs
 from fastdit.layout import Grid, Layout, fit_tile
 from fastdit.policies import Dense, Policy
 from fastdit.quant import Quant
@@ -57,19 +58,27 @@ def make_plan(
     v: Tensor,
     known: tuple[BlockMask, float] | None = None,
 ) -> Plan:
-    """Resolve one call. q, k and v: [B, H, N, D] in token order; layer: index among the denoiser's `layers` sites; known: block
-    mask and density that a dynamic policy chose in an earlier step and that shall serve on."""
+    """Resolve one call. q, k and v: [B, H, N, D] in token order (q may have fewer tokens than the sequence); layer: index
+    among the denoiser's `layers` sites; known: block mask and density that a dynamic policy chose in an earlier step and that
+    shall serve on."""
     phase = config.at(sigma, layer, layers)
     if phase is None:
-        return _dense(phase, f"no phase for noise level {sigma:.3f}" if config.phases else "the configuration is dense")
+        none = f"no phase for noise level {sigma:.3f} and layer {layer} of {layers}"
+        return _dense(phase, none if config.phases else "the configuration is dense")
     policy, quant = config.phases[phase].policy, config.phases[phase].quant
     tokens = math.prod(grid) + text_len
-    if q.shape[2] != tokens:
-        return _dense(phase, f"{q.shape[2]} tokens where the denoiser's input makes {tokens}")
+    if k.shape[2] != tokens:
+        return _dense(phase, f"{k.shape[2]} tokens where the denoiser's input makes {tokens}")
     if tokens < config.min_tokens:
         return _dense(phase, f"{tokens} tokens: below {config.min_tokens}, sparse attention does not pay")
     if isinstance(policy, Dense):
-        return _dense(phase, "the phase is dense") if quant.is_none else Plan(phase, 1.0, None, quant, None)
+        if quant.is_none:
+            return _dense(phase, "the phase is dense")
+        if q.is_cuda and config.min_tokens and tokens < configs.PAYS_FROM[quant.qk]:
+            return _dense(phase, f"{tokens} tokens: all of attention in {quant} is no faster there")
+        return Plan(phase, 1.0, None, quant, None)
+    if q.shape[2] != tokens and not policy.static:
+        return _dense(phase, f"{policy} chooses by all queries, which are spread over processes")
     layout = layout_of(config, grid, text_len, text_first)
     if known is not None:
         block_mask, density = known

@@ -5,7 +5,7 @@ A bound processor runs a clone of the original processor's `__call__` in whose g
 model's own code. Both names end in one opaque op (`fastdit.attend`), which decides at run time (noise level, phase, plan), so
 that a compiled denoiser is one graph for all steps and, block by block, one graph for all layers.
 
-What fastdit does not do (causal or grouped attention, dropout, attention split over processes, cross-attention) goes to the
+What fastdit does not do (causal or grouped attention, dropout, cross-attention) goes to the
 original function, with the original backend, and is reported.
 """
 
@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.hooks.hooks import StateManager
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
+from fastdit import hooked, parallel
 from fastdit.attend import SDPA, attend
 from fastdit.facts import Adapter
 from fastdit.handle import Denoiser, Handle, Observe, Site
@@ -111,8 +111,8 @@ def _dispatch(
     """Stands for diffusers' `dispatch_attention_fn`: q, k, v [B, N, H, D]."""
     bound = _current.site
     refusal = _refusal(query, key, dropout_p, is_causal, enable_gqa)
-    if parallel_config is not None:
-        refusal = "attention is split over processes"
+    if parallel_config is not None and refusal is None:
+        refusal = parallel.refusal(bound.site.denoiser, parallel_config, attn_mask)
     bound.site.refusal = refusal
     if refusal is not None:
         return dispatch_attention_fn(
@@ -120,6 +120,8 @@ def _dispatch(
             backend=backend, parallel_config=parallel_config,
         )  # fmt: skip
     name = "" if backend is None else str(AttentionBackendName(backend).value)
+    if parallel_config is not None:
+        return parallel.attention(bound.site.denoiser, bound.ids, query, key, value, attn_mask, scale, name, parallel_config)
     return attend(bound.site.denoiser, bound.ids, query, key, value, attn_mask, scale, name)
 
 
@@ -160,7 +162,11 @@ def _refusal(query: Tensor, key: Tensor, dropout_p: float, is_causal: bool, enab
 
 def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> None:
     """Bind every self-attention site of a model into a handle. The model must not be installed yet."""
-    denoiser = Denoiser(name, adapter, handle, contexts=functools.partial(_context, weakref.ref(model)))
+    reference = weakref.ref(model)
+    denoiser = Denoiser(
+        name, adapter, handle, contexts=functools.partial(hooked.context, reference),
+        splits_text=functools.partial(hooked.splits_text, reference),
+    )  # fmt: skip
     first = len(handle.sites)
     for layer, (site_name, _) in enumerate(adapter.sites(model)):
         denoiser.sites.append(Site(site_name, first + layer, layer, denoiser))
@@ -168,20 +174,6 @@ def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> No
     handle.denoisers.append(denoiser)
     bind(model, denoiser)
     model.register_forward_pre_hook(Observe(denoiser), with_kwargs=True)
-
-
-def _context(reference: weakref.ref[nn.Module]) -> str | None:
-    """The name that the pipeline gave to the running call of a model, as the step caches hooked into its blocks hold it."""
-    model = reference()
-    for module in () if model is None else model.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        for hook in () if registry is None else registry.hooks.values():
-            for state in vars(hook).values():
-                # a CacheContext since diffusers 0.39, the bare name before
-                context = getattr(state, "_context", None) or getattr(state, "_current_context", None)
-                if isinstance(state, StateManager) and context is not None:
-                    return str(getattr(context, "name", context))
-    return None
 
 
 def bind(model: nn.Module, denoiser: Denoiser) -> None:

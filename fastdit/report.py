@@ -35,16 +35,19 @@ class PhaseReport:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """ran: "sparse", "dense", "mixed" or "never"; reason: the most frequent cause of a call that stayed dense, or of statistics
-    not kept; error: the largest measured; rung: of the guard, in words; memory: bytes held from step to step."""
+    """ran: "sparse", "dense", "mixed" or "never"; quant: the number format of most calls; reason: the most frequent cause of a
+    call that stayed dense, or of statistics not kept; error: the largest measured; rung: of the guard, in words; reused:
+    calls that statistics completed; memory: bytes held from step to step."""
 
     name: str
     ran: str
     density: float
+    quant: str
     reason: str | None
     seconds: float
     error: float | None
     rung: str
+    reused: int
     memory: int
 
 
@@ -59,6 +62,8 @@ class Report:
     memory: int
     calls: tuple[tuple[int, Ran], ...]
     """(index of the site, what it did) in the order in which they ran."""
+    left: tuple[tuple[str, int], ...] = ()
+    """(why, how many) of the attention modules that are no self-attention of the picture and were not touched."""
 
     @classmethod
     def of(cls, handle: Handle) -> Report:
@@ -70,7 +75,9 @@ class Report:
         if outside := [ran for ran in total if ran.phase is None]:  # noise levels and layers that no phase names
             phases.append(_phase(Phase(), outside))
         sites = tuple(_site(site) for site in handle.sites)
-        return cls(config, _density(total), tuple(phases), sites, sum(site.memory for site in sites), tuple(calls))
+        left = sum((denoiser.left for denoiser in handle.denoisers), Counter())
+        memory = sum(site.memory for site in sites)
+        return cls(config, _density(total), tuple(phases), sites, memory, tuple(calls), tuple(left.most_common()))
 
     def to_dict(self, calls: bool = False) -> dict[str, Any]:
         """For JSON. calls: with a row for every call of every site."""
@@ -80,8 +87,15 @@ class Report:
             "memory": self.memory,
             "phases": [vars(phase) | {"sigma": list(phase.sigma)} for phase in self.phases],
             "sites": [dict(vars(site)) for site in self.sites],
+            "left": dict(self.left),
+            "trimmed": self.trimmed,
         }
         return found | {"calls": [{"site": site} | ran._asdict() for site, ran in self.calls]} if calls else found
+
+    @property
+    def trimmed(self) -> int:
+        """Padded keys cut from all calls together."""
+        return sum(ran.trimmed for _, ran in self.calls)
 
     def heatmap(self, what: str = "density") -> Image:
         """A picture over steps (x) and sites (y) of "density", "error" or "seconds"."""
@@ -90,11 +104,11 @@ class Report:
         return draw([(ran.step, site, getattr(ran, what)) for site, ran in self.calls], what, len(self.sites))
 
     def __str__(self) -> str:
-        rows = [("noise level", "policy", "quant", "remainder", "reuse", "density", "error", "seconds", "calls")]
+        rows = [("noise level", "policy", "quant", "remainder", "reuse", "density", "error", "seconds", "calls", "reused")]
         rows += [
             (
                 f"{p.sigma[0]:g} … {p.sigma[1]:g}", p.policy, p.quant, p.remainder, p.reuse, f"{p.density:.3f}",
-                "" if p.error is None else f"{p.error:.2e}", f"{p.seconds:.3f}", str(p.calls),
+                _number(p.error), f"{p.seconds:.3f}", str(p.calls), str(p.reused),
             )
             for p in self.phases
         ]  # fmt: skip
@@ -103,9 +117,24 @@ class Report:
             f"{count} sites {ran}" + (f" ({reason})" if reason else "") + (f", now {rung}" if rung != guard.RUNGS[0] else "")
             for (ran, reason, rung), count in sites.items()
         ]
+        notes += [f"{count} modules left alone ({why})" for why, count in self.left]
+        if self.trimmed:
+            notes.append(f"padded text cut: {self.trimmed / len(self.calls):.0f} keys a call")
         if self.memory:
             notes.append(f"statistics held: {self.memory / 2**20:.1f} MB")
         return "\n".join([*_table(rows), *notes, f"density over all calls: {self.density:.3f}"])
+
+    def layers(self) -> str:
+        """A table with a row for every site, where `str` of the report only counts them."""
+        rows = [("site", "ran", "quant", "density", "error", "seconds", "reused", "MB held", "guard", "reason")]
+        rows += [
+            (
+                s.name, s.ran, s.quant, f"{s.density:.3f}", _number(s.error), f"{s.seconds:.3f}", str(s.reused),
+                f"{s.memory / 2**20:.1f}", s.rung, s.reason or "",
+            )
+            for s in self.sites
+        ]  # fmt: skip
+        return "\n".join(_table(rows))
 
 
 def _timed(ran: Ran) -> Ran:
@@ -131,7 +160,8 @@ def _density(ran: Sequence[Ran]) -> float:
 def _site(site: Site) -> SiteReport:
     if not site.ran:
         reason = site.refusal or "not called yet"
-        return SiteReport(site.name, "dense" if site.refusal else "never", 1.0, reason, 0.0, None, guard.RUNGS[site.rung], 0)
+        ran = "dense" if site.refusal else "never"
+        return SiteReport(site.name, ran, 1.0, "none", reason, 0.0, None, guard.RUNGS[site.rung], 0, 0)
     timed = [_timed(ran) for ran in site.ran]
     dense = sum(r.how == "dense" for r in timed)
     reasons = Counter(r.reason for r in timed if r.reason is not None)
@@ -139,12 +169,18 @@ def _site(site: Site) -> SiteReport:
         site.name,
         "sparse" if not dense else "dense" if dense == len(timed) else "mixed",
         _density(timed),
+        Counter(r.quant for r in timed).most_common(1)[0][0],
         reasons.most_common(1)[0][0] if reasons else None,
         sum(r.seconds for r in timed),
         max((r.error for r in timed if r.error is not None), default=None),
         guard.RUNGS[site.rung],
+        sum(r.how == "reuse" for r in timed),
         sum(memory.bytes() for memory in site.memories.values()),
     )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}"
 
 
 def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ STORES = ("float32", "bfloat16", "fp8")
 class Reuse:
     """kind: one of `KINDS`. refresh: a dense step every so many (the paper: 5). ramp: λ (the paper: .04; its ablation over
     0 … .04 is within noise). store: type of R, "fp8" with a scale a row; host: keep R in the CPU's memory, where it
-    also goes when the GPU has no room. maps: steps that a
-    dynamic policy's tile map serves; with statistics it serves from refresh to refresh, as they hold for one map only."""
+    also goes when the GPU has no room. maps: steps that a dynamic policy's tile map serves (and so the trades of the heads that
+    `SpatialTemporal` tells apart); with statistics whole refreshes, as they hold for one map only."""
 
     kind: str = "none"
     refresh: int = 5
@@ -35,7 +36,8 @@ class Reuse:
 
     @property
     def map_age(self) -> int:
-        return self.maps if self.kind == "none" else max(self.maps, self.refresh)
+        """Steps that a tile map serves: with statistics, whole refreshes."""
+        return self.maps if self.kind == "none" else math.ceil(self.maps / self.refresh) * self.refresh
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

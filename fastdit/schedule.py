@@ -1,7 +1,9 @@
 """What a configuration will do at which step and layer, told without a model: a schedule to print, plot and test.
 
 A configuration speaks of noise levels; how they fall over the steps is the scheduler's affair. `noise_levels` gives those of
-flow matching (Euler, and what UniPC, Heun and DPM++ do under it): σ' = s·σ / (1 + (s − 1)·σ) for the shift s, σ evenly from 1.
+flow matching: σ' = s·σ / (1 + (s − 1)·σ) for the shift s, σ evenly from 1 to 1/steps. Euler and Heun have them where the
+pipeline hands them over, UniPC and DPM++ to within .003. Euler and Heun left to themselves go evenly from 1 to the smallest
+level they were trained on: give `schedule` the scheduler's own `timesteps / 1000` then.
 """
 
 from __future__ import annotations

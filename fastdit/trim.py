@@ -59,6 +59,12 @@ def read(mask: Tensor, batch: int, queries: int, keys: int) -> Keys | None:
     return Keys(tuple(map(_runs, valid)), square)
 
 
+def why_not(mask: Tensor) -> str:
+    """What a mask is that `read` does not know."""
+    hides = mask.dtype == torch.bool or bool((mask < HIDDEN).any())
+    return "the mask hides more than whole keys" if hides else "the mask adds to the logits and hides nothing"
+
+
 def _runs(valid: Tensor) -> Runs:
     edges = torch.nn.functional.pad(valid.to(torch.int8), (1, 1)).diff().nonzero().flatten().tolist()
     return tuple(zip(edges[::2], edges[1::2], strict=True))

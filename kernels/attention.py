@@ -1,4 +1,4 @@
-"""Block-sparse attention on CUDA tensors: what `kernels/cpu.py` promises, by the Triton kernel of `forward.py`.
+"""Block-sparse attention on CUDA tensors: what `kernels/cpu.py` promises, by the kernels of `forward.py` and `hopper.py`.
 
 Here the inputs are brought into tile order and format, lists of tiles into the order the kernel wants, and the launch is
 sized. INT4 K is half the bytes of INT8 and no faster: Hopper and later have no INT4 unit, and Triton has no INT4 product.
@@ -133,7 +133,13 @@ def block_sparse_attention(
             return torch.empty_like(q).copy_(out), lse
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)  # the interpreter has none
     launch = configs.launch(D, quant, capability, q.dtype == torch.float32)
-    q_rows, k_rows = Rows.of(q_order.shape[1], launch.block_q), Rows.of(k_order.shape[1], launch.block_k)
+    hopper = None
+    if q.is_cuda and capability == (9, 0) and q.element_size() == 2 and bias_k is None and not pooled:
+        hopper = configs.overlapped(D, quant, q_order.shape[1])
+    if hopper is not None and (splits or configs.splits(len(q_order) * B * H, len(k_order), q.device)) == 1:
+        launch = hopper
+    q_rows = Rows.of(q_order.shape[1], launch.block_q, launch.least)
+    k_rows = Rows.of(k_order.shape[1], launch.block_k, launch.least)
     width = max(triton.next_power_of_2(D), 64 if quant.qk == "int4" else 32 if not quant.is_none else 16)
     q_tiles, k_tiles = len(q_order), len(k_order)
     keys = pack(
@@ -151,6 +157,14 @@ def block_sparse_attention(
     padded = k_rows.rows * k_tiles != k.shape[2]
     kv_num_blocks, kv_indices = kv_num_blocks.contiguous(), kv_indices.contiguous()
     lists = lists_of(kv_num_blocks, kv_indices, k_order, k_rows.rows, B, H, padded)
+    num_b, num_h = _shared(kv_num_blocks)
+    index = kv_indices if lists.index is None else lists.index
+    if launch is hopper:
+        from fastdit.kernels.hopper import attend  # Gluon is imported where it runs
+
+        ragged = lists.count, kv_num_blocks, lists.whole, index, lists.schedule
+        shape = q_rows, k_rows, width, quant, scale * LOG2_E, group, launch.stages, padded, (num_b, num_h)
+        return attend(q, queries, keys, values, q_order, ragged, *shape)
     pool: tuple[Tensor | None, ...] = (None,) * 4
     if pooled:
         kept = tile_map(kv_num_blocks, kv_indices)
@@ -160,12 +174,11 @@ def block_sparse_attention(
         splits = configs.splits(programs, k_tiles * k_rows.parts, q.device)
     out = q.new_empty(splits, B, H, Nq, D, dtype=torch.float32) if splits > 1 else torch.empty_like(q)[None]
     lse = q.new_empty(splits, B, H, Nq, dtype=torch.float32)
-    num_b, num_h = _shared(kv_num_blocks)
     forward[(programs, splits)](
         q if queries is None else queries.data, q, keys.data, values.data, out, lse,
         None if queries is None else queries.scale, keys.scale, values.scale, values.mean, tile_bias, factor_q, factor_k,
         keys.mean, *pool, q_order, lists.count, kv_num_blocks, lists.whole,
-        kv_indices if lists.index is None else lists.index, lists.schedule,
+        index, lists.schedule,
         scale * LOG2_E, H, group, Nq, q_tiles, k_tiles, q_rows.slots, splits, q.stride(0), q.stride(1), q.stride(2),
         *out.stride()[:4], num_b, num_h, *((0, 0) if factor_q is None else _shared(factor_q)),
         *((0, 0) if factor_k is None else _shared(factor_k, 1)), 0 if pool[0] is None else pool[0].shape[1],

@@ -1,7 +1,11 @@
-"""Launch settings of the attention kernel: nobody's first step waits for autotuning.
+"""Launch settings of the attention kernels: nobody's first step waits for autotuning.
+
+Hopper's own kernel (`hopper.py`), 32,768 tokens, 8 heads of 128: on an H200, 16 bit 6.1 ms with blocks of 128×128 and two
+stages, 7.4 with 128×64 and four; FP8 5.05 with four stages, 5.12 with two. On an H100, blocks of 64 rows 8.5 ms in 16 bit and
+7.9 in FP8 where 128 took 7.1 and 6.7: tiles of 128 tokens pay. What follows is of the kernel of `forward.py`.
 
 Chosen on an H100 and an H200 at 32,768 tokens from blocks of 64 and 128, 4 and 8 warps, 2 to 5 stages (docs/results/
-sweep_h100.json, bench_kernel_h200.json): five stages are 10-25 % faster than three wherever they fit; 64-row blocks of four
+sweep_h100.json): five stages are 10-25 % faster than three wherever they fit; 64-row blocks of four
 warps beat 128 rows, by a quarter in 8 bits, since two blocks on a multiprocessor hide each other's softmax. Elsewhere: what
 compiles without spills into the architecture's shared memory (tests/test_kernel_compile.py), not yet timed.
 """
@@ -19,13 +23,15 @@ from fastdit.quant import Quant
 class Launch:
     """Largest blocks of query and key rows; stages counts the load of the tile list as one, so three give two buffers.
 
-    local: P relative to the maximum of its own tile instead of the maximum so far.
+    local: P relative to the maximum of its own tile instead of the maximum so far. least: smallest block; 64 in the kernel
+    of `hopper.py`, whose stages are buffers.
     """
 
     block_q: int
     block_k: int
     stages: int
     local: bool = False
+    least: int = 32
 
     def warps(self, block_q: int, dim: int) -> int:
         """Eight for 128 rows of wide heads: four spill there on every architecture."""
@@ -47,6 +53,22 @@ def launch(dim: int, quant: Quant, capability: tuple[int, int], wide: bool = Fal
     if quant.pv == "none" or (dim <= 64 and local):
         return Launch(64, 64, 5, local)
     return Launch(128, 64, 5) if dim <= 64 else Launch(64, 128, 5, local)
+
+
+PAYS_FROM = {"none": 0.0, "fp8": 16384, "int8": 16384, "int4": float("inf")}
+"""Tokens from which all of attention in a format of Q·Kᵀ beats the best dense kernel of 16 bits on an H200: the first length
+measured at which it did (FP8 .98 × at 8,192 and 1.14 × at 16,384, INT8 .89 and 1.10; INT4 .73-.88 at 32,768)."""
+
+
+def overlapped(dim: int, quant: Quant, slots: int) -> Launch | None:
+    """Settings of the kernel of `hopper.py` for query tiles of `slots` tokens, or None where it has none."""
+    if not 32 < dim <= 128 or quant.qk == "int4" or quant.pv == "int8" or quant.smooth_q:
+        return None
+    pair = -(-slots // 64) % 2 == 0  # two warpgroups share what is loaded
+    wide = (quant.qk, quant.pv).count("none")  # of K and V in 16 bits: as many stages as fit
+    if pair:
+        return Launch(128, 128, 4 - wide, least=64)
+    return Launch(64, 128, 2, least=64) if wide == 0 else Launch(64, 64, 2, least=64)
 
 
 def splits(programs: int, steps: int, device: torch.device) -> int:

@@ -31,9 +31,9 @@ class Rows:
     parts: int
 
     @classmethod
-    def of(cls, slots: int, largest: int = 128) -> Rows:
-        """The block (32 to `largest` rows) that pads least; the larger one of equals, which the tensor cores like better."""
-        sizes = [size for size in (128, 64, 32) if size <= largest]
+    def of(cls, slots: int, largest: int = 128, least: int = 32) -> Rows:
+        """The block (`least` to `largest` rows) that pads least; of equals the larger, which the tensor cores like better."""
+        sizes = [size for size in (128, 64, 32) if least <= size <= largest]
         block = min(sizes, key=lambda size: (-(-slots // size) * size, -size))
         return cls(slots, block, -(-slots // block))
 

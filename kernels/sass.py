@@ -76,19 +76,66 @@ def compile_forward(
     signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
     aligned = [*kinds, "q_b", "q_h", "q_n", "o_s", "o_b", "o_h", "o_n"]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    done, said = _compile(ASTSource(kernel, signature, constants, attributes), arch, options)
+    row = {"arch": arch, "dim": dim, "quant": str(quant), "triton": triton.__version__, "block_q": block_q, "block_k": block_k}
+    row |= {"warps": options["num_warps"], "stages": options["num_stages"]}
+    facts, code = _facts(ASTSource(kernel, signature, constants, attributes), arch, options)
+    loop = _inner_loop(code)
+    return row | facts | {"loop": len(loop), "mix": _mix(loop)}
+
+
+def compile_hopper(dim: int, quant: Quant, slots: int = 128, padded: bool = True) -> dict[str, Any]:
+    """The kernel of `hopper.py` for query tiles of `slots` tokens in bfloat16. Its loop is the one without a mask."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from fastdit.kernels.hopper import forward as kernel
+
+    launch = configs.overlapped(dim, quant, slots)
+    if launch is None:
+        raise ValueError(f"no such kernel for head dim {dim} in {quant}")
+    block_q, block_k, width = min(launch.block_q, slots), launch.block_k, max(64, triton.next_power_of_2(dim))
+    k_type, v_type = ({"none": "bf16", "fp8": "fp8e4nv", "int8": "i8"}[x] for x in (quant.qk, quant.pv))
+    types = {"bf16": gl.bfloat16, "fp8e4nv": gl.float8e4nv, "i8": gl.int8}
+
+    def blocks(kind: str, rows: int, columns: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([rows, columns], types[kind])
+        return f"tensordesc<{kind}[{rows}, {columns}],{layout!r}>"
+
+    constants = {
+        "D": dim, "DP": width, "BM": block_q, "BN": block_k, "Q_PARTS": 1, "K_PARTS": 1, "STAGES": launch.stages,
+        "QK": quant.qk, "PV": quant.pv, "PADDED": padded, "CENTRED_K": quant.smooth_k, "CENTRED_V": quant.smooth_v,
+        "P_SHIFT": LARGEST.get(quant.pv, 1.0),
+    }  # fmt: skip
+    kinds = {"Q": k_type, "RawQ": "bf16", "Out": "bf16", "QOrder": "i64"}
+    kinds |= dict.fromkeys(("KCount", "Num", "Whole", "Index", "Schedule"), "i32")
+    kinds |= dict.fromkeys(("Lse", "QScale", "KScale", "VScale", "VMean", "KMean"), "fp32")
+    signature = {name: f"*{kind}" for name, kind in kinds.items()} | {"scale": "fp32", "keys": blocks(k_type, block_k, width)}
+    signature["values"] = blocks(v_type, *((block_k, width) if quant.pv == "none" else (width, block_k)))
+    signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    aligned = [*kinds, "q_b", "q_h", "q_n", "o_b", "o_h", "o_n"]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    options = {"num_warps": 4, "enable_fp_fusion": True} | ({} if block_q == 128 else {"maxnreg": 128})
+    facts, code = _facts(GluonASTSource(kernel, signature, constants, attributes), 90, options)
+    # Warp specialization puts everything into a loop: of those that hold no other, the shortest with a block's exponentials.
+    loops = [body for body in _loops(code) if sum(bool(KINDS["exp2"].match(name)) for name in body) >= block_k // 2]
+    loop = min(loops, key=len)
+    return {"dim": dim, "quant": str(quant), "block_q": block_q, "block_k": block_k} | facts | {
+        "loop": len(loop), "mix": _mix(loop)
+    }  # fmt: skip
+
+
+def _facts(source: Any, arch: int, options: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[int, str]]]:
+    """What ptxas and the compiler say of a kernel, and its instructions."""
+    done, said = _compile(source, arch, options)
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
     registers = re.search(r"Used (\d+) registers", said)
     if frame is None or registers is None:
         raise RuntimeError(f"ptxas said nothing of registers: {said}")
     code = _sass(done.asm["cubin"])
-    loop = _inner_loop(code)
-    row = {"arch": arch, "dim": dim, "quant": str(quant), "triton": triton.__version__, "block_q": block_q, "block_k": block_k}
-    row |= {"warps": options["num_warps"], "stages": options["num_stages"], "registers": int(registers[1])}
-    row |= {"stack": int(frame[1]), "spills": int(frame[2]), "shared": done.metadata.shared}
+    row = {"registers": int(registers[1]), "stack": int(frame[1]), "spills": int(frame[2]), "shared": done.metadata.shared}
     # C7510 and its neighbours say that ptxas waits for every wgmma before the next.
-    row |= {"serialized": bool(re.search(r"C75\d\d|serializ", said)), "loop": len(loop)}
-    return row | {"mma": sorted({m[0] for _, text in code if (m := MMA.match(_name(text)))}), "mix": _mix(loop)}
+    row["serialized"] = bool(re.search(r"C75\d\d|serializ", said))
+    return row | {"mma": sorted({m[0] for _, text in code if (m := MMA.match(_name(text)))})}, code
 
 
 FORMATS = (
@@ -111,7 +158,7 @@ def cases(archs: Iterable[int] = SHARED, dims: Iterable[int] = (64, 128, 256)) -
             yield arch, dim, quant
 
 
-def _compile(source: ASTSource, arch: int, options: dict[str, Any]) -> tuple[Any, str]:
+def _compile(source: Any, arch: int, options: dict[str, Any]) -> tuple[Any, str]:
     wanted = {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
     before = {name: os.environ.get(name) for name in wanted}
     log = io.StringIO()
@@ -143,14 +190,20 @@ def _name(instruction: str) -> str:
     return re.sub(r"^@!?U?P[0-9T]+\s+", "", instruction).split()[0].rstrip(",")
 
 
-def _inner_loop(code: list[tuple[int, str]]) -> list[str]:
-    best: tuple[int, int, list[str]] = (0, 0, [])
+def _loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """Operations of every loop that holds tensor-core instructions."""
+    found = []
     for end, text in code:
         branch = _BRANCH.search(text)
         if branch and branch[1] and (start := int(branch[1], 16)) < end:
             body = [_name(text) for at, text in code if start <= at <= end]
-            best = max(best, (sum(bool(MMA.match(name)) for name in body), -len(body), body))
-    return best[2]
+            if any(map(MMA.match, body)):
+                found.append(body)
+    return found
+
+
+def _inner_loop(code: list[tuple[int, str]]) -> list[str]:
+    return max(_loops(code), key=lambda body: (sum(bool(MMA.match(name)) for name in body), -len(body)), default=[])
 
 
 def _mix(loop: list[str]) -> dict[str, int]:

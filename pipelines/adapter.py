@@ -10,8 +10,10 @@ from fastdit.pipelines.family import Family
 
 _FAMILIES: dict[Family, tuple[str, ...]] = {
     wan.Wan(): (
-        "WanTransformer3DModel", "WanVACETransformer3DModel", "SkyReelsV2Transformer3DModel", "ChronoEditTransformer3DModel",
+        "WanTransformer3DModel", "WanVACETransformer3DModel", "WanAnimateTransformer3DModel", "SkyReelsV2Transformer3DModel",
+        "ChronoEditTransformer3DModel",
     ),
+    wan.AnyFlow(): ("AnyFlowTransformer3DModel",),
     hunyuan.HunyuanVideo(): ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel"),
     hunyuan.FramePack(): ("HunyuanVideoFramepackTransformer3DModel",),
     hunyuan.HunyuanImage(): ("HunyuanImageTransformer2DModel",),
@@ -24,9 +26,11 @@ _FAMILIES: dict[Family, tuple[str, ...]] = {
     videos.Cosmos(): ("CosmosTransformer3DModel",),
     videos.Latte(): ("LatteTransformer3DModel",),
     videos.Kandinsky(): ("Kandinsky5Transformer3DModel",),
+    videos.Kandinsky6(): ("Kandinsky6Transformer3DModel",),
     flux.Flux(): ("FluxTransformer2DModel", "LongCatImageTransformer2DModel", "OvisImageTransformer2DModel"),
     flux.Chroma(): ("ChromaTransformer2DModel",),
     flux.Flux2(): ("Flux2Transformer2DModel",),
+    flux.Flux3(): ("Flux3Transformer2DModel",),
     flux.Bria(): ("BriaTransformer2DModel",),
     images.SD3(): ("SD3Transformer2DModel",),
     images.PixArt(): ("PixArtTransformer2DModel",),
@@ -48,6 +52,10 @@ HOPELESS = {
     "SanaTransformer2DModel": "its self-attention is linear: nothing in it is quadratic",
     "SanaVideoTransformer3DModel": "its self-attention is linear: nothing in it is quadratic",
     "SanaWMTransformer3DModel": "its self-attention is linear: nothing in it is quadratic",
+    "AnyFlowFARTransformer3DModel": "its self-attention is causal by chunks and compiled with its own mask",
+    "QwenImage21Transformer2DModel": "its self-attention is causal by blocks, over text and pictures in turns",
+    "OmniGenTransformer2DModel": "its self-attention is causal over text",
+    "Transformer2DModel": "it is one block of a UNet: accelerate the UNet",
 }
 """Denoisers that cannot be helped, and why."""
 

@@ -13,7 +13,7 @@ from fastdit.pipelines.family import REST, Facts, Family, length, noise_level
 class Flux(Family):
     """img_ids [N, 3] = (picture, row, column) of each image token; reference pictures (Kontext) follow the one being drawn.
 
-    timestep is σ already. Chroma masks padded text, which is cut.
+    timestep is σ already.
     """
 
     names: ClassVar[tuple[str, ...]] = (
@@ -21,7 +21,6 @@ class Flux(Family):
     )  # fmt: skip
     skips: ClassVar[dict[str, str]] = {}
     text = "before"
-    mask = "Chroma: padded text, cut"
     full = 1.0
     """timestep of pure noise."""
 
@@ -39,6 +38,8 @@ def coordinates(ids: Tensor) -> Tensor:
 
 
 class Chroma(Flux):
+    mask = "padded text, cut"
+    note = "a mask of numbers 0 and 1, which ChromaPipeline passes, is added and hides nothing: such calls stay dense"
     names = ("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "attention_mask")
 
 
@@ -52,3 +53,13 @@ class Bria(Flux):
     """timestep = 1000 σ."""
 
     full = 1000.0
+
+
+class Flux3(Flux2):
+    """Blocks of the image by itself, then joint ones: text, image, and reference pictures, which are another argument."""
+
+    skips: ClassVar[dict[str, str]] = {"txt_mode_blocks": "text refiner", "image_cond": "reference pictures"}
+    order: ClassVar[tuple[str, ...]] = ("mode_blocks", "single_transformer_blocks")
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        return super().read(model, call)._replace(after=length(call.get("image_cond_hidden_states")))

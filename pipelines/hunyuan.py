@@ -21,7 +21,7 @@ class HunyuanVideo(Family):
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         config = model.config
         grid = grid_of(call["hidden_states"], (config.patch_size_t, config.patch_size, config.patch_size))
-        return Facts(grid, noise_level(call["timestep"]), after=REST)
+        return Facts(grid, noise_level(call["timestep"]), after=REST, unread=True)
 
 
 class FramePack(HunyuanVideo):
@@ -46,4 +46,4 @@ class HunyuanImage(HunyuanVideo):
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         x, patch = call["hidden_states"], model.config.patch_size
         grid = grid_of(x, (1, *patch), None) if x.ndim == 4 else grid_of(x, tuple(patch))
-        return Facts(grid, noise_level(call["timestep"]), after=REST)
+        return Facts(grid, noise_level(call["timestep"]), after=REST, unread=True)

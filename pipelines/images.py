@@ -108,4 +108,4 @@ class QwenImage(Family):
         shapes = call["img_shapes"][0]
         t, h, w = shapes[0] if isinstance(shapes, (list, tuple)) and not isinstance(shapes[0], int) else shapes
         before = length(call["encoder_hidden_states"])
-        return Facts((t, h, w), noise_level(call["timestep"], 1.0), before=before, after=REST)
+        return Facts((t, h, w), noise_level(call["timestep"], 1.0), before=before, after=REST, unread=True)

@@ -78,3 +78,17 @@ class Kandinsky(Family):
         sides = zip(call["hidden_states"].shape[1:4], model.config.patch_size, strict=True)
         t, h, w = (side // patch for side, patch in sides)
         return Facts((t, h, w), noise_level(call["timestep"]))
+
+
+class Kandinsky6(Kandinsky):
+    """Video and sound, each with text of its own by cross-attention."""
+
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    skips: ClassVar[dict[str, str]] = {
+        "video_text_transformer_blocks": "text refiner",
+        "audio_text_transformer_blocks": "text refiner",
+        "audio_dec_block": "sound",
+        "va_cross_attention": "sound",
+        "av_cross_attention": "sound",
+        "cross_attention": "cross-attention",
+    }

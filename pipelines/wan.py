@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (text, image and video to video, VACE) and its kin SkyReels-V2 and ChronoEdit: video tokens by themselves."""
+"""Wan 2.1 and 2.2 (text, image and video to video, VACE, Animate) and its kin SkyReels-V2, ChronoEdit and AnyFlow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ class Wan(Family):
     """
 
     names = ("hidden_states", "timestep")
+    skips: ClassVar[dict[str, str]] = {"attn2": "cross-attention", "face_adapter": "cross-attention"}
     order: ClassVar[tuple[str, ...]] = ("vace_blocks", "blocks")
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         return Facts(grid_of(call["hidden_states"], model.config.patch_size), noise_level(call["timestep"]))
+
+
+class AnyFlow(Wan):
+    """hidden_states [B, T, C, H, W]; timestep is where a step starts from."""
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        grid = grid_of(call["hidden_states"], model.config.patch_size, frames=1)
+        return Facts(grid, noise_level(call["timestep"]))

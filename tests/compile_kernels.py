@@ -1,7 +1,8 @@
 """The compile table: `python tests/compile_kernels.py [dim ...]` prints it, one JSON line a kernel, for `compile_table.json`.
 
 A program of its own: in the test process Triton is in interpreter mode. `controls`: each of `CONTROLS`; `options`: kernels with
-what can be asked for beside the format, and those of float32.
+what can be asked for beside the format, and those of float32. `hopper DIM ...`: the warp-specialized kernel of sm_90 (a minute
+each on a slow machine); `hopper-short`: two of it.
 """
 
 import importlib.util
@@ -28,6 +29,10 @@ CONTROLS = {
 """Mistakes in the kernel's source, old text to new, that the table must catch."""
 
 
+HOPPER = (Quant(), Quant("fp8", "fp8"), Quant("int8", "fp8", smooth_k=True), Quant("int8", smooth_k=True))
+"""Formats of the warp-specialized kernel."""
+
+
 def mutant(name: str, folder: str):
     """The kernel with a mistake in it. Triton reads the source of a kernel from its file, so it gets one."""
     old, new = CONTROLS[name]
@@ -49,6 +54,14 @@ if __name__ == "__main__":
                 print(json.dumps({"control": name} | row), flush=True)
             row = sass.compile_forward(90, 128, Quant("fp8", "fp8"), BM=128, num_warps=4)
             print(json.dumps({"control": "four warps for 128 rows"} | row), flush=True)
+        elif sys.argv[1:2] == ["hopper"]:
+            for dim in map(int, sys.argv[2:]):
+                for quant in HOPPER:
+                    for slots in (128, 64):
+                        print(json.dumps({"slots": slots} | sass.compile_hopper(dim, quant, slots)), flush=True)
+        elif sys.argv[1:] == ["hopper-short"]:
+            for quant in HOPPER[:2]:
+                print(json.dumps({"slots": 128} | sass.compile_hopper(128, quant, padded=False)), flush=True)
         elif sys.argv[1:] == ["options"]:
             whole = {"PADDED": True, "POOLED": True, "SPLIT": True}
             for arch in sass.SHARED:

@@ -1,4 +1,4 @@
-"""Fixtures: the small pipeline of `util`, in memory and saved. Triton kernels of this process run interpreted."""
+"""Fixtures: the small pipeline of `util`, in memory and saved. Triton kernels run interpreted where there is no GPU."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from device import DEVICE
 from util import tiny_wan_pipeline
 
-if find_spec("triton"):  # before any test module imports Triton, whichever comes first
+if find_spec("triton") and DEVICE == "cpu":  # before any test module imports Triton, whichever comes first
     import interpreter  # noqa: F401
 
 

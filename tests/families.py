@@ -134,6 +134,25 @@ CASES = [
         lambda: wan_call(control_hidden_states=r(2, 8, 3, *LATENT), control_hidden_states_scale=torch.ones(1)),
         {V: (VIDEO, 0, 0)}, 3,
     ),
+    Case(
+        "WanAnimateTransformer3DModel",
+        wan | {
+            "in_channels": 12, "latent_channels": 4, "image_dim": 8, "added_kv_proj_dim": 64, "motion_encoder_size": 16,
+            "motion_encoder_channel_sizes": {"16": 8, "8": 8, "4": 8}, "motion_style_dim": 8, "motion_dim": 4,
+            "motion_encoder_dim": 16, "face_encoder_hidden_dim": 16, "face_encoder_num_heads": 2,
+            "inject_face_latents_blocks": 2,
+        },
+        lambda: wan_call(
+            hidden_states=r(2, 12, 3, *LATENT), encoder_hidden_states_image=r(2, 257, 8),
+            pose_hidden_states=r(2, 4, 2, *LATENT), face_pixel_values=r(2, 3, 5, 16, 16),
+        ), {V: (VIDEO, 0, 0)}, 2,
+    ),
+    Case(
+        "AnyFlowTransformer3DModel", wan,
+        lambda: wan_call(
+            hidden_states=r(2, 3, 4, *LATENT), timestep=step().repeat(3, 1).T, r_timestep=step(400.0).repeat(3, 1).T
+        ), {V: (VIDEO, 0, 0)}, 2, axes="BTCHW",
+    ),
     Case("SkyReelsV2Transformer3DModel", wan, wan_call, {V: (VIDEO, 0, 0)}, 2),
     Case("ChronoEditTransformer3DModel", wan, wan_call, {V: (VIDEO, 0, 0)}, 2),
     Case(
@@ -242,6 +261,18 @@ CASES = [
         }, {V: (VIDEO, 0, 0)}, 2, axes="BTHWC",
     ),
     Case(
+        "Kandinsky6Transformer3DModel",
+        {
+            "in_visual_dim": 4, "in_text_dim": 16, "in_text_dim2": 8, "time_dim": 16, "out_visual_dim": 4, "model_dim": 64,
+            "ff_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (8, 12, 12), "visual_cond": False,
+            "in_audio_dim": 4, "out_audio_dim": 4,
+        },
+        lambda: {
+            "hidden_states": r(2, 3, *LATENT, 4), "timestep": step(), "encoder_hidden_states": r(2, 7, 16),
+            "pooled_projections": r(2, 8), "audio_hidden_states": r(2, 9, 4),
+        }, {V: (VIDEO, 0, 0)}, 2, axes="BTHWC",
+    ),
+    Case(
         "FluxTransformer2DModel", flux | {"pooled_projection_dim": 8}, lambda: flux_call(pooled_projections=r(2, 8)),
         {I + 7: (IMAGE, 7, 0)}, 2, axes="BNC",
     ),
@@ -260,6 +291,10 @@ CASES = [
         "Flux2Transformer2DModel",
         flux | {"axes_dims_rope": (8, 8, 8, 8), "timestep_guidance_channels": 16},
         lambda: flux_call(4, guidance=step(4.0)), {I + 7: (IMAGE, 7, 0)}, 2, axes="BNC",
+    ),
+    Case(
+        "Flux3Transformer2DModel", flux | {"cond_in_channels": 4, "timestep_channels": 16, "axes_dims_rope": (8, 8, 8, 8)},
+        lambda: flux_call(4), {I + 7: (IMAGE, 7, 0), I: (IMAGE, 0, 0)}, 2, axes="BNC",
     ),
     Case("BriaTransformer2DModel", flux, lambda: flux_call(timestep=step()), {I + 7: (IMAGE, 7, 0)}, 2, axes="BNC"),
     Case(
@@ -412,6 +447,9 @@ CASES = [
         }, {256: ((1, 16, 16), 0, 0), 64: ((1, 8, 8), 0, 0)}, 4, axes="",
     ),
 ]  # fmt: skip
+
+
+CASES = [case for case in CASES if hasattr(diffusers, case.cls)]  # older releases lack some
 
 
 def rope(tokens: int, dim: int) -> tuple[Tensor, Tensor]:

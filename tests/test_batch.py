@@ -53,7 +53,7 @@ def prompts(path: Path, count: int) -> Path:
 def test_killed_and_resumed_is_as_undisturbed(count: int, kills: int, tmp_path: Path) -> None:
     file, calm, storm = prompts(tmp_path / "p.jsonl", count), tmp_path / "calm", tmp_path / "storm"
     run = subprocess.run(
-        command("render", "--prompts", file, *TINY, "-o", calm), capture_output=True, text=True, env=environment(), timeout=600
+        command("render", "--prompts", file, *TINY, "-o", calm), capture_output=True, text=True, env=environment(), timeout=900
     )
     assert run.returncode == 1
     good = count - len(BAD)
@@ -68,7 +68,7 @@ def test_killed_and_resumed_is_as_undisturbed(count: int, kills: int, tmp_path: 
             command("render", "--prompts", file, *TINY, "-o", storm), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             env=environment(), start_new_session=True,
         )  # fmt: skip
-        before, limit = len(read(storm)), time.monotonic() + 120
+        before, limit = len(read(storm)), time.monotonic() + 600
         while len(read(storm)) < before + max(1, good // (kills + 2)) and process.poll() is None:
             assert time.monotonic() < limit
             time.sleep(0.01)
@@ -117,14 +117,14 @@ def test_workers_draw_the_same_and_survive_a_death(tmp_path: Path) -> None:
         command("render", "--prompts", file, *TINY, "-o", tmp_path / "two", "--workers", 2),
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
-    limit = time.monotonic() + 100
+    limit = time.monotonic() + 600
     while len(read(tmp_path / "two")) < 2:
         assert time.monotonic() < limit
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     spawned = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
     os.kill(int(spawned[0]), signal.SIGKILL)
-    said, errors = process.communicate(timeout=200)
+    said, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "12 rendered" in said
     assert "died (exit status -9): trying again" in errors
@@ -167,12 +167,12 @@ def test_interrupt_ends_the_batch_in_order(tmp_path: Path) -> None:
         command("render", "--prompts", file, *TINY, "-o", tmp_path / "out"), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True, env=environment(), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    limit = time.monotonic() + 100
+    limit = time.monotonic() + 600
     while len(read(tmp_path / "out")) < 2:
         assert time.monotonic() < limit
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "stopping after this step" in errors
     done = len(hashes(tmp_path / "out"))
@@ -252,12 +252,12 @@ def test_removed_output_folder(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("render", "--prompts", file, *TINY, "-o", out), stderr=subprocess.PIPE, text=True, env=environment()
     )
-    limit = time.monotonic() + 100
+    limit = time.monotonic() + 600
     while len(read(out)) < 3:
         assert time.monotonic() < limit
         time.sleep(0.01)
     os.rename(out, tmp_path / "moved")
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "going on in a new one" in errors
     assert len(read(out)) == 16
@@ -267,3 +267,16 @@ def test_removed_output_folder(tmp_path: Path) -> None:
     again = fastdit("render", "--prompts", file, *TINY, "-o", out)  # those that went with the old folder
     assert again.returncode == 0
     assert len(list(out.glob("*.mp4"))) == 16
+
+
+def test_no_prompt_reaches_out_of_the_folder(tmp_path: Path) -> None:
+    lines = ["../../etc/passwd", "/etc/passwd", "北京/東京", "a\\b", "..", "C:\\x", "\u202emp4.exe", "a\u0000b", "é" * 300]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": line, "frames": 1, "steps": 1}) for line in lines))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    run = fastdit("render", "--prompts", tmp_path / "p.jsonl", *TINY, "-o", tmp_path / "out", "--name", "{slug}")
+    assert run.returncode == 0, run.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "out"])
+    assert len(hashes(tmp_path / "out")) == len(lines)
+    for record in read(tmp_path / "out").values():
+        assert (tmp_path / "out" / record["file"]).resolve().parent == tmp_path / "out"
+        assert record["settings"]["prompt"] in lines

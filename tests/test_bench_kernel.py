@@ -25,6 +25,7 @@ def test_command_writes_rows(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "every format is right" in done.stdout
+    assert "33x256x256" not in done.stdout  # what `fastdit bench` alone would measure
     written = json.loads((tmp_path / "rows.json").read_text())
     assert {row["quant"] for row in written["rows"]} == {"none", "int8/none+k"}
     for row in written["rows"]:

@@ -124,7 +124,7 @@ def test_files(sparse_fast: None, pipe: Any, monkeypatch: pytest.MonkeyPatch, tm
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert facts["ratio"] == pytest.approx(facts["dense_s"] / facts["fast_s"])
     assert f"PSNR {facts['psnr_db']:.1f} dB" in result.said
-    assert result.report["density"] == facts["density"] < 1
+    assert result.report.density == facts["density"] < 1
     assert facts["stayed_dense"] is None
     sheet = Image.open(io.BytesIO(result.files["-sheet.png"]))
     assert json.loads(sheet.text["fastdit"])["preset"] == "fast"

@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import ClassVar
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,8 @@ families = pytest.mark.parametrize("case", CASES, ids=name)
 
 
 def test_every_family_has_a_case():
-    assert {case.cls for case in CASES} == set(ADAPTERS) - {"ConsisIDTransformer3DModel"}  # CogVideoX's twin
+    there = {cls for cls in ADAPTERS if hasattr(diffusers, cls)}
+    assert {case.cls for case in CASES} == there - {"ConsisIDTransformer3DModel"}  # CogVideoX's twin
 
 
 @families
@@ -167,8 +169,6 @@ def test_compiled_whole_without_recompiling(case):
 
 
 def test_linear_attention_says_so():
-    import diffusers
-
     model = diffusers.SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2,
         cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=8,

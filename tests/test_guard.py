@@ -14,6 +14,7 @@ from fastdit.heatmap import VIRIDIS, colour, draw
 from fastdit.policies import Antidiagonal, Dense, HeadProfile, PowerOfTwo, Radial, Stripe, Union
 from fastdit.quant import Quant
 from fastdit.reference import attention, relative_error
+from fastdit.reuse import Reuse
 
 SPARSE = Config((Phase(policy=Window(size=(1, 1, 1))),), (1, 2, 2), min_tokens=0, max_density=1)
 
@@ -89,6 +90,30 @@ def test_a_generous_budget_changes_nothing_and_is_reported():
     found = json.loads(json.dumps(report.to_dict(calls=True)))
     assert len(found["calls"]) == 4 * 2 * 2  # steps, branches, layers
     assert Config.from_dict(found["config"]) == report.config
+
+
+def test_report_by_layer():
+    """A row for each site with all that is known of it, and the columns of the phases' table."""
+    pipe = tiny_wan_pipeline()
+    phase = Phase(policy=Window(size=(1, 1, 1)), quant=Quant("int8"), layers=(1, 2), reuse=Reuse("residual", 2))
+    fastdit.accelerate(pipe, Config((phase,), (1, 2, 2), min_tokens=0, error_budget=50.0))
+    render(pipe)
+    report = fastdit.report(pipe)
+    head, first, second = report.layers().splitlines()
+    assert head.split() == ["site", "ran", "quant", "density", "error", "seconds", "reused", "MB", "held", "guard", "reason"]
+    assert first.split()[:4] == ["blocks.0.attn1", "dense", "none", "1.000"]
+    assert first.endswith("no phase for noise level 1.000 and layer 0 of 2")
+    name, ran, quant, density, error, _, reused, held, *guarded = second.split()
+    assert (name, ran, quant, reused, guarded) == ("blocks.1.attn1", "sparse", "int8/none", "4", ["as", "configured"])
+    site = report.sites[1]
+    assert (float(density), float(error)) == (round(site.density, 3), float(f"{site.error:.2e}"))
+    assert held == f"{site.memory / 2**20:.1f}"
+    assert site.memory == 2 * 48 * 128 * 2  # branches, tokens, channels, bytes
+    table = str(report).splitlines()
+    columns = ["policy", "quant", "remainder", "reuse", "density", "error", "seconds", "calls", "reused"]
+    assert table[0].split() == ["noise", "level", *columns]
+    assert table[1].split()[-2:] == ["8", "4"]
+    assert {"reused", "quant", "memory", "error", "seconds", "density", "reason"} <= set(report.to_dict()["sites"][1])
 
 
 def test_a_layer_that_breaks_under_the_window_is_caught(monkeypatch):
@@ -172,6 +197,12 @@ def test_heat_map_shows_the_numbers():
     assert tuple(image[58 + 14, 58 + 28]) == (225, 225, 225)
     luminance = [0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in VIRIDIS]
     assert luminance == sorted(luminance)  # readable without colour, too
+
+
+def test_heat_map_of_errors_is_scaled_to_the_largest():
+    image = np.asarray(draw([(0, 0, 0.02), (1, 0, 0.04)], "error", 1))
+    assert tuple(image[58, 58]) == VIRIDIS[4]
+    assert tuple(image[58, 58 + 14]) == VIRIDIS[-1]
 
 
 def test_heat_map_of_a_run():

@@ -1,20 +1,22 @@
-"""The Triton kernel's options under the interpreter, against float64: grouped heads, q_len ≠ kv_len, biases and key masks, the
-pooled remainder, split lists, turns; and the tile scores of `kernels/score.py`."""
+"""The Triton kernel's options, interpreted or on a GPU, against float64: grouped heads, q_len ≠ kv_len, biases and key masks,
+the pooled remainder, split lists, turns; and the tile scores of `kernels/score.py`."""
 
 import pytest
 import torch
-from test_kernel_attention import hurtful
+from device import moved, there
+from test_kernel_attention import block_sparse_attention, hurtful
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from fastdit.blockmask import BlockMask
 from fastdit.kernels import attention as kernels
 from fastdit.kernels import score
-from fastdit.kernels.attention import block_sparse_attention, lists_of
+from fastdit.kernels.attention import lists_of
 from fastdit.layout import Layout
 from fastdit.quant import Quant, emulate
 from fastdit.reference import relative_error, token_mask
 
+antidiagonal, pooled = there(score.antidiagonal), there(score.pooled)
 LAYOUT = Layout((2, 5, 9), (1, 4, 8), text_len=5)  # tiles that overhang, and text
 SCALE = 0.2
 FORMATS = [Quant(), Quant("int8", "fp8", smooth_k=True), Quant("int4", "fp8", smooth_q=True, smooth_k=True, smooth_v=True)]
@@ -174,7 +176,7 @@ def test_heads_take_turns_when_the_bias_of_tiles_is_too_large(monkeypatch):
 
 
 def test_lists_are_kept_and_never_stale():
-    num, index, _, order = draw()[-1]
+    num, index, _, order = map(moved, draw()[-1])
     first = lists_of(num, index, order, 32, 1, 2, True)
     assert lists_of(num, index, order, 32, 1, 2, True) is first
     assert lists_of(num, index, order, 32, 2, 2, True) is not first
@@ -191,9 +193,9 @@ def test_lists_are_kept_and_never_stale():
 
 
 def test_long_lists_first():
-    num = torch.tensor([[[1, 3]], [[2, 3]]], dtype=torch.int32)
-    index = torch.zeros(2, 1, 2, 4, dtype=torch.int32)
-    lists = lists_of(num, index, torch.zeros(4, 16, dtype=torch.long), 16, 2, 1, False)
+    num = moved(torch.tensor([[[1, 3]], [[2, 3]]], dtype=torch.int32))
+    index = moved(torch.zeros(2, 1, 2, 4, dtype=torch.int32))
+    lists = lists_of(num, index, moved(torch.zeros(4, 16, dtype=torch.long)), 16, 2, 1, False)
     assert lists.schedule.tolist() == [1, 3, 2, 0]
 
 
@@ -213,7 +215,7 @@ def brute_force(q, k, stride):
 @pytest.mark.parametrize("stride", [2, 4, 8])
 def test_antidiagonal_scores(stride):
     q, k, *_ = draw()
-    got = score.antidiagonal(q, k, LAYOUT.order(), LAYOUT.order(), stride, SCALE)
+    got = antidiagonal(q, k, LAYOUT.order(), LAYOUT.order(), stride, SCALE)
     torch.testing.assert_close(got, brute_force(q, k, stride).float(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(got.sum(-1), torch.ones(1, 2, LAYOUT.num_tiles))
 
@@ -223,7 +225,7 @@ def test_pooled_scores():
     tiles, real = LAYOUT.order(), (LAYOUT.order() >= 0)[..., None]
     means = [(LAYOUT.to_tiles(x.double()) * real).sum(3) / LAYOUT.counts()[:, None] for x in (q, k)]
     expected = ((means[0] @ means[1].mT) * SCALE + LAYOUT.counts().log()).softmax(-1)
-    got = score.pooled(q, k, tiles, tiles, SCALE)
+    got = pooled(q, k, tiles, tiles, SCALE)
     torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-6)
 
 
@@ -236,5 +238,5 @@ def test_scores_find_a_planted_tile():
     q[0, 0, tiles[0]] += 2 * direction
     k[0, 0, tiles[3, :8]] += 2 * direction
     k[0, 0, tiles[3, 8:]] -= 2 / 7 * direction
-    assert score.pooled(q, k, tiles, tiles)[0, 0, 0, 3] < 0.5
-    assert score.antidiagonal(q, k, tiles, tiles, 8)[0, 0, 0, 3] > 0.9
+    assert pooled(q, k, tiles, tiles)[0, 0, 0, 3] < 0.5
+    assert antidiagonal(q, k, tiles, tiles, 8)[0, 0, 0, 3] > 0.9

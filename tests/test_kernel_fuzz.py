@@ -1,4 +1,4 @@
-"""Random shapes, strides, masks, block maps and options through the CPU path and the interpreter, against float64.
+"""Random shapes, strides, masks, block maps and options through the CPU path and the Triton kernels, against float64.
 
 Memory that nobody wrote is NaN here, so an answer that was never written, or a read outside of what was, shows. The long run
 is `pytest -m slow tests/test_kernel_fuzz.py`.
@@ -6,6 +6,7 @@ is `pytest -m slow tests/test_kernel_fuzz.py`.
 
 import pytest
 import torch
+from device import there
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -101,7 +102,7 @@ def check(problem, quant, splits):
     expected, expected_lse = truth(layout, q, k, v, tile_map, bias, options.get("pooled", False), 0.3)
     seen = ~expected_lse.isneginf()
     emulated = cpu.block_sparse_attention(*arguments, **options)
-    compiled = triton_kernels.block_sparse_attention(*arguments, **options, splits=splits)
+    compiled = there(triton_kernels.block_sparse_attention)(*arguments, **options, splits=splits)
     for out, lse in (emulated, compiled):
         assert out.isfinite().all()
         assert not lse.isnan().any()

@@ -1,26 +1,15 @@
-"""Statistics kept from step to step: Re-ttention's properties, and that state leaks from no branch, run or pipeline."""
+"""Statistics kept from step to step: Re-ttention's properties, its limits, and what they may take of memory."""
 
-import copy
-import math
+from dataclasses import replace
 
 import pytest
 import torch
-import torch._dynamo.testing
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
-from util import tiny_wan_pipeline
 
-import fastdit
-from fastdit import Config, Phase, Window, memory
+from fastdit import Window, memory
 from fastdit.blockmask import BlockMask
 from fastdit.layout import Layout
 from fastdit.memory import Memory, Stored
 from fastdit.plan import Plan
-from fastdit.policies import TopMass
 from fastdit.quant import Quant
 from fastdit.reference import attention, relative_error, token_mask
 from fastdit.reuse import KINDS, Reuse
@@ -82,6 +71,20 @@ def test_same_inputs_give_dense_again_and_the_ramp_adds_what_it_says():
         added = ((held.ratio + n * ramp).clamp(max=1) - held.ratio)[..., None] * part
         assert relative_error(out - full, added) < 1e-5 or n == 0
         assert n > 0 or relative_error(out, full) < 1e-6  # the first sparse step uses ρ itself
+
+
+def test_a_ratio_is_never_above_one():
+    """Neither where rounded logits say so, nor where the ramp leads there."""
+    q, k, v = tensors(1)
+    held, plan = Memory(), replace(plan_of(torch.ones_like(KEPT)), quant=Quant("int4"))
+    call(exactly(kind="retention"), held, q, k, v, plan)
+    assert held.ratio.max() == 1
+    assert held.ratio.min() < 1
+    held = Memory()
+    call(exactly(kind="ratio", ramp=1), held, q, k, v)
+    part = attention(q, k, v, token_mask(LAYOUT, KEPT))[0]
+    assert relative_error(call(exactly(kind="ratio", ramp=1), held, q, k, v)[0], held.ratio[..., None] * part) < 1e-12
+    assert relative_error(call(exactly(kind="ratio", ramp=1), held, q, k, v)[0], part) < 1e-12
 
 
 def test_a_row_depends_on_its_own_query_alone():
@@ -149,10 +152,27 @@ def test_stores(store, error, host):
     stored = Stored.of(x, store, host)
     back = stored.load(x)
     assert ((back - x).norm(dim=-1) / x.norm(dim=-1)).max() < error
-    assert stored.bytes() == x.numel() * {"float32": 4, "bfloat16": 2, "fp8": 1}[store] + (x.numel() // 32 * 4) * (
+    assert Memory(kept=stored).bytes() == x.numel() * {"float32": 4, "bfloat16": 2, "fp8": 1}[store] + (x.numel() // 32 * 4) * (
         store == "fp8"
     )
     assert Stored.of(torch.zeros(2, 8), store, host).load(x).eq(0).all()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the host's memory is another one than the GPU's only where there is a GPU"
+)
+def test_what_the_gpu_has_no_room_for_goes_to_the_host(monkeypatch):
+    q, k, v = (x.float().cuda() for x in tensors(9))
+    kept = BlockMask.from_tile_map(KEPT.cuda(), LAYOUT)
+    for asked, room, expected in ((True, 1 << 40, "cpu"), (False, 1 << 40, "cuda"), (False, 0, "cpu")):
+        monkeypatch.setattr(memory, "free_bytes", lambda device: room if device.type == "cuda" else 1 << 40)  # noqa: B023
+        held = Memory()
+        call(exactly(kind="residual", host=asked), held, q, k, v, replace(plan_of(), block_mask=kept))
+        assert held.kept.data.device.type == expected
+        assert held.bytes(torch.device("cpu")) == (q.nbytes if expected == "cpu" else 0)
+        out, how = call(exactly(kind="residual", host=asked), held, q, k, v, replace(plan_of(), block_mask=kept))
+        assert how == "reuse"
+        assert relative_error(out, attention(q, k, v)[0]) < 1e-3
 
 
 def test_what_does_not_fit_is_not_remembered(monkeypatch):
@@ -167,6 +187,31 @@ def test_what_does_not_fit_is_not_remembered(monkeypatch):
     assert call(Reuse(kind="retention"), held, q, k, v)[1] == "dense"
 
 
+def test_all_together_never_take_more_than_half_of_what_was_free(monkeypatch):
+    """Sites that come first have their statistics, the others stay dense; R and its scales and ratios are all counted."""
+    q, k, v = tensors(9)
+    free, sites = 100_000, [Memory() for _ in range(8)]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free - sum(site.bytes(device) for site in sites))
+
+    def held(device):
+        return sum(site.bytes(device) for site in sites)
+
+    reuse = Reuse(kind="retention", store="fp8")
+    hows = [memory.attention(q, k, v, plan_of(), reuse, site, None, lambda: q, held)[1] for site in sites]
+    one = sites[0].bytes()
+    assert one == q.numel() + q.numel() // 16 * (4 + 8)  # float64 has ratios of its own width
+    assert hows == ["refresh"] * (free // 2 // one) + ["dense"] * (8 - free // 2 // one)
+    assert held(None) == held(torch.device("cpu")) <= free // 2
+    assert held(torch.device("meta")) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "refresh", "maps", "age"), [("none", 5, 3, 3), ("ratio", 5, 1, 5), ("ratio", 4, 6, 8), ("ratio", 3, 6, 6)]
+)
+def test_statistics_hold_for_one_map_only(kind, refresh, maps, age):
+    assert Reuse(kind, refresh=refresh, maps=maps).map_age == age
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [({"kind": "magic"}, "kind"), ({"store": "int3"}, "store"), ({"refresh": 0}, "refresh"), ({"ramp": -1}, "ramp")],
@@ -176,200 +221,3 @@ def test_what_is_wrong_is_named(fields, named):
         Reuse(**fields)
     with pytest.raises(ValueError, match="reuse"):
         Reuse.from_dict({"kinds": "ratio"})
-
-
-# Whole pipelines from here on: 3×4×4 tokens, windows that drop most of them.
-def config(kind="retention", policy=None, **fields):
-    policy = policy or Window(size=(1, 1, 1))
-    phase = Phase((1.0, 0.0), policy, reuse=Reuse(kind=kind, refresh=3, **fields))
-    return Config((phase,), (1, 2, 2), min_tokens=0)
-
-
-def render(pipe, prompt="a b c", seed=0, steps=6, size=64, callback=None, **more):
-    video = pipe(
-        prompt, negative_prompt="d e", num_frames=9, height=size, width=size, num_inference_steps=steps, output_type="latent",
-        generator=torch.Generator().manual_seed(seed), callback_on_step_end=callback, **more,
-    )  # fmt: skip
-    return video.frames
-
-
-@pytest.fixture
-def pipes():
-    return tiny_wan_pipeline(), tiny_wan_pipeline()
-
-
-SCHEDULERS = {
-    "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
-    "heun": lambda: FlowMatchHeunDiscreteScheduler(shift=3.0),
-    "unipc": lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-    "dpm++": lambda: DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-}
-
-
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_two_prompts_in_a_row_are_two_fresh_pipelines(pipes, scheduler):
-    used, fresh = pipes
-    used.scheduler, fresh.scheduler = SCHEDULERS[scheduler](), SCHEDULERS[scheduler]()
-    fastdit.accelerate(used, config())
-    first = render(used)
-    assert math.isfinite(float(first.sum()))
-    second = render(used, "d a", seed=5)
-    fastdit.accelerate(fresh, config())
-    assert torch.equal(second, render(fresh, "d a", seed=5))
-    assert fastdit.report(used).phases[0].reused > 0
-
-
-def test_a_run_that_broke_spoils_nothing(pipes):
-    used, fresh = pipes
-    fastdit.accelerate(used, config())
-    fastdit.accelerate(fresh, config())
-
-    def stop(pipe, step, timestep, values):
-        if step == 4:
-            raise InterruptedError("as a user would")
-        return values
-
-    with pytest.raises(InterruptedError):
-        render(used, seed=3, callback=stop)
-    assert torch.equal(render(used, seed=4), render(fresh, seed=4))
-    # a new run that begins below the noise level at which the last one broke
-    with pytest.raises(InterruptedError):
-        render(used, seed=3, callback=stop)
-    short = [0.2, 0.1]
-    if "sigmas" in used.scheduler.set_timesteps.__code__.co_varnames:
-        used.scheduler.set_timesteps(sigmas=short)
-        fresh.scheduler.set_timesteps(sigmas=short)
-    x, t = torch.randn(1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([200.0])
-    text = torch.randn(1, 512, 16, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert torch.equal(used.transformer(x, t, text)[0], fresh.transformer(x, t, text)[0])
-
-
-def test_another_size_starts_anew(pipes):
-    used, fresh = pipes
-    fastdit.accelerate(used, config())
-    fastdit.accelerate(fresh, config())
-    render(used, size=96)
-    assert torch.equal(render(used), render(fresh))
-
-
-def test_two_pipelines_do_not_meet(pipes):
-    """Steps of two pipelines alternate, in one thread, as a page with two users would run them."""
-    a, b = pipes
-    alone = []
-    for pipe, seed in ((a, 1), (b, 2)):
-        fastdit.accelerate(pipe, config())
-        alone.append(render(pipe, seed=seed))
-    both = {}
-
-    def between(pipe, step, timestep, values):
-        if step == 2:
-            both["b"] = render(b, seed=2)
-        return values
-
-    both["a"] = render(a, seed=1, callback=between)
-    assert torch.equal(both["a"], alone[0])
-    assert torch.equal(both["b"], alone[1])
-
-
-def test_branches_do_not_mix(pipes):
-    """Conditional and unconditional calls in turn, each with statistics of its own: the same as each alone."""
-    pipe, _ = pipes
-    model = pipe.transformer
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, 3, 16, 16, generator=generator)
-    texts = [torch.randn(1, 512, 16, generator=generator) * 30 for _ in range(2)]
-
-    def run(branches):
-        handle = fastdit.accelerate(model, config(store="float32"))
-        found = []
-        with torch.no_grad():
-            for sigma in (900.0, 800.0, 700.0, 600.0):
-                found.append([model(x, torch.tensor([sigma]), texts[i])[0] for i in branches])
-        return found, handle
-
-    both, handle = run([0, 1])
-    for branch in (0, 1):
-        alone, _ = run([branch])
-        assert all(torch.equal(a[0], b[branch]) for a, b in zip(alone, both, strict=True))
-    assert {key[0] for site in handle.sites for key in site.memories} == {0, 1}
-
-
-def test_both_branches_in_one_batch(pipes):
-    pipe, _ = pipes
-    model = pipe.transformer
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 3, 16, 16, generator=generator)
-    text = torch.randn(2, 512, 16, generator=generator) * 30
-    found = []
-    for batches in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
-        fastdit.accelerate(model, config(store="float32"))
-        with torch.no_grad():
-            for sigma in (900.0, 800.0, 700.0):
-                parts = [model(x[part], torch.full((len(x[part]),), sigma), text[part])[0] for part in batches]
-        found.append(torch.cat(parts))
-    assert torch.allclose(*found, atol=1e-5)
-
-
-def test_a_dynamic_map_serves_as_long_as_it_should(pipes, monkeypatch):
-    pipe, _ = pipes
-    chosen = []
-    original = TopMass.select
-    monkeypatch.setattr(TopMass, "select", lambda self, *a, **k: chosen.append(1) or original(self, *a, **k))
-    counts = {}
-    for maps in (1, 2, 6):
-        chosen.clear()
-        fastdit.accelerate(pipe, config("none", TopMass(density=0.3), maps=maps))
-        render(pipe)
-        counts[maps] = len(chosen)
-    assert counts == {1: 6 * 2 * 2, 2: 3 * 2 * 2, 6: 1 * 2 * 2}  # steps, branches, layers
-    chosen.clear()
-    fastdit.accelerate(pipe, config("retention", TopMass(density=0.3)))
-    render(pipe)
-    assert len(chosen) == 2 * 2 * 2  # a map a refresh, each third step
-
-
-def test_copy_remembers_nothing_and_two_denoisers_have_their_own(pipes):
-    pipe, _ = pipes
-    fastdit.accelerate(pipe, config())
-    render(pipe)
-    twin = copy.deepcopy(pipe.transformer)
-    assert fastdit.report(twin).memory == 0
-    assert fastdit.report(pipe).memory > 0
-    pipe.transformer_2 = tiny_wan_pipeline().transformer
-    pipe.register_to_config(boundary_ratio=0.5)
-    fastdit.accelerate(pipe, config())
-    out = render(pipe)
-    sites = fastdit.report(pipe).sites
-    assert len(sites) == 4
-    assert all(site.ran != "never" and site.memory > 0 for site in sites)
-    assert out.isfinite().all()
-
-
-def test_memory_is_counted(pipes):
-    pipe, _ = pipes
-    fastdit.accelerate(pipe, config(store="bfloat16"))
-    render(pipe)
-    tokens, channels, heads = 3 * 4 * 4, 128, 2
-    a_branch = tokens * channels * 2 + tokens * heads * 4
-    assert fastdit.report(pipe).memory == a_branch * 2 * 2  # branches, layers
-    assert "statistics held" in str(fastdit.report(pipe))
-
-
-@pytest.mark.slow
-def test_compiled_without_another_graph(pipes):
-    """All of it inside the opaque op: as many graphs at the last step as at the first."""
-    pipe, fresh = pipes
-    early = Phase((1.0, 0.5), Window(size=(1, 1, 1)), reuse=Reuse("retention", 3))
-    late = Phase((0.5, 0.0), TopMass(density=0.3), reuse=Reuse(maps=2))
-    both = Config((early, late), (1, 2, 2), min_tokens=0, error_budget=0.9)
-    fastdit.accelerate(pipe, both)
-    fastdit.accelerate(fresh, both)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
-    pipe.transformer.compile(fullgraph=True, backend=counter)
-    out = render(pipe)
-    first = counter.frame_count
-    assert torch.allclose(out, render(fresh), atol=1e-4)
-    assert torch.equal(out, render(pipe))
-    assert counter.frame_count == first <= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdit.apps.metrics import psnr, relative_error, ssim
+from fastdit.apps.metrics import flicker, lpips, ms_ssim, psnr, relative_error, ssim
 
 
 def clip(seed: int, *shape: int) -> torch.Tensor:
@@ -91,3 +92,71 @@ def test_shapes_are_told() -> None:
         psnr(clip(0), clip(0)[:, :, :16])
     with pytest.raises(ValueError, match="at least 11 x 11"):
         ssim(clip(0)[:, :8], clip(0)[:, :8])
+
+
+def slow_ms_ssim(a: np.ndarray, b: np.ndarray, weights: list[float]) -> float:
+    """The paper's formula on slow windows; scales by means of 2 x 2 pixels."""
+    total = []
+    for x, y in zip(a, b, strict=True):
+        for c in range(3):
+            p, q, value = x[..., c], y[..., c], 1.0
+            for scale, power in enumerate(weights):
+                if scale:
+                    p, q = (z[: len(z) // 2 * 2, : z.shape[1] // 2 * 2] for z in (p, q))
+                    p, q = (z.reshape(len(z) // 2, 2, z.shape[1] // 2, 2).mean((1, 3)) for z in (p, q))
+                last = scale == len(weights) - 1
+                value *= max(_mean_factor(p, q, luminance=last), 0) ** power
+            total.append(value)
+    return float(np.mean(total))
+
+
+def _mean_factor(p: np.ndarray, q: np.ndarray, luminance: bool) -> float:
+    offset = np.arange(11) - 5
+    weight = np.exp(-(offset[:, None] ** 2 + offset[None] ** 2) / (2 * 1.5**2))
+    weight /= weight.sum()
+    values = []
+    for y in range(p.shape[0] - 10):
+        for x in range(p.shape[1] - 10):
+            u, v = p[y : y + 11, x : x + 11], q[y : y + 11, x : x + 11]
+            mu, mv = (weight * u).sum(), (weight * v).sum()
+            c1, c2 = 0.01**2, 0.03**2
+            value = (2 * (weight * (u - mu) * (v - mv)).sum() + c2) / (
+                (weight * (u - mu) ** 2).sum() + (weight * (v - mv) ** 2).sum() + c2
+            )
+            values.append(value * ((2 * mu * mv + c1) / (mu * mu + mv * mv + c1) if luminance else 1))
+    return float(np.mean(values))
+
+
+def test_ms_ssim_is_the_papers() -> None:
+    a = clip(0, 1, 47, 50, 3).double()
+    b = (a + 0.3 * clip(1, 1, 47, 50, 3)).double()
+    weights = np.array([0.0448, 0.2856, 0.3001])
+    value, scales = ms_ssim(a, b)
+    assert scales == 3  # 47, 23 and 11 pixels have room for the window, 5 have not
+    assert value == pytest.approx(slow_ms_ssim(a.numpy(), b.numpy(), list(weights / weights.sum())), abs=1e-10)
+
+
+def test_ms_ssim_scales_and_ends() -> None:
+    a = clip(0, 1, 176, 180, 3)
+    assert ms_ssim(a, a.clone()) == (pytest.approx(1.0, abs=1e-12), 5)
+    assert ms_ssim(a[:, :175], a[:, :175].clone())[1] == 4
+    assert ms_ssim(a, 1 - a)[0] == 0.0  # anticorrelated: a power of a negative number is not taken
+    with pytest.raises(ValueError, match="at least 11 x 11"):
+        ms_ssim(a[:, :10], a[:, :10])
+
+
+def test_flicker_sees_changes_and_not_errors_that_stay() -> None:
+    a = clip(0, 4, 12, 12, 3)
+    assert flicker(a, a + 0.1) == math.inf or flicker(a, a + 0.1) > 120  # rounding of the sum
+    shaken = a.clone()
+    shaken[::2] += 0.1
+    assert flicker(a, shaken) == pytest.approx(20.0, abs=1e-4)
+    assert flicker(a[:1], a[:1]) is None
+
+
+def test_no_lpips_without_its_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    value, why = lpips(clip(0), clip(1))
+    assert value is None
+    assert "torchmetrics and torchvision are needed" in why or f"no weights of AlexNet at {tmp_path}" in why
+    assert not list(tmp_path.rglob("*.pth"))

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fastdit import ops
+from fastdit import Config, Phase, ops, remainder
 from fastdit.blockmask import BlockMask
 from fastdit.layout import Layout
-from fastdit.plan import complete
+from fastdit.plan import complete, make_plan
 from fastdit.policies import (
     LSH,
     POLICIES,
@@ -63,7 +65,10 @@ def brute_mass(q, k, layout):
     return mass / layout.counts()[: layout.video_tiles, None]
 
 
-@pytest.mark.parametrize("layout", [LAYOUT, RAGGED, Layout((1, 1, 1), (1, 1, 1)), Layout((3, 4, 4), (3, 4, 4))], ids=str)
+SMALL = [Layout((1, 1, 1), (1, 1, 1)), Layout((3, 4, 4), (3, 4, 4)), Layout((2, 3, 3), (1, 1, 1))]
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, RAGGED, *SMALL], ids=str)
 @pytest.mark.parametrize("policy", ALL, ids=str)
 def test_map_of_any_layout(policy, layout):
     """Right shape, the same twice, batch elements and heads on their own, no empty row, and the dictionary gives it back."""
@@ -105,7 +110,8 @@ def test_attention_is_dense_attention_under_the_token_mask(policy, text):
         lambda x: Antidiagonal(tau=x), lambda x: Antidiagonal(density=x), lambda x: TopMass(tau=x),
         lambda x: TopMass(density=x),
         lambda x: Stripe(theta=10 * x - 5), lambda x: Window(density=x), lambda x: Radial(density=x),
-        lambda x: Radial(decay=4 * x), lambda x: SpatialTemporal(density=x).maps(LAYOUT)[0],
+        lambda x: Radial(decay=4 * x), lambda x: SpatialTemporal(density=x).maps(LAYOUT)[0], lambda x: LSH(density=x),
+        lambda x: PowerOfTwo((max(1, round(5 * x)), max(1, round(2 * x)), max(1, round(3 * x)))),
     ],
 )  # fmt: skip
 def test_more_is_more(make):
@@ -123,10 +129,41 @@ def test_nan_never_empties_a_row(policy):
     """What a NaN spoils stays visible: the tiles that hold it, and rows that cannot be scored, are not left out."""
     q, k, v = video(LAYOUT)
     q[0, 1, 3, 2, 5] = math.nan
-    found = complete(policy.select(LAYOUT, q, k, v), LAYOUT)
-    assert found.any(-1).all()
-    if isinstance(policy, (Antidiagonal, TopMass, LSH)):
+    found = policy.select(LAYOUT, q, k, v)
+    if not isinstance(policy, Intersect):  # of which parts may have nothing in common
+        assert found.any(-1).all()
+    if isinstance(policy, (Antidiagonal, TopMass, LSH, Stripe)):
         assert found[0, 1, 3].all()
+    out, _ = ops.attention(*(LAYOUT.from_tiles(x) for x in (q, k, v)), BlockMask.from_tile_map(complete(found, LAYOUT), LAYOUT))
+    assert LAYOUT.to_tiles(out)[0, 1, 3, 2].isnan().all()
+    assert out.isnan().sum() == 16
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest storage that anything inside made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.most = max([self.most, *(x.untyped_storage().nbytes() for x in tree_leaves(found) if isinstance(x, torch.Tensor))])
+        return found
+
+
+HUGE = [(p, "none") for p in ALL if p.name != "dense"] + [(Window(density=0.1), kind) for kind in remainder.REMAINDERS]
+
+
+@pytest.mark.parametrize(("policy", "kind"), HUGE, ids=str)
+def test_nothing_is_as_large_as_all_pairs_of_tokens(policy, kind):
+    """At 9,216 tokens not even one byte for each pair: neither to choose, nor to attend to what was chosen."""
+    grid = (9, 32, 32)
+    q, k, v = (torch.randn(1, 2, math.prod(grid), 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    config = Config((Phase(policy=policy, remainder=kind),), (1, 8, 8), max_density=1)
+    with Largest() as seen:
+        plan = make_plan(config, 0.5, 0, 1, grid, 0, False, q, k, v)
+        if plan.density < 0.15:
+            remainder.attention(q, k, v, plan.block_mask, remainder=kind)
+    assert 0 < seen.most < math.prod(grid) ** 2
 
 
 @pytest.mark.parametrize(
@@ -202,6 +239,21 @@ def test_heads_show_whether_they_look_along_space_or_time():
     assert torch.equal((policy.select(layout, q, k, v) == maps[0]).all(-1).all(-1), errors[0] <= errors[1])
 
 
+def test_padding_has_no_part_in_the_choice_of_a_head():
+    """Zeros in padded slots would outweigh all keys here."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 16, RAGGED.length, 8, generator=generator) for _ in range(3))
+    q, k = q + 2, k - 2
+    policy = SpatialTemporal(density=0.3, rows=RAGGED.length)
+    errors = [
+        (attention(q, k, v, token_mask(RAGGED, kept[None, None]))[0] - attention(q, k, v)[0]).square().sum((-1, -2))
+        for kept in policy.maps(RAGGED)
+    ]
+    found = policy.select(RAGGED, *(RAGGED.to_tiles(x) for x in (q, k, v)))
+    assert torch.equal((found == policy.maps(RAGGED)[0]).all(-1).all(-1), errors[0] <= errors[1])
+    assert 0 < (errors[0] <= errors[1]).sum() < 16
+
+
 @pytest.mark.parametrize(("layout", "stride"), [(LAYOUT, 8), (LAYOUT, 3), (RAGGED, 8), (RAGGED, 5)])
 def test_antidiagonal_score_is_the_mean_over_antidiagonals(layout, stride):
     q, k, _ = video(layout, 1, 1)
@@ -209,12 +261,13 @@ def test_antidiagonal_score_is_the_mean_over_antidiagonals(layout, stride):
     cells = -(-tokens // stride)
     order = layout.order()[: layout.video_tiles]
     logits = torch.full((layout.video_tiles, cells, layout.video_tiles, cells), -math.inf)
-    for i, a, j, b in itertools.product(range(layout.video_tiles), range(cells), range(layout.video_tiles), range(cells)):
+    products = torch.einsum("ixd,jyd->ixjy", q[0, 0], k[0, 0])
+    for a, j, b in itertools.product(range(cells), range(layout.video_tiles), range(cells)):
         if not (order[j, b * stride : (b + 1) * stride] >= 0).any():
             continue
         pairs = [(a * stride + stride - 1 - s, b * stride + s) for s in range(stride)]
-        terms = [q[0, 0, i, x] @ k[0, 0, j, y] for x, y in pairs if x < tokens and y < tokens]
-        logits[i, a, j, b] = sum(terms) / stride * 16**-0.5
+        terms = [products[:, x, j, y] for x, y in pairs if x < tokens and y < tokens]
+        logits[:, a, j, b] = sum(terms) / stride * 16**-0.5
     mass = logits.flatten(2).softmax(-1).view_as(logits).sum(-1)
     live = torch.stack([(order[:, a * stride : (a + 1) * stride] >= 0).any(-1) for a in range(cells)], 1)
     expected = (mass * live[:, :, None]).sum(1) / live.sum(1)[:, None]
@@ -292,12 +345,16 @@ def test_stripe_limits_and_planted_column():
     found = Stripe(theta=2.0).select(LAYOUT, q, k, v)
     assert found[..., 20].all()
     assert found.float().mean() < 0.6
-    grouped = Stripe(theta=0.5, group=5).select(LAYOUT, *video(LAYOUT)) & ~policy.anchors(LAYOUT)
-    single = Stripe(theta=0.5).select(LAYOUT, *video(LAYOUT))
+    grouped = Stripe(theta=4.0, group=5).select(LAYOUT, *video(LAYOUT))
+    single = Stripe(theta=4.0).select(LAYOUT, *video(LAYOUT))
+    near = policy.anchors(LAYOUT)
     for start in range(0, LAYOUT.video_tiles, 5):
         rows = slice(start, start + 5)
-        wanted = single[:, :, rows].any(2, keepdim=True) & ~policy.anchors(LAYOUT)[rows]
-        assert torch.equal(grouped[:, :, rows] | wanted, wanted)
+        at_least = (single & ~near)[:, :, rows].any(2, keepdim=True) | near[rows]
+        at_most = single[:, :, rows].any(2, keepdim=True) | near[rows]
+        assert (grouped[:, :, rows] >= at_least).all()
+        assert (grouped[:, :, rows] <= at_most).all()
+    assert (grouped > single).any()
 
 
 @given(st.tuples(*[st.integers(1, 9)] * 3), st.sampled_from(["axes", "raster"]))
@@ -329,7 +386,8 @@ def test_lsh_blocks_are_equal_and_find_their_like():
     groups = torch.randn(4, 24, generator=torch.Generator().manual_seed(0)) * 5
     member = torch.arange(16) % 4
     q = groups[member][:, None].expand(16, 16, 24)[None, None] + 0.1
-    found = LSH(density=0.25, planes=10).select(layout, q, q.clone(), q)
+    k = q + 40 * torch.randn(24, generator=torch.Generator().manual_seed(1))  # a bias of all keys says nothing
+    found = LSH(density=0.25, planes=10).select(layout, q, k, q)
     assert (found.sum(-1) == 4).all()
     assert found[0, 0][member[:, None] == member].float().mean() > 0.7
 

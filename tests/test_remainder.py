@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fastdit import remainder
+from fastdit import ops, remainder
 from fastdit.blockmask import BlockMask
 from fastdit.config import Phase
 from fastdit.layout import Layout
@@ -93,6 +93,22 @@ def test_what_is_flat_is_stood_for_exactly(kind, quant):
     assert relative_error(out, dense) < (0.02 if quant.pv == "fp8" else 2e-3)
 
 
+@pytest.mark.parametrize("kind", remainder.REMAINDERS)
+def test_every_remainder_on_triton(monkeypatch, kind):
+    """The GPU's kernels, interpreted, behind the same door: what the CPU's say."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    from fastdit.kernels import attention as triton_kernels
+
+    layout, quant = Layout((2, 4, 5), (1, 4, 4), text_len=3), Quant("int8", smooth_k=True)
+    q, k, v = (torch.randn(1, 1, layout.length, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    mask = BlockMask.from_tile_map(torch.eye(layout.num_tiles, dtype=torch.bool)[None, None], layout)
+    expected, expected_lse = remainder.attention(q, k, v, mask, quant, remainder=kind)
+    monkeypatch.setattr(ops, "_kernels", lambda q: triton_kernels)
+    out, lse = remainder.attention(q, k, v, mask, quant, remainder=kind)
+    assert relative_error(out, expected) < 1e-2
+    assert relative_error(lse, expected_lse) < 1e-2
+
+
 def test_unknown_remainder_is_named():
     with pytest.raises(ValueError, match="none, pooled, sampled"):
         Phase(policy=Window(density=0.2), remainder="guess")
@@ -139,6 +155,22 @@ def test_stripes_are_monotone_in_theta_and_never_count_a_kept_key_twice():
     assert not masses[0].any()
     dropped = attention(q, k, v, ~token_mask(LAYOUT, kept))[1].exp()
     assert relative_error(masses[-1], dropped) < 1e-12
+
+
+def test_stripes_are_judged_beside_what_the_tiles_reach():
+    """The same amount on all logits changes neither the stripes nor their share."""
+    q, k, v, kept = problem(6)
+    mask, ones = BlockMask.from_tile_map(kept, LAYOUT), torch.ones_like(q[..., :1])
+    found = []
+    for shift in (0.0, 30.0, -30.0):
+        query, key = torch.cat([q, ones], -1), torch.cat([k, shift * ones], -1)
+        value = torch.cat([v, ones], -1)
+        lse = remainder.attention(query, key, value, mask, scale=0.25)[1]
+        found.append(remainder.stripes(query, key, value, mask, lse, 0.25, theta=3.5)[1] - shift * 0.25)
+    assert found[0].isfinite().any()
+    assert found[0].isneginf().any()
+    assert torch.allclose(found[0], found[1])
+    assert torch.allclose(found[0], found[2])
 
 
 @pytest.mark.parametrize("quant", [Quant(), Quant("int8", "fp8", smooth_k=True)], ids=str)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from util import fastdit
+from util import call
 
 from fastdit.apps import show
 from fastdit.apps.media import UserError
@@ -17,13 +17,11 @@ from fastdit.policies import POLICIES, Window
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def test_command_draws_what_the_policy_keeps(tmp_path):
-    done = fastdit(
-        "show", "policy", "window", "--set", "size=[1,3,3]", "--grid", "2x12x12", "--tile", "1x4x4", "-o", tmp_path / "w.png"
-    )
-    assert done.returncode == 0, done.stderr
+def test_command_draws_what_the_policy_keeps(tmp_path, monkeypatch, capsys):
+    size = ["--set", "size=[1,3,3]", "--grid", "2x12x12", "--tile", "1x4x4"]
+    assert call(monkeypatch, "show", "policy", "window", *size, "-o", tmp_path / "w.png") == 0
     kept = Window(size=(1, 3, 3)).select(Layout((2, 12, 12), (1, 4, 4)))[0, 0]
-    assert f"{float(kept.float().mean()):.1%}" in done.stdout
+    assert f"{float(kept.float().mean()):.1%}" in capsys.readouterr().out
     image = np.asarray(Image.open(tmp_path / "w.png"))
     scale = image.shape[0] // kept.shape[0]
     yellow = (image[::scale, ::scale] == colour(1.0)).all(-1)
@@ -41,11 +39,11 @@ def test_command_draws_what_the_policy_keeps(tmp_path):
         (["window", "-o", "/nowhere/at/all.png"], "choose another file"),
     ],
 )
-def test_what_is_wrong_is_named(arguments, named):
-    done = fastdit("show", "policy", *arguments)
-    assert done.returncode != 0
-    assert named in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_what_is_wrong_is_named(arguments, named, monkeypatch, capsys):
+    assert call(monkeypatch, "show", "policy", *arguments) != 0
+    said = capsys.readouterr().err
+    assert named in said
+    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -58,7 +56,9 @@ def test_every_policy_is_drawn(name):
 def test_page_is_what_the_rows_say():
     """docs/policies.md holds the tables of the committed rows, and a picture of every policy."""
     page = (DOCS / "policies.md").read_text()
-    for lines in (show.quality(DOCS / "results" / "policies.json"), show.cost(DOCS / "results" / "selection.json")):
+    results = DOCS / "results"
+    costs = show.cost(results / "selection.json", results / "gpu_selection.json")
+    for lines in (show.quality(results / "policies.json"), costs):
         assert "\n".join(lines) in page
     pictures = re.findall(r'src="(policies/\w+\.png)"', page)
     assert {Path(p).stem for p in pictures} == set(POLICIES)

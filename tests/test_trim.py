@@ -51,6 +51,12 @@ def test_others_are_left_to_the_original(mask):
     assert trim.read(mask, 2, LENGTH, LENGTH) is None
 
 
+def test_why_a_mask_is_left():
+    valid = VALID[:, None, None]
+    assert "more than whole keys" in trim.why_not(torch.ones(4, 4, dtype=torch.bool).tril())
+    assert "adds to the logits" in trim.why_not((valid & valid.mT).float())  # as ChromaPipeline passes its own
+
+
 def test_one_mask_serves_the_batch():
     assert trim.read(VALID[:1, None, None], 3, LENGTH, LENGTH).kept == RUNS[:1] * 3
 

@@ -132,7 +132,7 @@ def command(*arguments: object) -> list[str]:
 
 def fastdit(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end; `more` are environment variables."""
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, env=environment(**more))
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900, env=environment(**more))
 
 
 def probe(path: Path) -> str:

@@ -3,7 +3,8 @@
 The paper computes attention exactly over the initial block and a local window; the largest logit found there is a query's
 *anchor*. Queries and anchors are averaged over blocks, and of all other keys those are kept whose logit with a block's mean
 query comes within theta of its mean anchor, for any block of the group: what is dropped weighs less than e^−theta of
-the anchor. A video has no causal order, so "initial" is the first frame and "local" a window of tiles.
+the anchor. A video has no causal order, so "initial" is the first frame and "local" a window of tiles; text, which no policy
+sees, is part of the anchor in the remainder "stripes", the paper's method at the granularity of keys.
 
 This is the paper's method at the granularity of tiles: a key tile is kept if any of its keys passes. The mean query is
 compared, not each query, so a key that one query alone wants can be missed, in the paper as here. On the embedded model, with

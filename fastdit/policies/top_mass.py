@@ -3,6 +3,9 @@
 softmax(q̄·k̄ᵀ) over tiles, and of each row the fewest tiles whose mass sums to tau. A mean says nothing of a tile whose tokens
 point in all directions: tiles whose self-similarity (mean cosine between their tokens) is below `similarity` are kept
 whole, as rows and as columns. As in the authors' code K is centred first (which softmax does not see) for the similarity.
+
+On the embedded model the threshold tau is no better than random tiles at equal density (error .27 both at 1/4,
+docs/policies.md): heads that look far and wide get most tiles, and lose least without them. A share of tiles (density) is: .12.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ them different operators (grid 5×6×10, window 3×3×3: density 9.0 % against 6
 * ``border="truncate"`` (FPSAttention): the window is cut off at the border, |i − j| ≤ ⌊w/2⌋; border queries see fewer tiles.
 
 A window fixed in tiles is a different share of every grid. ``density`` asks for a share instead, and `fit_window` turns
-it into the window of that grid: what presets use.
+it into the window of that grid: what presets use. A window that is larger than the grid is all of it: dense, exactly.
 """
 
 from __future__ import annotations

@@ -1,0 +1,111 @@
+"""What the page shows besides Gradio's widgets, as HTML: progress, clips, errors. A person's words are escaped here."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+PICTURES = (".png", ".webp", ".gif")
+STATES = {
+    "starting": "Starting", "denoising": "Drawing", "finishing": "Decoding and saving",
+    "stopped": "Stopped. Nothing was kept.",
+}  # fmt: skip
+
+
+def text(said: Any) -> str:
+    """Shown literally: no tags, and none of the marks that Gradio's templates know."""
+    return re.sub(r"[${}`\\]", lambda mark: f"&#{ord(mark[0])};", html.escape(str(said)))
+
+
+def error(sentence: str) -> str:
+    """`--height` of the command line is height here."""
+    sentence = re.sub(r"(^|\s)--([a-z])", r"\1\2", sentence)
+    return f'<div class="error" role="alert">{text(sentence[:1].upper() + sentence[1:])}</div>'
+
+
+def note(sentence: str) -> str:
+    return f'<p class="note">{text(sentence)}</p>'
+
+
+def progress(ticket: Any, ahead: int, preview: str = "") -> str:
+    """A line of words, a bar, and the latest preview."""
+    if ticket.state == "waiting":
+        line = "You are next" if ahead < 2 else f"{ahead} clips come first"
+        line = line if ahead else "Starting"
+    else:
+        line = STATES.get(ticket.state, ticket.state)
+    if ticket.state == "denoising":
+        line += f": step {ticket.step} of {ticket.steps}"
+        if (left := ticket.seconds_left) is not None:
+            line += f", about {duration(left)} left"
+    bar = (
+        f'<div class="bar" role="progressbar" aria-label="Denoising" aria-valuemin="0" aria-valuemax="{ticket.steps}" '
+        f'aria-valuenow="{ticket.step}"><div style="width:{100 * ticket.step / max(1, ticket.steps):.1f}%"></div></div>'
+    )
+    picture = f'<img class="preview" alt="What the latents look like now" src="{preview}">' if preview else ""
+    return f'<div class="progress"><p role="status">{text(line)}</p>{bar}{picture}</div>'
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def data_url(image: Any, kind: str = "JPEG") -> str:
+    """A small picture inside the page, so that no file is left of it."""
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, format=kind, quality=80)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def clip(url: str, label: str, key: str = "") -> str:
+    """A player, or a picture. key: its place in a pair of players."""
+    if Path(url).suffix in PICTURES:
+        return f'<img class="clip" data-side="{key}" alt="{text(label)}" src="{text(url)}">'
+    return (
+        f'<video class="clip" data-side="{key}" aria-label="{text(label)}" src="{text(url)}" controls loop muted autoplay '
+        "playsinline></video>"
+    )
+
+
+def result(record: dict[str, Any], urls: dict[str, str], again: bool = False) -> str:
+    """A clip that was made, its settings in words, and its files. urls: of the record's files, by name."""
+    settings = record["settings"]
+    seconds = sum(record["seconds"].values())
+    facts = [
+        ("Seed", record["seed"]),
+        ("Size", f"{settings['frames']} frames of {settings['width']} × {settings['height']}"),
+        ("Tokens", f"{record['tokens']:,}"),
+        ("Preset", settings["preset"]),
+        ("Density", f"{record['density']:.2f}"),
+        ("Time", f"{seconds:.1f} s" + (" (drawn before: the same settings give the same clip)" if again else "")),
+    ]
+    if dropped := record.get("dropped_tokens"):
+        facts.append(("Prompt", f"its last {dropped} tokens were not read: it is too long for this model"))
+    return f'<div class="result">{clip(urls[record["file"]], settings["prompt"])}{table(facts)}{downloads(urls)}</div>'
+
+
+def table(rows: Iterable[tuple[str, Any]]) -> str:
+    return "<dl>" + "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in rows) + "</dl>"
+
+
+def downloads(urls: dict[str, str]) -> str:
+    """A link for each file: {name: url}."""
+    names = {".json": "Settings and numbers (JSON)", "-sheet.png": "Contact sheet", ".mp4": "Video"}
+    links = []
+    for name, url in urls.items():
+        label = next((label for end, label in names.items() if name.endswith(end)), "File")
+        if name.endswith("-dense.mp4"):
+            label = "Dense video"
+        links.append(f'<a href="{text(url)}" download="{text(name)}">{label}</a>')
+    return f'<p class="downloads">Download: {" · ".join(links)}</p>'
+
+
+def address(path: str) -> str:
+    """Where the page finds a file that is served."""
+    return "gradio_api/file=" + quote(path)

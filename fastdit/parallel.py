@@ -1,0 +1,105 @@
+"""Attention of a sequence that diffusers' `enable_parallelism` has split over processes.
+
+Ulysses (arXiv 2309.14509) exchanges heads for tokens: each process gets the whole sequence of some heads, for which nothing
+changes. A ring (arXiv 2310.01889) keeps the queries where they are and brings the keys: each process answers its own queries
+over all keys, with those rows of the tile map that are its queries'. diffusers' ring gathers every key before it begins, so
+one call over all of them holds no more memory than merging one piece after the other by their LSE, and is the same sum.
+
+Text and picture are split apart, so what is gathered is text₀, picture₀, text₁, picture₁, …; here it is put in order again.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from diffusers.models.attention_dispatch import _templated_context_parallel_attention
+from torch import Tensor
+
+from fastdit.attend import attend
+from fastdit.facts import REST
+from fastdit.handle import Denoiser
+
+
+def refusal(denoiser: Denoiser, config: Any, mask: Tensor | None) -> str | None:
+    """Why this attention stays with diffusers' own."""
+    parallel = config.context_parallel_config
+    if parallel.ring_degree > 1 and parallel.ulysses_degree > 1:
+        return "split over processes by ring and Ulysses at once"
+    if parallel.ring_degree > 1 and mask is not None:
+        return "split over processes by a ring, with a mask"
+    if (denoiser.before or denoiser.after) and not denoiser.splits_text():
+        return "split over processes, and not text and picture apart"
+    return None
+
+
+def attention(
+    denoiser: Denoiser,
+    ids: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    backend: str,
+    config: Any,
+) -> Tensor:
+    """q, k, v [B, n, H, D] of this process's tokens -> out like q. Every process must call it."""
+    parallel = config.context_parallel_config
+    if parallel.ulysses_degree == 1:
+        group = parallel._ring_mesh.get_group()
+        sizes = _sizes(q, group) if getattr(parallel, "ring_anything", False) else None
+        k, v = (_gather(x, sizes, group) for x in (k, v))
+        token = tokens(denoiser, k.shape[1], parallel.ring_degree)
+        start = dist.get_rank(group) * q.shape[1] if sizes is None else sum(sizes[: dist.get_rank(group)])
+        at, order = token[start : start + q.shape[1]].to(q.device), token.argsort().to(q.device)
+        return attend(denoiser, ids, q, k[:, order], v[:, order], None, scale, backend, at)
+
+    def whole(_: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        token = tokens(denoiser, q.shape[1], parallel.ulysses_degree).to(q.device)
+        order = token.argsort()
+        if mask is not None:
+            mask = mask[..., order] if mask.shape[-2] == 1 else mask[..., order, :][..., order]
+        return attend(denoiser, ids, *(x[:, order] for x in (q, k, v)), mask, scale, backend)[:, token]
+
+    return _templated_context_parallel_attention(
+        q, k, v, mask, 0.0, False, scale, False, False, forward_op=whole, backward_op=None, _parallel_config=config
+    )
+
+
+def tokens(denoiser: Denoiser, length: int, ranks: int) -> Tensor:
+    """int64 [length]: the token of the sequence that lies at each place of the gathered one."""
+    if denoiser.before == denoiser.after == 0:
+        return torch.arange(length)
+    video = math.prod(denoiser.grid)
+    first = denoiser.before or video
+    if first == REST:
+        first = length - video
+    return _interleaved(first, length - first, ranks)
+
+
+@lru_cache(maxsize=64)
+def _interleaved(first: int, second: int, ranks: int) -> Tensor:
+    pieces = (torch.arange(first).tensor_split(ranks), torch.arange(first, first + second).tensor_split(ranks))
+    return torch.cat(list(chain.from_iterable(zip(*pieces, strict=True))))
+
+
+def _sizes(x: Tensor, group: Any) -> list[int]:
+    """Every process's number of tokens n of x [B, n, H, D]."""
+    mine = torch.tensor([x.shape[1]], device=x.device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, mine, group=group)
+    return [int(each) for each in found]
+
+
+def _gather(x: Tensor, sizes: list[int] | None, group: Any) -> Tensor:
+    """[B, n, H, D] of every process, one after the other: [B, N, H, D]; sizes: None where all have the same n."""
+    most = x.shape[1] if sizes is None else max(sizes)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, most - x.shape[1])).contiguous()
+    found = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, padded, group=group)
+    return torch.cat(found if sizes is None else [each[:, :size] for each, size in zip(found, sizes, strict=True)], 1)

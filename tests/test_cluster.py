@@ -1,0 +1,76 @@
+"""Ray, a real cluster of two nodes on this machine: the same clips as one process makes, also when a worker is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from util import call, command, environment, fastdit
+
+from fastdit.apps.manifest import read
+
+ray = pytest.importorskip("ray", reason="the extra `cluster`")
+SMALL = ["--frames", 5, "--height", 32, "--width", 32, "--steps", 2, "--threads", 1]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head and a worker node, a core each."""
+    from ray.cluster_utils import Cluster
+
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    yield nodes
+    nodes.shutdown()
+
+
+def actors(cluster: Any) -> list[int]:
+    """Processes that have a pipeline: they bear the name of the actor's class."""
+    found = []
+    for node in cluster.list_all_nodes():
+        for raylet in node.all_processes["raylet"]:
+            tasks = Path(f"/proc/{raylet.process.pid}/task").glob("*/children")
+            for child in (int(pid) for task in tasks for pid in task.read_text().split()):
+                if b"Actor" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(child)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux: /proc")
+def test_two_nodes_and_a_worker_that_is_killed(cluster: Any, tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("\n".join(f"a red circle {i}" for i in range(8)))
+    one = fastdit("render", "--prompts", file, *SMALL, "-o", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    process = subprocess.Popen(
+        command("render", "--prompts", file, *SMALL, "-o", tmp_path / "two", "--cluster", cluster.address),
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    limit = time.monotonic() + 600
+    while len(read(tmp_path / "two")) < 2:
+        assert time.monotonic() < limit
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    workers = actors(cluster)
+    assert len(workers) == 2, "one a node"
+    os.kill(workers[0], signal.SIGKILL)
+    said, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    assert "8 rendered" in said
+    assert "died (ActorDiedError): trying again" in errors
+    drawn = [{key: record["frames_sha256"] for key, record in read(tmp_path / each).items()} for each in ("one", "two")]
+    assert len(drawn[0]) == 8
+    assert drawn[0] == drawn[1]
+
+
+def test_no_cluster_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "render", "a", *SMALL, "-o", tmp_path / "out", "--cluster", "127.0.0.1:1") == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("fastdit: --cluster 127.0.0.1:1: no Ray there"), last
+    assert not (tmp_path / "out").exists()
