@@ -2,6 +2,7 @@
 
 import copy
 
+import diffusers
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
@@ -371,6 +372,8 @@ def test_other_hooks_of_diffusers(feature, first):
             kind = {"offload_type": "block_level", "num_blocks_per_group": 1}
         model.enable_group_offload(torch.device("cpu"), torch.device("cpu"), **kind)
 
+    if "offload" in feature and diffusers.__version__.startswith("0.37"):
+        pytest.skip("diffusers 0.37 offloads groups only where there is an accelerator")
     model, call = tiny("UNet2DCondition")
     model.float().double()  # so that casting to float32 loses nothing
     with fastdit.propagate_encoder(model, (0, 3)):
