@@ -101,7 +101,7 @@ def measure(grid: tuple[int, int, int], model: Any, used: int, repeats: int) -> 
     forward = seconds({"stock": lambda: model(**given), "cut": fast}, repeats)
     return {
         "clip": f"{4 * grid[0] - 3}x{16 * grid[1]}x{16 * grid[2]}", "grid": grid, "tokens": tokens,
-        "text_slots": SLOTS, "text_used": used, "cut": trimmed,
+        "text_slots": SLOTS, "text_used": used, "cut": trimmed, "repeats": repeats,
         "call_stock_s": call["stock"], "call_cut_s": call["cut"], "call_ratio": call["stock"] / call["cut"],
         "forward_stock_s": forward["stock"], "forward_cut_s": forward["cut"],
         "forward_ratio": forward["stock"] / forward["cut"], "call_error": call_error, "forward_error": forward_error,

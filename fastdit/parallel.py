@@ -64,7 +64,7 @@ def attention(
         order = token.argsort()
         if mask is not None:
             mask = mask[..., order] if mask.shape[-2] == 1 else mask[..., order, :][..., order]
-        return attend(denoiser, ids, *(x[:, order] for x in (q, k, v)), mask, scale, backend)[:, token]
+        return attend(denoiser, ids, q[:, order], k[:, order], v[:, order], mask, scale, backend)[:, token]
 
     return _templated_context_parallel_attention(
         q, k, v, mask, 0.0, False, scale, False, False, forward_op=whole, backward_op=None, _parallel_config=config
