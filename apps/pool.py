@@ -45,19 +45,8 @@ class Died(Exception):  # noqa: N818
 Outcome = Result | Failure
 
 
-def attempt(
-    renderer: Renderer,
-    job: Job,
-    stop: Callable[[], bool] = lambda: False,
-    watch: Callable[[int, Any], None] = lambda step, latents: None,
-) -> Outcome:
-    """Render, whatever happens. Raises Stopped within a denoising step of `stop` becoming true; `watch` is told each step."""
-
-    def on_step(step: int, latents: Any) -> None:
-        if stop():
-            raise Stopped
-        watch(step, latents)
-
+def attempt(renderer: Renderer, job: Job, on_step: Callable[[int, Any], None] = lambda step, latents: None) -> Outcome:
+    """Render, whatever happens. Raises Stopped if `on_step` does."""
     try:
         return renderer.render(job, on_step)
     except UserError as error:
@@ -76,11 +65,16 @@ def attempt(
 def here(jobs: Iterable[Job], stop: Callable[[], bool], show: bool = True) -> Iterator[tuple[Job, Outcome]]:
     """Render in this process, in order, until `stop`."""
     renderer = Renderer(show)
+
+    def on_step(step: int, latents: Any) -> None:
+        if stop():
+            raise Stopped
+
     for job in jobs:
         if stop():
             return
         try:
-            outcome = attempt(renderer, job, stop)
+            outcome = attempt(renderer, job, on_step)
         except Stopped:
             return
         yield job, outcome

@@ -71,6 +71,8 @@ class Ticket:
         self.become("starting")
 
     def on_step(self, step: int, latents: Any) -> None:
+        if self.stop.is_set():
+            raise Stopped
         if step == 0:  # a comparison measures errors
             self.become("finishing")
             return
@@ -191,7 +193,7 @@ class Studio:
         def pool(todo: list[jobs.Job], stop: Callable[[], bool]) -> Any:
             for job in todo:
                 try:
-                    outcome = attempt(self.renderer, job, stop, ticket.on_step)
+                    outcome = attempt(self.renderer, job, ticket.on_step)
                 except Stopped:
                     return
                 ticket.report = getattr(outcome, "report", None)

@@ -17,7 +17,7 @@ from util import command, environment
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 FLAGS += ["--disable-sync", "--no-first-run"]
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-READY = 120  # seconds, of which importing PyTorch on a busy machine takes most
+READY = 300  # seconds, of which importing PyTorch on a busy machine takes most
 
 
 class Server:
