@@ -92,7 +92,7 @@ def forwards(model: Any, size: int, batch: int, repeats: int, together: int) -> 
         if not torch.equal(one(x, first, text)[0], stock):
             raise UserError("a key step differs from the stock model: not measured", 1)
     best: dict[str, float] = {}
-    for _ in range(repeats):
+    for i in range(repeats):
         now = [next(levels) for _ in range(together)]
         seconds = {}
         seconds["stock"], _ = _timed(partial(model, x, now[0], text))
@@ -105,7 +105,7 @@ def forwards(model: Any, size: int, batch: int, repeats: int, together: int) -> 
                 raise UserError("two ways to decode differ: not measured", 1)
         best = {name: min(best.get(name, math.inf), value) for name, value in seconds.items()}
         print("  ".join(f"{name} {value:.2f} s" for name, value in seconds.items()), flush=True)
-        yield {"rounds": repeats, "seconds": best}
+        yield {"rounds": i + 1, "seconds": best}
 
 
 def loop(model: Any, size: int, batch: int, steps: int) -> Any:
