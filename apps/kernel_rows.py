@@ -60,7 +60,8 @@ def wrong(
             tile_map[:, 1, 1] = False  # rows that see nothing
             mask, there = (BlockMask.from_tile_map(tile_map.to(where), layout) for where in ("cpu", device))
             allowed = token_mask(layout, tile_map).to(device)
-            exact, exact_lse = (x.cpu() for x in attention(*(x.to(device).double() for x in (q, k, v)), allowed))
+            wide_q, wide_k, wide_v = (x.to(device).double() for x in (q, k, v))
+            exact, exact_lse = (x.cpu() for x in attention(wide_q, wide_k, wide_v, allowed))
             for quant in formats:
                 if (reason := ops.unsupported(q.to(device), quant)) is not None:
                     raise NotImplementedError(reason)
