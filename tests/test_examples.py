@@ -44,8 +44,8 @@ def examples() -> list[Any]:
         said = [line for line in lines if re.match(r"(fastdit|torchrun|python -m fastdit|make|pytest|pip) ?", line)]
         said += [" ".join(each.split()) for each in INLINE.findall(BLOCK.sub("", text))]
         for line in said:
-            if line in ("fastdit", "python -m fastdit"):
-                continue  # the program's name in a sentence
+            if line in ("fastdit", "python -m fastdit", "fastdit render"):
+                continue  # a name in a sentence
             found.setdefault(line, pytest.param(line, id=f"{page.name}: {line}"))
     return list(found.values())
 
