@@ -64,6 +64,11 @@ class BlockMask:
         return float(kept / (q_counts.sum() * k_counts.sum()))
 
 
+def version(x: Tensor) -> int:
+    """How often a tensor was changed in place, where PyTorch counts it: not in `torch.inference_mode`."""
+    return -1 if x.is_inference() else x._version
+
+
 def tile_map(kv_num_blocks: Tensor, kv_indices: Tensor) -> Tensor:
     """Block mask -> bool tile map [b, h, q_tiles, k_tiles]."""
     kept = torch.arange(kv_indices.shape[-1], device=kv_indices.device) < kv_num_blocks[..., None]

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastdit.blockmask import tile_map
+from fastdit.blockmask import tile_map, version
 from fastdit.kernels import configs
 from fastdit.kernels.forward import forward
 from fastdit.kernels.quantize import Packed, Rows, pack, pack_values
@@ -89,7 +89,7 @@ _known: MutableMapping[Tensor, Lists] = WeakIdKeyDictionary()
 
 def lists_of(num: Tensor, index: Tensor, k_order: Tensor, rows: int, batch: int, heads: int, padded: bool) -> Lists:
     """The lists of a contiguous mask for `batch` × `heads`, where a tile without padding has `rows` tokens."""
-    made_of = (num, k_order, num._version, index._version, rows, batch, heads, padded)
+    made_of = (num, k_order, version(num), version(index), rows, batch, heads, padded)
     lists = _known.get(index)
     if lists is not None and lists.made_of[2:] == made_of[2:] and lists.made_of[0] is num and lists.made_of[1] is k_order:
         return lists

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastdit.blockmask import tile_map
+from fastdit.blockmask import tile_map, version
 from fastdit.quant import Quant, emulate, rounded_attention
 from fastdit.reference import attention, merge
 
@@ -175,17 +175,17 @@ _known: MutableMapping[Tensor, tuple[int, Groups]] = WeakIdKeyDictionary()
 
 
 def _groups(kv_num_blocks: Tensor, kv_indices: Tensor, q_order: Tensor, k_order: Tensor) -> Groups:
-    version, groups = _known.get(kv_indices, (-1, {}))
-    if version == kv_indices._version:
-        return groups
+    known = _known.get(kv_indices)
+    if known is not None and known[0] == version(kv_indices):
+        return known[1]
     kept = tile_map(kv_num_blocks, kv_indices)
-    groups = {}
+    groups: Groups = {}
     for b, h in product(*map(range, kept.shape[:2])):
         lists, group = kept[b, h].unique(dim=0, return_inverse=True)
         pairs = [(q_order[group == i], k_order[tiles]) for i, tiles in enumerate(lists)]
         pairs = [(queries[queries >= 0], keys[keys >= 0]) for queries, keys in pairs]
         groups[b, h] = [pair for pair in pairs if len(pair[1])]  # a query without keys keeps out = 0, lse = -inf
-    _known[kv_indices] = kv_indices._version, groups
+    _known[kv_indices] = version(kv_indices), groups
     return groups
 
 

@@ -1,5 +1,6 @@
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,18 @@ def test_a_new_configuration_replaces_the_old_one():
     assert not any(isinstance(p.inner, BoundProcessor) for p in processors)
     assert fastdit.report(pipe).config == SPARSE
     assert len(pipe.transformer._forward_pre_hooks) == 1
+
+
+def test_inference_mode_gives_the_same():
+    """Its tensors count no versions, and none of them may be left where a run outside would change it."""
+    pipe = pipeline()
+    config = replace(SPARSE, phases=(replace(SPARSE.phases[0], reuse=fastdit.Reuse("residual", refresh=2)),), error_budget=0.5)
+    runs = []
+    with fastdit.accelerate(pipe, config):
+        for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+            with mode():
+                runs.append([pipe.transformer(**wan_inputs(sigma=sigma))[0].clone() for sigma in (0.9, 0.6, 0.3)])
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
 
 
 def test_two_pipelines_do_not_meet():

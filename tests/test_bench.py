@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from util import call
 
 from fastdit import PRESETS, Config, Dense, Phase, Window
-from fastdit.apps.bench import BEGIN, END, bench, cpu_name, markdown, parse_sizes, read_rows, run, save, write_table
+from fastdit.apps.bench import BEGIN, END, cpu_name, markdown, parse_sizes, read_rows, run, save, write_table
 from fastdit.apps.media import UserError
 
 SIZES = [(5, 32, 32), (9, 64, 64)]
@@ -36,7 +37,7 @@ def measured(saved_pipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
 
 
-def test_rows_and_table(measured: dict[str, Any], tmp_path: Path) -> None:
+def test_rows_and_table(measured: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run(**measured)
     assert rows == read_rows(measured["out"])
     assert [(row["shape"], row["preset"]) for row in rows] == [
@@ -52,7 +53,7 @@ def test_rows_and_table(measured: dict[str, Any], tmp_path: Path) -> None:
     assert rows[3]["density"] < 1
     readme = tmp_path / "README.md"
     readme.write_text(f"# A\n\n{BEGIN}\nold\n{END}\n\nafter\n")
-    bench(out=measured["out"], table=readme)
+    assert call(monkeypatch, "bench", "--out", measured["out"], "--table", readme) == 0
     text = readme.read_text()
     assert text.startswith(f"# A\n\n{BEGIN}\n| clip ")
     assert text.endswith(f"{END}\n\nafter\n")
@@ -114,7 +115,7 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
             read_rows(other)
         assert other.read_text() == content
     with pytest.raises(UserError, match="measure first"):
-        bench(out=tmp_path / "none.json", table=other)
+        read_rows(tmp_path / "none.json", must_exist=True)
     with pytest.raises(UserError, match="choose another file"):
         save(other / "below.json", [])
     other.write_text("# no markers")

@@ -175,6 +175,16 @@ def test_heads_take_turns_when_the_bias_of_tiles_is_too_large(monkeypatch):
     assert calls == [2, 2]
 
 
+def test_inference_mode():
+    """Whose tensors count no versions."""
+    expected = block_sparse_attention(*draw()[:3], *draw()[-1], SCALE, Quant())
+    with torch.inference_mode():
+        q, k, v, _, masks = draw()
+        for _ in range(2):
+            for got, exact in zip(block_sparse_attention(q, k, v, *masks, SCALE, Quant()), expected, strict=True):
+                assert torch.equal(got, exact)
+
+
 def test_lists_are_kept_and_never_stale():
     num, index, _, order = map(moved, draw()[-1])
     first = lists_of(num, index, order, 32, 1, 2, True)
