@@ -237,7 +237,9 @@ GRIDS = [(2, 3, 4), (3, 4, 2)]
 def runs(draw):
     """Runs of steps of calls: each run begins at the top, each step falls, each call has a size, a batch and an input."""
     call = st.tuples(st.integers(0, 1), st.integers(1, 2), st.integers(0, 1))
-    levels = st.lists(st.sampled_from([0.9, 0.8, 0.6, 0.5, 0.4, 0.3, 0.1]), unique=True, max_size=5)
+    # At least two: a bare model knows a run by the noise level that rises, and after a single step another call at its level is
+    # another branch. (A pipeline's runs are known by their list of timesteps as well.)
+    levels = st.lists(st.sampled_from([0.9, 0.8, 0.6, 0.5, 0.4, 0.3, 0.1]), unique=True, min_size=1, max_size=5)
     steps = levels.map(lambda found: [0.98, *sorted(found, reverse=True)])
     run = steps.flatmap(
         lambda found: st.tuples(*[st.tuples(st.just(s), st.lists(call, min_size=1, max_size=3)) for s in found])
