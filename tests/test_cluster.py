@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -30,15 +31,16 @@ def cluster() -> Iterator[Any]:
     nodes.shutdown()
 
 
-def actors(cluster: Any) -> list[int]:
-    """Processes that have a pipeline: they bear the name of the actor's class."""
-    found = []
-    for node in cluster.list_all_nodes():
+def actors(cluster: Any) -> dict[int, int]:
+    """Processes that have a pipeline, and the node of each: they bear the name of the actor's class."""
+    found = {}
+    for index, node in enumerate(cluster.list_all_nodes()):
         for raylet in node.all_processes["raylet"]:
             tasks = Path(f"/proc/{raylet.process.pid}/task").glob("*/children")
             for child in (int(pid) for task in tasks for pid in task.read_text().split()):
-                if b"Actor" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    found.append(child)
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended since
+                    if b"Actor" in Path(f"/proc/{child}/cmdline").read_bytes():
+                        found[child] = index
     return found
 
 
@@ -57,10 +59,15 @@ def test_two_nodes_and_a_worker_that_is_killed(cluster: Any, tmp_path: Path) -> 
         assert time.monotonic() < limit
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    workers = actors(cluster)
-    assert len(workers) == 2, "one a node"
-    os.kill(workers[0], signal.SIGKILL)
-    said, errors = process.communicate(timeout=600)
+    victim, node = next(iter(actors(cluster).items()))  # the other may still be starting
+    os.kill(victim, signal.SIGKILL)
+    nodes = {node}
+    while process.poll() is None:
+        assert time.monotonic() < limit
+        nodes |= set(actors(cluster).values())
+        time.sleep(0.05)
+    said, errors = process.communicate()
+    assert nodes == {0, 1}, "a worker on each"
     assert process.returncode == 0, errors
     assert "8 rendered" in said
     assert "died (ActorDiedError): trying again" in errors
