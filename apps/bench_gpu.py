@@ -40,18 +40,28 @@ def bench_gpu(
 
     if not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA GPU here: fastdit bench and fastdit bench kernel measure on a CPU")
+    from fastdit.apps import gpu_tests
     from fastdit.apps.gpu_denoisers import denoisers
     from fastdit.apps.gpu_rows import FORMATS, SECTIONS
     from fastdit.apps.kernel_rows import wrong
     from fastdit.apps.tiny.selection_cost import cost
 
-    sections: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = SECTIONS | {
+    sections: dict[str, Callable[[int], Iterator[dict[str, Any]]]] = {
+        "tests": gpu_tests.tests,
+        "sanitizer": gpu_tests.sanitizer,
+        **SECTIONS,
         "selection": lambda repeats: iter(cost(repeats, "cuda")),
         "denoisers": denoisers,
     }
-    chosen = only.split(",") if only else list(sections)
+    absent = gpu_tests.absent()
+    chosen = only.split(",") if only else [name for name in sections if name not in absent]
     if unknown := set(chosen) - set(sections):
         raise UserError(f"--only: no section {', '.join(sorted(unknown))}: choose from {', '.join(sections)}", 2)
+    for name, why in absent.items():
+        if name in chosen:
+            raise UserError(f"--only {name}: it {why}")
+        if not only:
+            typer.echo(f"{name}: not run, it {why}")
     if faults := wrong(FORMATS, (64, 128), torch.bfloat16, "cuda"):
         raise UserError(f"a kernel is wrong, so nothing is timed: {'; '.join(faults)}")
     facts = {

@@ -78,5 +78,11 @@ def remembered(rows: list[dict[str, Any]]) -> str:
     ])  # fmt: skip
 
 
-TABLES = {"dense": attention, "sliding": attention, "video": video, "remembered": remembered, "selection": selection,
-          "int4": attention, "others": attention, "denoisers": denoisers}  # fmt: skip
+def tests(rows: list[dict[str, Any]]) -> str:
+    return _table("file | passed | skipped | failed", [
+        f"| `{row['file']}` | {row['passed']} | {row['skipped']} | {row['failed']} |" for row in rows
+    ])  # fmt: skip
+
+
+TABLES = {"tests": tests, "dense": attention, "sliding": attention, "video": video, "remembered": remembered,
+          "selection": selection, "int4": attention, "others": attention, "denoisers": denoisers}  # fmt: skip

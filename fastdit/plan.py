@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastdit.blockmask import BlockMask
+from fastdit.blockmask import BlockMask, density
 from fastdit.config import Config
 from fastdit.kernels import configs
 from fastdit.layout import Grid, Layout, fit_tile
@@ -81,16 +81,16 @@ def make_plan(
         return _dense(phase, f"{policy} chooses by all queries, which are spread over processes")
     layout = layout_of(config, grid, text_len, text_first)
     if known is not None:
-        block_mask, density = known
+        block_mask, share = known
     elif policy.static:
-        block_mask, density = _static(policy, layout, config.first_frame, str(q.device))
+        block_mask, share = _static(policy, layout, config.first_frame, str(q.device))
     else:
-        block_mask, density = _select(policy, layout, config.first_frame, q, k, v)
+        block_mask, share = _select(policy, layout, config.first_frame, q, k, v)
     if block_mask.kv_indices.shape[1] not in (1, q.shape[1]):
         raise ValueError(f"{policy} is for {block_mask.kv_indices.shape[1]} heads, this layer has {q.shape[1]}")
-    if density > config.max_density:
-        return _dense(phase, f"density {density:.2f} is above {config.max_density:g}: dense is faster")
-    return Plan(phase, density, block_mask, quant, None, config.phases[phase].remainder, config.phases[phase].reuse)
+    if share > config.max_density:
+        return _dense(phase, f"density {share:.2f} is above {config.max_density:g}: dense is faster")
+    return Plan(phase, share, block_mask, quant, None, config.phases[phase].remainder, config.phases[phase].reuse)
 
 
 def complete(video: Tensor, layout: Layout, first_frame: bool = False) -> Tensor:
@@ -111,12 +111,14 @@ def _dense(phase: int | None, reason: str) -> Plan:
 
 @lru_cache(maxsize=64)
 def _static(policy: Policy, layout: Layout, first_frame: bool, device: str) -> tuple[BlockMask, float]:
-    kept = complete(policy.select(layout).to(device), layout, first_frame)
-    block_mask = BlockMask.from_tile_map(kept, layout)
-    return block_mask, block_mask.density()
+    return _listed(complete(policy.select(layout).to(device), layout, first_frame), layout)
 
 
 def _select(policy: Policy, layout: Layout, first_frame: bool, *qkv: Tensor) -> tuple[BlockMask, float]:
     video = (layout.to_tiles(x)[:, :, : layout.video_tiles] for _, x in zip(policy.reads, qkv, strict=False))
-    block_mask = BlockMask.from_tile_map(complete(policy.select(layout, *video), layout, first_frame), layout)
-    return block_mask, block_mask.density()
+    return _listed(complete(policy.select(layout, *video), layout, first_frame), layout)
+
+
+def _listed(kept: Tensor, layout: Layout) -> tuple[BlockMask, float]:
+    block_mask = BlockMask.from_tile_map(kept, layout)
+    return block_mask, density(kept, block_mask.q_order, block_mask.k_order)

@@ -333,13 +333,31 @@ def test_tiles_that_a_mean_cannot_stand_for_are_kept():
     assert not found[:, :, 3].all()
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, RAGGED], ids=["whole", "ragged"])
+@pytest.mark.parametrize("window", [(1, 1, 1), (1, 3, 3)])
+def test_stripe_token_by_token(layout, window):
+    q, k, v = (x.double() for x in video(layout))
+    real = layout.order()[: layout.video_tiles] >= 0
+    t, _, _ = places(layout)
+    near = Window(size=window).select(layout)[0, 0] | (t == 0)
+    found = Stripe(theta=1.5, window=window).select(layout, q.float(), k.float(), v.float())
+    for b, h, i in itertools.product(range(2), range(2), range(0, layout.video_tiles, 3)):
+        seen = k[b, h][near[i]][real[near[i]]]
+        tops = [max(query @ key for key in seen) for query in q[b, h, i][real[i]]]
+        mean = q[b, h, i][real[i]].mean(0)
+        threshold = sum(tops) / len(tops) - 1.5 * q.shape[-1] ** 0.5
+        for j in range(layout.video_tiles):
+            passes = max(mean @ key for key in k[b, h, j][real[j]]) >= threshold
+            assert found[b, h, i, j] == (near[i, j] or passes)
+
+
 def test_stripe_limits_and_planted_column():
     q, k, v = video(LAYOUT)
     policy = Stripe(theta=-math.inf)
-    assert torch.equal(policy.select(LAYOUT, q, k, v), policy.anchors(LAYOUT).expand(2, 2, -1, -1))
-    assert Stripe(theta=math.inf).select(LAYOUT, q, k, v).all()
     t, _, _ = places(LAYOUT)
-    assert policy.anchors(LAYOUT)[:, t == 0].all()
+    near = Window(size=policy.window).select(LAYOUT)[0, 0] | (t == 0)
+    assert torch.equal(policy.select(LAYOUT, q, k, v), near.expand(2, 2, -1, -1))
+    assert Stripe(theta=math.inf).select(LAYOUT, q, k, v).all()
     direction = torch.nn.functional.normalize(torch.randn(16, generator=torch.Generator().manual_seed(2)), dim=0)
     q, k = q * 0.1 + direction * 4, k * 0.1
     k[:, :, :6, 0] = direction * 20  # what the anchors see in the first frame
@@ -349,7 +367,6 @@ def test_stripe_limits_and_planted_column():
     assert found.float().mean() < 0.6
     grouped = Stripe(theta=4.0, group=5).select(LAYOUT, *video(LAYOUT))
     single = Stripe(theta=4.0).select(LAYOUT, *video(LAYOUT))
-    near = policy.anchors(LAYOUT)
     for start in range(0, LAYOUT.video_tiles, 5):
         rows = slice(start, start + 5)
         at_least = (single & ~near)[:, :, rows].any(2, keepdim=True) | near[rows]

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdit.layout import Layout
 
 ROWS_BYTES = 64 << 20
-"""Size of the logits that `antidiagonal` holds at a time."""
+"""Size of the logits that are held at a time."""
 
 
 def means(x: Tensor, layout: Layout) -> Tensor:

@@ -21,7 +21,6 @@ from torch import Tensor
 from fastdit.layout import Layout
 from fastdit.policies.base import Policy, check_share
 from fastdit.policies.scores import places
-from fastdit.reference import attention
 
 
 @dataclass(frozen=True)
@@ -48,13 +47,22 @@ class SpatialTemporal(Policy):
         slots = real.nonzero().flatten()
         drawn = torch.randperm(len(slots), generator=torch.Generator().manual_seed(self.seed))[: self.rows].to(q.device)
         rows, tile = slots[drawn], slots[drawn] // layout.tile_tokens
-        query, key, value = q.flatten(2, 3)[:, :, rows], k.flatten(2, 3), v.flatten(2, 3)
+        query, key, value = q.flatten(2, 3)[:, :, rows].float(), k.flatten(2, 3).float(), v.float()
+        logits = (query @ key.mT * q.shape[-1] ** -0.5).masked_fill(~real, float("-inf"))
+        # values by frames of tiles: a product of 32 rows and all keys at once would keep a dozen of a GPU's cores busy
+        value = value.unflatten(2, (layout.tile_grid[0], -1)).flatten(3, 4)
         full, near_space, near_time = (
-            attention(query, key, value, kept[tile].repeat_interleave(layout.tile_tokens, -1) & real)[0].float()
+            self._answer(logits, value, kept[tile].repeat_interleave(layout.tile_tokens, -1))
             for kept in (torch.ones_like(spatial), spatial, temporal)
         )
         errors = [(near - full).square().sum((-1, -2), keepdim=True) for near in (near_space, near_time)]
         return torch.where(errors[0] <= errors[1], spatial, temporal)
+
+    @staticmethod
+    def _answer(logits: Tensor, value: Tensor, kept: Tensor) -> Tensor:
+        """Attention of a few rows to kept keys: logits [B, H, rows, N], value [B, H, frames, N / frames, D], kept [rows, N]."""
+        weights = logits.masked_fill(~kept, float("-inf")).softmax(-1)
+        return (weights.unflatten(-1, value.shape[2:4]).transpose(2, 3) @ value).sum(2)
 
     def maps(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """The spatial and the temporal map, bool [video_tiles, video_tiles] each."""

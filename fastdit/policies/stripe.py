@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastdit.layout import Grid, Layout
 from fastdit.policies.base import Policy
-from fastdit.policies.scores import means, places
+from fastdit.policies.scores import ROWS_BYTES, means, places
 from fastdit.policies.window import Window
 
 
@@ -44,25 +44,30 @@ class Stripe(Policy):
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         if q is None or k is None:
             raise ValueError("stripe needs q and k")
-        anchors = self.anchors(layout).to(q.device)
-        pooled, keys, scale = means(q, layout), k.float(), q.shape[-1] ** -0.5
-        real = (layout.order(q.device)[: layout.video_tiles] >= 0)[:, None]
+        (t, _, _), near = places(layout, q.device), Window(size=self.window).select(layout)[0, 0].to(q.device)
+        first = t == 0
+        real = layout.order(q.device)[: layout.video_tiles] >= 0
+        minus = torch.zeros(real.shape, device=q.device).masked_fill(~real, float("-inf"))  # what hides padding
+        queries, keys = q.float() * q.shape[-1] ** -0.5, k.float()
+        pooled, start = means(queries, layout), keys[:, :, first].flatten(2, 3).mT
+        wide = int(near.sum(-1).max())
+        local = near.int().argsort(dim=-1, descending=True, stable=True)[:, :wide]
+        outside = minus[local].masked_fill(~near.gather(1, local)[..., None], float("-inf"))
+        B, H, tiles, slots, _ = k.shape
+        rows = max(1, ROWS_BYTES // (4 * B * H * tiles * slots))
         kept = []
-        for tile, rows in enumerate(q.unbind(2)):  # a tile's queries against all keys at a time
-            seen = keys[:, :, anchors[tile]].flatten(2, 3)
-            hidden = ~real[anchors[tile], 0].flatten()
-            top = (rows.float() @ seen.mT * scale).masked_fill(hidden, float("-inf")).amax(-1)
-            anchor = (top * real[tile, 0]).sum(-1) / real[tile].sum()
-            logits = (pooled[:, :, tile, None, None] @ keys.mT).squeeze(3) * scale
-            heaviest = logits.masked_fill(~real[:, 0], float("-inf")).amax(-1)
+        for part in torch.arange(tiles, device=q.device).split(rows):
+            mine = queries[:, :, part]
+            top = (mine.flatten(2, 3) @ start + minus[first].flatten()).amax(-1).unflatten(-1, (-1, slots))
+            for each in range(wide):
+                logits = mine @ keys[:, :, local[part, each]].mT
+                top = top.maximum((logits + outside[part, each, None]).amax(-1))
+            anchor = (top * real[part]).sum(-1) / real[part].sum(-1)
+            logits = pooled[:, :, part] @ keys.flatten(2, 3).mT + minus.flatten()
+            heaviest = logits.unflatten(-1, (tiles, slots)).amax(-1)
             kept.append(~(heaviest + self.theta < anchor[..., None]))  # NaN keeps
-        found = torch.stack(kept, 2)
+        found = torch.cat(kept, 2)
         if self.group > 1:
             groups = found.split(self.group, 2)
             found = torch.cat([x.any(2, keepdim=True).expand_as(x) for x in groups], 2)
-        return found | anchors
-
-    def anchors(self, layout: Layout) -> Tensor:
-        """First frame and local window, bool [video_tiles, video_tiles]."""
-        t, _, _ = places(layout)
-        return Window(size=self.window).select(layout)[0, 0] | (t == 0)
+        return found | near | first
