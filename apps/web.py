@@ -78,6 +78,7 @@ def serve(
     import uvicorn
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.staticfiles import StaticFiles
 
     from fastdit.apps.web_limits import Limits
     from fastdit.apps.web_page import Page, looks
@@ -87,6 +88,7 @@ def serve(
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on sockets it opened itself
     names: dict[str, str | None] = {EMBEDDED: None} | {name: name for name in models}
     studio = Studio(out, names, Limits(**limits), fixed)
     studio.warm.result()  # a model that cannot be loaded is told before anybody comes
@@ -98,6 +100,10 @@ def serve(
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if users is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host])
+    # Gradio compresses its scripts anew for everybody who comes, which on two cores takes longer than sending them
+    scripts = Path(gr.__file__).parent / "templates" / "frontend" / "assets"
+    if scripts.is_dir():
+        app.mount("/assets", StaticFiles(directory=scripts))
     gr.mount_gradio_app(
         app, page.build(), "/", auth=None if users is None else known, run_history=False, footer_links=["settings"],
         max_file_size=f"{limits['upload_mb']}mb", show_error=False, ssr_mode=False, server_name=host, server_port=port,
