@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -47,8 +47,8 @@ class FastAttnProcessor:
 def accelerate(target: Any, config: str | Config = DEFAULT) -> Handle:
     """Replace the self-attention of every denoiser of a pipeline (or of one model) until `restore`.
 
-    config: "exact", "balanced", "fast", or a `Config`. An accelerated target takes the new configuration. Returns the handle,
-    which is also a context manager: ``with fastdit.accelerate(pipe): ...`` restores at the end, exception or not.
+    config: "exact", "balanced", "fast", "fps", or a `Config`. An accelerated target takes the new configuration. Returns the
+    handle, which is also a context manager: ``with fastdit.accelerate(pipe): ...`` restores at the end, exception or not.
 
     Raises ValueError for an unknown preset, a model family fastdit does not know, or a target without a denoiser; the
     target is unchanged then.
@@ -63,7 +63,7 @@ def accelerate(target: Any, config: str | Config = DEFAULT) -> Handle:
     handle = Handle(resolved)
     for name, model in models.items():
         install_model(model, name, adapters[name], handle)
-    handle.restore = functools.partial(_restore_attention, target)
+    handle.restore = _restorer(models.values())
     if not isinstance(target, nn.Module):
         handle.pipeline = weakref.ref(target)
     return handle
@@ -88,7 +88,7 @@ def install(
     _restore_attention(model)
     handle = Handle(resolved)
     install_model(model, "model", adapter, handle)
-    handle.restore = functools.partial(_restore_attention, model)
+    handle.restore = _restorer([model])
     return handle
 
 
@@ -143,9 +143,22 @@ def _key_steps(key_steps: int | Iterable[int]) -> int | tuple[int, ...]:
 
 
 def restore(target: Any) -> None:
-    """Give a pipeline or model back exactly as it was: its processors, its encoder. One that is neither is left alone."""
+    """Give a pipeline or model back exactly as it was: its processors, its encoder. One that fastdit did not change is left
+    alone; raises ValueError for an object without a denoiser."""
     _restore_attention(target)
     _restore_encoder(target)
+
+
+def _restorer(models: Iterable[nn.Module]) -> Callable[[], None]:
+    """What restores these models, without keeping them alive: a handle must not hold on to gigabytes of weights."""
+    references = [weakref.ref(model) for model in models]
+
+    def restore() -> None:
+        for reference in references:
+            if (model := reference()) is not None:
+                uninstall(model)
+
+    return restore
 
 
 def _restore_attention(target: Any) -> None:

@@ -144,6 +144,9 @@ class _Call:
                 lambda: self.original(*(x.transpose(1, 2) for x in (query, key_, value))).transpose(1, 2),  # noqa: B023
                 lambda device: sum(m.bytes(device) for site in self.handle.sites for m in site.memories.values()),
             )  # fmt: skip
+            self.site.most = max(self.site.most, sum(m.bytes() for m in self.site.memories.values()))
+            if self.handle.last:
+                held.drop()  # decoding, which comes next, needs the room
             error, why = self.fault(query, key_, value, out, how)
             if why is None:
                 skipped = how == "reuse" and plan.reuse.kind == "broadcast"
@@ -154,7 +157,8 @@ class _Call:
 
     def fault(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, how: str) -> tuple[float | None, str | None]:
         """Measured error (None: not measured, or not finite) and what is wrong with an answer, None if nothing is."""
-        if not bool(out.isfinite().all()):
+        # A sum that is not finite says the same as `isfinite().all()`, without a mask as large as the answer
+        if not bool(out.sum(dtype=torch.promote_types(out.dtype, torch.float32)).isfinite()):
             sane = all(bool(x.isfinite().all()) for x in (q, k, v))
             return None, "not finite" if sane else None  # what came in broken is the model's own affair
         budget = self.handle.config.error_budget

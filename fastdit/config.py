@@ -34,11 +34,16 @@ class Phase:
     reuse: Reuse = field(default_factory=Reuse)
 
     def __post_init__(self) -> None:
-        high, low = self.sigma
-        if not 1 >= high > low >= 0:
-            raise ValueError(f"phase: sigma must be (high, low) with 1 >= high > low >= 0, got {self.sigma}")
-        if self.layers is not None and (len(self.layers) != 2 or not isinstance(self.layers[0], int)):
-            raise ValueError(f"phase: layers must be (first, last), whole numbers as in a slice, got {self.layers}")
+        for name in ("sigma", "layers"):
+            if isinstance(pair := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(pair))
+        if not _numbers(self.sigma) or not 1 >= self.sigma[0] > self.sigma[1] >= 0:
+            raise ValueError(f"phase: sigma must be (high, low) with 1 >= high > low >= 0, got {self.sigma!r}")
+        if self.layers is not None and not _slice(self.layers):
+            raise ValueError(f"phase: layers must be (first, last), whole numbers as in a slice, got {self.layers!r}")
+        for name, kind in (("quant", Quant), ("reuse", Reuse)):
+            if not isinstance(found := getattr(self, name), kind):
+                raise ValueError(f"phase: {name} must be a {kind.__name__}(...), got {found!r}")
         if self.remainder not in REMAINDERS:
             raise ValueError(f"phase: remainder must be one of {', '.join(REMAINDERS)}, got {self.remainder!r}")
         if not isinstance(self.policy, Policy):
@@ -64,16 +69,22 @@ class Phase:
         unknown = set(fields) - {"sigma", "policy", "quant", "layers", "remainder", "reuse"}
         if unknown:
             raise ValueError(f"phase: unknown field {', '.join(sorted(unknown))}")
-        high, low = fields.get("sigma", (1.0, 0.0))
-        layers = fields.get("layers")
         return cls(
-            sigma=(high, low),
+            sigma=fields.get("sigma", (1.0, 0.0)),
             policy=policy_from_dict(fields.get("policy", {"name": "dense"})),
             quant=Quant.from_dict(fields.get("quant", {})),
-            layers=None if layers is None else (layers[0], layers[1]),
+            layers=fields.get("layers"),
             remainder=fields.get("remainder", "none"),
             reuse=Reuse.from_dict(fields.get("reuse", {})),
         )
+
+
+def _numbers(pair: Any) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair)
+
+
+def _slice(pair: Any) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], int) and isinstance(pair[1], int | None)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastdit.clock import Clock
 from fastdit.config import Config
@@ -24,6 +24,8 @@ from fastdit.facts import Adapter
 from fastdit.layout import Grid
 from fastdit.memory import Memory
 
+MOST_CALLS = 64
+"""Calls of one site at one noise level, more than guidance, solvers and a batch taken one by one make: beyond it a new run."""
 _numbers = itertools.count()
 _handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
 
@@ -65,6 +67,8 @@ class Site:
     refusal: str | None = None
     """Why the last call went straight to the pipeline's own attention, seen when the call was traced."""
     memories: dict[tuple[Any, ...], Memory] = field(default_factory=dict)
+    most: int = 0
+    """Bytes of statistics, when they were most."""
     rung: int = 0
     guarded: str | None = None
     """Why the guard last raised the rung."""
@@ -89,7 +93,7 @@ class Site:
 
     def forget(self) -> None:
         """Start anew: nothing of an earlier run must reach the next."""
-        self.ran, self.memories, self.rung, self.guarded = [], {}, 0, None
+        self.ran, self.memories, self.most, self.rung, self.guarded = [], {}, 0, 0, None
 
 
 @dataclass(eq=False)
@@ -112,54 +116,46 @@ class Denoiser:
     """The grid, on the CPU, where it is only known when the call runs."""
     sigma: Tensor = field(default_factory=lambda: torch.zeros(()))
     """On the CPU: the op reads it at every site, and only one transfer a call may wait for the GPU."""
-    branch: int | str = 0
-    """Which of several calls at one noise level this is (conditional, unconditional, …)."""
+    branch: Hashable = 0
+    """Which of several calls at one noise level this is (conditional, unconditional, …; some processors call once a sample)."""
     contexts: Callable[[], str | None] = field(default=lambda: None)
     """The name that the pipeline gives to the branch (diffusers' `cache_context`), where a step cache keeps one."""
     splits_text: Callable[[], bool] = field(default=lambda: False)
     """Whether text is split over processes beside the picture (`hooked.splits_text`)."""
     _at: tuple[float, int, int] = (-1.0, 0, 0)
+    _name: str | None = None
+    _seen: Counter[tuple[str | None, int]] = field(default_factory=Counter)
+    """Calls at this noise level, by the pipeline's name for the branch and by layer."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
         twin = memo[id(self)] = copy.copy(self)
         twin.handle, twin.sites = copy.deepcopy((self.handle, self.sites), memo)
+        twin._seen = Counter()
         twin.contexts, twin.splits_text = lambda: None, lambda: False  # its own are those of the model it was copied from
         return twin
 
     def count(self, sigma: float, layer: int, begins: bool) -> None:
         """Tell calls of one noise level apart: layers run in order, so one that does not come later begins another call.
 
-        Calls are not counted where the pipeline names them: a step cache may skip a whole call of one branch.
+        Where the pipeline names them, a step cache may skip a whole call of one branch: there only the calls of this layer
+        under this name are counted.
         """
         before, last, call = self._at
         if begins or sigma != before:
+            self._seen.clear()
             call, new = 0, True
         else:
             new = layer <= last
             call += new
         self._at = (sigma, layer, call)
         if new:
-            self.branch = self.contexts() or call
+            self._name = self.contexts()
+        self.branch = call if self._name is None else (self._name, self._seen[self._name, layer])
+        self._seen[self._name, layer] += 1
 
-
-@dataclass(eq=False)
-class Observe:
-    """Forward pre-hook of a denoiser: writes the call's facts where its sites read them.
-
-    Inside a compiled model this is traced, so it writes only what follows from the arguments.
-    """
-
-    denoiser: Denoiser
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        denoiser, facts = self.denoiser, self.denoiser.adapter.facts(model, args, kwargs)
-        if isinstance(facts.grid, Tensor):
-            denoiser.grid, denoiser.where = (0, 0, 0), facts.grid.to("cpu", torch.int64)
-        else:
-            denoiser.grid, denoiser.where = facts.grid, None
-        denoiser.before, denoiser.after, denoiser.coarser = facts.before, facts.after, facts.coarser
-        denoiser.ragged, denoiser.unread = facts.ragged, facts.unread
-        denoiser.sigma = facts.sigma.amax().to("cpu", torch.float32)
+    def overrun(self, sigma: float, layer: int) -> bool:
+        """Whether there were so many calls at this noise level that they must be those of several runs."""
+        return sigma == self._at[0] and self._seen[self._name, layer] >= MOST_CALLS
 
 
 class Handle:
@@ -172,6 +168,7 @@ class Handle:
         self.restore: Any = None
         self.pipeline: weakref.ref[Any] | None = None
         self._timesteps: Any = None
+        self._levels = 0
         self._register()
 
     def _register(self) -> None:
@@ -192,12 +189,27 @@ class Handle:
     def begin_call(self, sigma: float, site: Site) -> None:
         """Note where the run is. Whatever was remembered goes when a new run begins, also after one that was interrupted."""
         timesteps = self.timesteps()
-        begins = self.clock.observe(sigma) or timesteps is not self._timesteps
+        if timesteps is not self._timesteps or site.denoiser.overrun(sigma, site.layer):
+            self.clock.restart()
+        begins = self.clock.observe(sigma)
         if begins:
             self._timesteps = timesteps
+            self._levels = 0 if timesteps is None else len(set(torch.as_tensor(timesteps).tolist()))
             for each in self.sites:
                 each.forget()
         site.denoiser.count(sigma, site.layer, begins)
+
+    def reset(self) -> None:
+        """Forget what ran and what was remembered. It happens by itself when a pipeline runs anew, and when the noise level
+        rises; a model on its own that is called again and again at one noise level (one-step models) needs it between runs."""
+        self.clock.restart()
+        for site in self.sites:
+            site.forget()
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the last step of a run of the whole schedule: what is remembered serves nobody any more."""
+        return 0 < self._levels <= self.clock.step + 1
 
     def timesteps(self) -> Any:
         """The scheduler's list of timesteps, a new object in each run; None for a model without a pipeline."""
@@ -209,7 +221,7 @@ class Handle:
         twin = Handle.__new__(Handle)
         memo[id(self)] = twin
         twin.config, twin.clock, twin.restore = self.config, Clock(), None
-        twin.pipeline, twin._timesteps = None, None
+        twin.pipeline, twin._timesteps, twin._levels = None, None, 0
         twin.denoisers = copy.deepcopy(self.denoisers, memo)
         twin._register()
         return twin

@@ -40,6 +40,9 @@ class Memory:
     no_room: str | None = None
     """Why nothing is remembered, though it should be."""
 
+    def drop(self) -> None:
+        self.block_mask = self.ratio = self.kept = None
+
     def bytes(self, device: torch.device | None = None) -> int:
         """Held on a device; None: on all."""
         tensors = [self.ratio, *((self.kept.data, self.kept.scale) if self.kept is not None else ())]

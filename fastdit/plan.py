@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastdit import ops
 from fastdit.blockmask import BlockMask, density
 from fastdit.config import Config
 from fastdit.kernels import configs
@@ -84,6 +85,8 @@ def make_plan(
         block_mask, share = known
     elif policy.static:
         block_mask, share = _static(policy, layout, config.first_frame, str(q.device))
+    elif ops.unsupported(q, quant) is not None:
+        return Plan(phase, 1.0, None, quant, None)  # nobody will run it (`attend` says why): to choose would be for nothing
     else:
         block_mask, share = _select(policy, layout, config.first_frame, q, k, v)
     if block_mask.kv_indices.shape[1] not in (1, q.shape[1]):
@@ -109,7 +112,12 @@ def _dense(phase: int | None, reason: str) -> Plan:
     return Plan(phase, 1.0, None, Quant(), reason)
 
 
-@lru_cache(maxsize=64)
+def forget() -> None:
+    """Let go of the block masks of static policies, which lie on the GPU that they were made for."""
+    _static.cache_clear()
+
+
+@lru_cache(maxsize=256)
 def _static(policy: Policy, layout: Layout, first_frame: bool, device: str) -> tuple[BlockMask, float]:
     return _listed(complete(policy.select(layout).to(device), layout, first_frame), layout)
 

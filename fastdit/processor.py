@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
-from fastdit import hooked, parallel
+from fastdit import hooked, parallel, plan
 from fastdit.attend import SDPA, attend
 from fastdit.facts import Adapter
-from fastdit.handle import Denoiser, Handle, Observe, Site
+from fastdit.handle import Denoiser, Handle, Site
+from fastdit.observe import Observe
 
 _current = threading.local()
 """`.site`: the site whose processor is running in this thread, between the bound processor and the core attention."""
@@ -48,7 +49,7 @@ class BoundProcessor:
         self.inner = inner
         self.site = site
         # A tensor, not integers: integers would be constants of the compiled graph, one graph per layer.
-        self.ids = torch.tensor([site.denoiser.handle.number, site.index])
+        self.ids = torch.tensor([site.denoiser.handle.number, site.index], device="cpu")
 
     # diffusers sets these two on processors (`set_attention_backend`, `enable_parallelism`). A processor without them is
     # skipped in silence while the sequence is split all the same.
@@ -87,7 +88,10 @@ def _bound_class(inner: Any) -> type[BoundProcessor]:
 
     def __call__(self: BoundProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
         _current.site = self
-        return clone(self.inner, attn, *args, **kwargs)
+        try:
+            return clone(self.inner, attn, *args, **kwargs)
+        finally:  # or this thread would keep the pipeline's statistics alive
+            _current.site = None
 
     # diffusers' Attention.forward passes only the keyword arguments that it finds in the processor's signature.
     __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
@@ -186,6 +190,10 @@ def bind(model: nn.Module, denoiser: Denoiser) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Give back the very processors that `install` found; a model without ours is left alone."""
+    if (denoiser := installed(model)) is not None:
+        for site in denoiser.sites:  # a cycle that Python's collector may find much later: what is large goes now
+            site.memories.clear()
+        plan.forget()
     for module in model.modules():
         if isinstance(getattr(module, "processor", None), BoundProcessor):
             _set(module, module.processor.inner)

@@ -37,7 +37,7 @@ class PhaseReport:
 class SiteReport:
     """ran: "sparse", "dense", "mixed" or "never"; quant: the number format of most calls; reason: the most frequent cause of a
     call that stayed dense, or of statistics not kept; error: the largest measured; rung: of the guard, in words; reused:
-    calls that statistics completed; memory: bytes held from step to step."""
+    calls that statistics completed; memory: bytes held from step to step, when they were most."""
 
     name: str
     ran: str
@@ -53,7 +53,8 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The latest run of a pipeline. density: mean over all calls of all sites; memory: bytes of statistics held."""
+    """The latest run of a pipeline. density: mean over all calls of all sites; memory: bytes of statistics held, every
+    site's when they were most; after the last step of a run they are gone."""
 
     config: Config
     density: float
@@ -175,7 +176,7 @@ def _site(site: Site) -> SiteReport:
         max((r.error for r in timed if r.error is not None), default=None),
         guard.RUNGS[site.rung],
         sum(r.how == "reuse" for r in timed),
-        sum(memory.bytes() for memory in site.memories.values()),
+        site.most,
     )
 
 

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdit import PRESETS, Config, Dense, Phase, Quant, Window, preset
+from fastdit.policies import HeadProfile, PowerOfTwo, Stripe, Union
 
 TWO = Config(
     phases=(
@@ -51,7 +52,16 @@ def test_unknown_preset_lists_the_names():
         lambda: Phase(sigma=(0.0, 1.0)),
         lambda: Phase(sigma=(1.2, 0.0)),
         lambda: Phase(layers=(0.5, 1)),
+        lambda: Phase(sigma=0.5),
+        lambda: Phase(sigma=("1", "0")),
+        lambda: Phase.from_dict({"sigma": ["high", "low"]}),
+        lambda: Phase.from_dict({"sigma": 1}),
+        lambda: Phase.from_dict({"layers": 3}),
+        lambda: Phase(layers=(0, "x")),
+        lambda: Phase(layers=(0, 1, 2)),
         lambda: Phase(policy="window"),
+        lambda: Phase(quant="fp8"),
+        lambda: Phase(reuse="residual"),
         lambda: Config(tile=(1, 2)),
         lambda: Config(tile_tokens=0),
         lambda: Config(max_density=0),
@@ -62,3 +72,19 @@ def test_unknown_preset_lists_the_names():
 def test_bad_settings_are_refused(make):
     with pytest.raises(ValueError, match="phase|config"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        (lambda: Phase([1.0, 0.5], layers=[0, None]), Phase((1.0, 0.5), layers=(0, None))),
+        (lambda: Union([Window(density=0.5), Dense()]), Union((Window(density=0.5), Dense()))),
+        (lambda: HeadProfile([Dense()], heads=[0, 0], grid=[1, 2, 3]), HeadProfile((Dense(),), heads=(0, 0), grid=(1, 2, 3))),
+        (lambda: Stripe(window=[1, 3, 3]), Stripe(window=(1, 3, 3))),
+        (lambda: PowerOfTwo(window=[1, 3, 3]), PowerOfTwo(window=(1, 3, 3))),
+    ],
+)  # fmt: skip
+def test_lists_are_as_good_as_tuples(listed, expected):
+    """Settings are keys of caches: a list in one would fail in the first denoising step."""
+    assert listed() == expected
+    assert hash(listed()) == hash(expected)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fastdit import ops
 from fastdit.config import Config, Phase
 from fastdit.layout import Layout
 from fastdit.plan import complete, layout_of, make_plan
@@ -76,6 +77,16 @@ def test_a_policy_that_looks_at_the_tensors():
 
     got = plan(windowed(phases=(Phase(policy=Nearest()),)), text=5)
     assert got.density == pytest.approx((8 * 16 * 16 + 2 * 5 * 128 + 25) / 133**2)
+
+
+def test_nothing_is_chosen_where_no_kernel_would_run_it():
+    class Never(Policy):
+        def select(self, layout, q=None, k=None, v=None):
+            raise AssertionError("chosen for nothing")
+
+    q = torch.zeros(1, 1, 128, 8, device="meta")  # like "mps": a device that has no kernel
+    got = make_plan(windowed(phases=(Phase(policy=Never()),)), 0.5, 0, 4, (2, 8, 8), 0, False, q, q, q)
+    assert (got.block_mask, got.reason, ops.unsupported(q, got.quant)) == (None, None, "no kernel for meta tensors")
 
 
 def test_a_policy_that_reads_values_gets_them():

@@ -23,6 +23,7 @@ class _Composed(Policy):
     policies: tuple[Policy, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "policies", tuple(self.policies))  # a list cannot be hashed
         if not self.policies or not all(isinstance(policy, Policy) for policy in self.policies):
             raise ValueError(f"{self.name}: policies must be one policy or more, got {self.policies!r}")
 
@@ -67,6 +68,9 @@ class HeadProfile(_Composed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "heads", tuple(self.heads))
+        if self.grid is not None:
+            object.__setattr__(self, "grid", tuple(self.grid))
         if not self.heads or any(not 0 <= head < len(self.policies) for head in self.heads):
             raise ValueError(
                 f"head_profile: heads must be indices of its {len(self.policies)} policies, one a head, got {self.heads}"

@@ -32,7 +32,7 @@ class PowerOfTwo(Policy):
     reads: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        Window(size=self.window)  # raises ValueError for a window that is none
+        object.__setattr__(self, "window", Window(size=self.window).size)  # raises ValueError for a window that is none
         if self.along not in ("axes", "raster"):
             raise ValueError(f"power_of_two: along must be 'axes' or 'raster', got {self.along!r}")
 

@@ -37,7 +37,7 @@ class Stripe(Policy):
     name: ClassVar[str] = "stripe"
 
     def __post_init__(self) -> None:
-        Window(size=self.window)  # raises ValueError for a window that is none
+        object.__setattr__(self, "window", Window(size=self.window).size)  # raises ValueError for a window that is none
         if self.theta != self.theta or self.group < 1:
             raise ValueError(f"stripe: theta must be a number and group >= 1, got {self.theta} and {self.group}")
 
