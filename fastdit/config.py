@@ -23,7 +23,8 @@ class Phase:
 
     sigma: (high, low), the way a run passes through it. layers: (first, last), half-open, counted over the self-attention
     sites of one denoiser, negative from its end as in a slice; None is all of them. remainder: what stands in for the
-    tiles that the policy drops, one of `REMAINDERS`. reuse: which statistics of earlier steps serve how long.
+    tiles that the policy drops, one of `REMAINDERS`. reuse: which statistics of earlier steps serve how long. With `Dense()`,
+    which drops nothing, both are without effect.
     """
 
     sigma: tuple[float, float] = (1.0, 0.0)

@@ -69,13 +69,14 @@ class Report:
     @classmethod
     def of(cls, handle: Handle) -> Report:
         config = handle.config
-        calls = [(site.index, _timed(ran)) for site in handle.sites for ran in site.ran]
+        timed = [[_timed(ran) for ran in site.ran] for site in handle.sites]
+        calls = [(site.index, ran) for site, rans in zip(handle.sites, timed, strict=True) for ran in rans]
         calls.sort(key=lambda call: call[1].step)
         total = [ran for _, ran in calls]
         phases = [_phase(phase, [ran for ran in total if ran.phase == i]) for i, phase in enumerate(config.phases)]
         if outside := [ran for ran in total if ran.phase is None]:  # noise levels and layers that no phase names
             phases.append(_phase(Phase(), outside))
-        sites = tuple(_site(site) for site in handle.sites)
+        sites = tuple(map(_site, handle.sites, timed))
         left = sum((denoiser.left for denoiser in handle.denoisers), Counter())
         memory = sum(site.memory for site in sites)
         return cls(config, _density(total), tuple(phases), sites, memory, tuple(calls), tuple(left.most_common()))
@@ -158,12 +159,11 @@ def _density(ran: Sequence[Ran]) -> float:
     return sum(r.density for r in ran) / len(ran) if ran else 1.0
 
 
-def _site(site: Site) -> SiteReport:
-    if not site.ran:
+def _site(site: Site, timed: Sequence[Ran]) -> SiteReport:
+    if not timed:
         reason = site.refusal or "not called yet"
         ran = "dense" if site.refusal else "never"
         return SiteReport(site.name, ran, 1.0, "none", reason, 0.0, None, guard.RUNGS[site.rung], 0, 0)
-    timed = [_timed(ran) for ran in site.ran]
     dense = sum(r.how == "dense" for r in timed)
     reasons = Counter(r.reason for r in timed if r.reason is not None)
     return SiteReport(
