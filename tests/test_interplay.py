@@ -56,7 +56,12 @@ def same(found, expected, case):
 
 CACHES = {
     "first block": lambda: FirstBlockCacheConfig(threshold=0.5),
-    "taylor": lambda: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1),
+    "taylor": lambda: TaylorSeerCacheConfig(
+        cache_interval=2,
+        disable_cache_before_step=1,
+        max_order=1,
+        cache_identifiers=[r"(transformer_)?blocks\.\d+\.attn1?"],  # its own patterns know nothing of an attn1
+    ),  # fmt: skip
     "mag": lambda: MagCacheConfig(
         num_inference_steps=6, mag_ratios=torch.ones(6), threshold=0.5, max_skip_steps=2, retention_ratio=0.2
     ),
@@ -99,7 +104,7 @@ def test_step_caches(family, cache, first):
     assert same(found, expected, case)
     sites = len(fastdit.report(model).sites)
     assert len(fastdit.report(model).calls) == len(seen)
-    if cache in ("mag", "broadcast", "faster"):  # the others judge what they see, and random weights may not please them
+    if cache != "first block":  # which judges what it sees, and random weights may not please it
         assert len(seen) < sites * len(STEPS)
 
 
