@@ -1,6 +1,7 @@
 """What `fastdit bench gpu` runs before it times anything on a new GPU: the checkout's kernel tests and compute-sanitizer.
 
-`python -m fastdit.apps.gpu_tests` is what the sanitizer watches: every kernel once, on shapes that fill no tile.
+`python -m fastdit.apps.gpu_tests` is what the sanitizer watches: every kernel once, on shapes that fill no tile (without a GPU:
+those of the CPU).
 """
 
 from __future__ import annotations
@@ -81,23 +82,26 @@ def sanitizer(repeats: int) -> Rows:
 def main() -> None:
     import torch
 
-    from fastdit import BlockMask, Quant, ops
+    from fastdit import Quant, ops
     from fastdit.apps.gpu_rows import FORMATS
     from fastdit.apps.kernel_rows import inputs
+    from fastdit.blockmask import BlockMask
     from fastdit.layout import Layout
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     calls = 0
     for dim in (64, 128):
         for tile in ((2, 8, 8), (1, 8, 8)):
             layout = Layout((3, 17, 20), tile, 9)
-            q, k, v = inputs(layout, 2, dim, torch.bfloat16, "cuda")
+            q, k, v = inputs(layout, 2, dim, torch.bfloat16, device)
             some = torch.rand(1, 2, layout.num_tiles, layout.num_tiles, generator=torch.Generator().manual_seed(0)) < 0.5
-            mask = BlockMask.from_tile_map(some.cuda(), layout)
+            mask = BlockMask.from_tile_map(some.to(device), layout)
             for quant in (*FORMATS, Quant("int4", "fp8", smooth_q=True, smooth_k=True)):
                 for remainder in ("none", "pooled"):
                     ops.attention(q, k, v, mask, quant, remainder=remainder)
                     calls += 1
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
     print(f"calls: {calls}")
 
 

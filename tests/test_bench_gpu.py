@@ -31,6 +31,11 @@ def test_a_file_that_cannot_be_imported_is_an_error_not_a_row(tmp_path):
         list(gpu_tests.suite([broken]))
 
 
+def test_what_the_sanitizer_watches_runs(capsys):
+    gpu_tests.main()
+    assert capsys.readouterr().out == "calls: 32\n"
+
+
 def test_every_kernel_test_file_is_run():
     assert {path.stem for path in gpu_tests.TESTS} == {path.stem for path in (ROOT / "tests").glob("test_kernel_*.py")}
 
