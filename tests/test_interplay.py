@@ -61,7 +61,7 @@ CACHES = {
         disable_cache_before_step=1,
         max_order=1,
         cache_identifiers=[r"(transformer_)?blocks\.\d+\.attn1?"],  # its own patterns know nothing of an attn1
-    ),  # fmt: skip
+    ),
     "mag": lambda: MagCacheConfig(
         num_inference_steps=6, mag_ratios=torch.ones(6), threshold=0.5, max_skip_steps=2, retention_ratio=0.2
     ),
