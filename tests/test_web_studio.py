@@ -18,7 +18,7 @@ from util import call
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'fastdit[ui]'")
 
 from fastdit import PRESETS
-from fastdit.apps import manifest, web_create, web_gallery, web_html, web_inside, web_knobs
+from fastdit.apps import manifest, web_create, web_html, web_inside, web_knobs
 from fastdit.apps.media import UserError
 from fastdit.apps.web import loopback, read_users
 from fastdit.apps.web_limits import Limits
@@ -227,20 +227,6 @@ def test_words_are_shown_literally() -> None:
     import html
 
     assert said[1:] in html.unescape(shown)
-
-
-def test_gallery_shows_whole_clips_of_the_folder_alone(studio: Studio) -> None:
-    ticket, _ = asyncio.run(end(studio, "a"))
-    good = ticket.record
-    lines = [
-        good | {"job": "b" * 16, "files": ["../secret.mp4"], "file": "../secret.mp4"},
-        good | {"job": "c" * 16, "files": ["gone.mp4"], "file": "gone.mp4"},
-        {"job": "d" * 16, "state": "failed", "error": "x"}, {"job": "e" * 16, "state": "done"},
-    ]  # fmt: skip
-    (studio.out.parent / "secret.mp4").write_bytes(b"secret")
-    with (studio.out / manifest.FILE).open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    assert [record["job"] for record in web_gallery.records(studio.out)] == [good["job"]]
 
 
 def test_who_may_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
