@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'fastdit[ui]'")
+gr = pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'fastdit[ui]'")
 from gradio.route_utils import delete_files_created_by_app
 
-from fastdit.apps import manifest, web_gallery
+from fastdit.apps import manifest, web_create, web_gallery
 from fastdit.apps.web_limits import Limits
 from fastdit.apps.web_page import DAY, SERVED, Copies, Page
 from fastdit.apps.web_studio import Studio
@@ -107,6 +109,25 @@ def test_copies_go_after_a_day(studio: Studio, out: Path) -> None:
     delete_files_created_by_app(page.blocks, 0)
     assert not copy.exists()
     assert (out / "a.mp4").exists()
+
+
+def test_files_are_not_copied_in_the_servers_loop(studio: Studio) -> None:
+    """All pages are served by one thread: who hashes a clip there stalls everybody's progress."""
+    threads = set[threading.Thread]()
+
+    class Seen(Page):
+        def copy(self, folder: Path, name: str) -> str:
+            threads.add(threading.current_thread())
+            return super().copy(folder, name)
+
+    async def drawn() -> str:
+        said = {"prompt": "a red circle", "frames": 5, "height": 32, "width": 32, "steps": 2}
+        page, request = Seen(studio, users=False), gr.Request(session_hash="tab")
+        return [str(state) async for state in web_create.draw(page, said, request)][-1]
+
+    assert "<video" in asyncio.run(drawn())
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 def test_copies_may_be_added_while_they_are_gone_through() -> None:
