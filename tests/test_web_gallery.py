@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-gr = pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'fastdit[ui]'")
+pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'fastdit[ui]'")
+import gradio as gr
 from gradio.route_utils import delete_files_created_by_app
 
 from fastdit.apps import manifest, web_create, web_gallery
