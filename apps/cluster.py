@@ -15,7 +15,8 @@ from fastdit.apps.render import Renderer
 class Actors:
     """A Ray actor per GPU of the cluster, or per `cpus` cores where it has none. address: "auto", "local" or ray://HOST:PORT.
 
-    Models, LoRAs and images are read by the workers: their paths must mean the same on every machine.
+    Models, LoRAs and images are read by the workers: their paths must mean the same on every machine. A session of Ray that
+    this process has already is used, and outlives `close`.
     """
 
     def __init__(self, address: str, cpus: int, size: int | None = None) -> None:
@@ -23,9 +24,11 @@ class Actors:
             import ray
         except ImportError:
             raise UserError("--cluster needs Ray: pip install 'fastdit[cluster]'") from None
-        self.ray = ray
+        self.ray, self.ours = ray, not ray.is_initialized()
+        self.actors: list[Any] = []
+        self.running: dict[Any, int] = {}
         host, _, port = address.removeprefix("ray://").rpartition(":")
-        if not ray.is_initialized():
+        if self.ours:
             try:
                 if host and port.isdigit():  # or Ray tries for minutes, and then ends the process itself
                     socket.create_connection((host, int(port)), timeout=10).close()
@@ -36,6 +39,7 @@ class Actors:
         gpus = int(found.get("GPU", 0))
         self.size = size or gpus or int(found.get("CPU", 1) // cpus)
         if self.size < 1:
+            self.close()
             raise UserError(f"--cluster {address}: the cluster has neither a GPU nor {cpus} cores for a worker")
 
         @ray.remote(num_cpus=0 if gpus else cpus, num_gpus=1 if gpus else 0, max_restarts=0)
@@ -50,7 +54,6 @@ class Actors:
         actor: Any = Actor
         self.make = actor.remote
         self.actors = [self.make() for _ in range(self.size)]
-        self.running: dict[Any, int] = {}
 
     def start(self, worker: int, job: Job) -> None:
         self.running[self.actors[worker].render.remote(job)] = worker
@@ -71,4 +74,5 @@ class Actors:
     def close(self) -> None:
         for actor in self.actors:
             self.ray.kill(actor)
-        self.ray.shutdown()
+        if self.ours:
+            self.ray.shutdown()

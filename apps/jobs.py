@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.apps.media import UserError, digest, slug
-from fastdit.apps.settings import Settings
+from fastdit.apps.settings import Settings, content, split_lora
 
 NAME = "{index:04d}-{slug}-s{seed}"
 ALIASES = {
@@ -56,10 +56,19 @@ class Job:
 
     @cached_property
     def hash(self) -> str:
-        """Sixteen hexadecimal digits: the same clip has the same ones wherever and whenever it is rendered."""
-        said = {name: value for name, value in self.given.items() if name not in NOT_THE_CLIP and value is not None}
-        if (custom := said.get("custom")) is not None:
-            said |= {"custom": custom.to_dict(), "preset": None}
+        """Sixteen hexadecimal digits: the same clip has the same ones wherever and whenever it is rendered.
+
+        Names do not count, but what they stand for: a preset's configuration, and the content of files. Raises UserError for
+        one that cannot be read.
+        """
+        left_out = (*NOT_THE_CLIP, "preset", "custom")
+        said = {name: value for name, value in self.given.items() if name not in left_out and value is not None}
+        said["config"] = self.settings().config().to_dict()
+        if "image" in said:
+            said["image"] = content(said["image"])
+        if "lora" in said:
+            path, scale = split_lora(said["lora"])
+            said["lora"] = [content(path), scale]
         if self.repeats:
             said["repeats"] = self.repeats
         return digest(said, 16)

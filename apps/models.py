@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdit.apps.media import UserError
-from fastdit.apps.settings import Settings
+from fastdit.apps.settings import Settings, split_lora
 
 if TYPE_CHECKING:
     from torch import nn
@@ -84,8 +84,7 @@ def _prepare(pipe: Any, settings: Settings, device: str) -> Any:
     import torch
 
     if settings.lora:
-        path, at, scale = settings.lora.rpartition("@")
-        path, weight = (path, scale) if at else (scale, "1")
+        path, weight = split_lora(settings.lora)
         folder = Path(path).expanduser()
         try:
             pipe.load_lora_weights(str(folder) if folder.exists() else path, adapter_name="lora")

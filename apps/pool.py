@@ -88,7 +88,7 @@ class Team(Protocol):
     def start(self, worker: int, job: Job) -> None: ...
 
     def wait(self) -> list[tuple[int, Outcome | Died]]:
-        """What became of jobs since last asked, after `POLL` seconds at most."""
+        """What became of jobs since last asked, after `POLL` seconds at most; Died also of a worker that had none."""
         ...
 
     def close(self) -> None:
@@ -107,7 +107,9 @@ def elsewhere(jobs: Iterable[Job], stop: Callable[[], bool], team: Team) -> Iter
                     busy[worker] = queue.popleft()
                     team.start(worker, busy[worker])
             for worker, outcome in team.wait():
-                job = busy.pop(worker)
+                job = busy.pop(worker, None)
+                if job is None:
+                    continue  # it died waiting for one
                 if not isinstance(outcome, Died):
                     yield job, outcome
                     continue
@@ -122,12 +124,15 @@ def elsewhere(jobs: Iterable[Job], stop: Callable[[], bool], team: Team) -> Iter
 
 
 class Processes:
-    """A spawned process per GPU, or `size` of them on the CPU. threads: of PyTorch, each."""
+    """A spawned process per GPU, or `size` of them on the CPU. threads: of PyTorch, each.
+
+    Where one died stands None, until there is a job for another: what kills workers that wait would find one after the other.
+    """
 
     def __init__(self, size: int, gpus: bool = False, threads: int | None = None) -> None:
         self.size, self.gpus = size, gpus
         self.threads = threads
-        self.workers: list[tuple[Any, Any]] = [self._spawn(number) for number in range(size)]
+        self.workers: list[tuple[Any, Any] | None] = [self._spawn(number) for number in range(size)]
 
     def _spawn(self, number: int) -> tuple[Any, Any]:
         context = multiprocessing.get_context("spawn")
@@ -140,13 +145,15 @@ class Processes:
         return process, ours
 
     def start(self, worker: int, job: Job) -> None:
+        self.workers[worker] = found = self.workers[worker] or self._spawn(worker)
         with contextlib.suppress(OSError):  # it died waiting: `wait` sees that
-            self.workers[worker][1].send(job)
+            found[1].send(job)
 
     def wait(self) -> list[tuple[int, Outcome | Died]]:
-        ready = wait([connection for _, connection in self.workers], POLL)
+        alive = [(number, *each) for number, each in enumerate(self.workers) if each is not None]
+        ready = wait([connection for _, _, connection in alive], POLL)
         found: list[tuple[int, Outcome | Died]] = []
-        for number, (process, connection) in enumerate(self.workers):
+        for number, process, connection in alive:
             if connection in ready:
                 try:
                     found.append((number, connection.recv()))
@@ -154,14 +161,15 @@ class Processes:
                     process.join()
                     found.append((number, Died(f"exit status {process.exitcode}")))
                     connection.close()
-                    self.workers[number] = self._spawn(number)
+                    self.workers[number] = None
         return found
 
     def close(self) -> None:
-        for process, connection in self.workers:
+        alive = [each for each in self.workers if each is not None]
+        for process, connection in alive:
             connection.close()
             process.terminate()
-        for process, _ in self.workers:
+        for process, _ in alive:
             process.join(10)
             process.kill()
 

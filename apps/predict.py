@@ -16,11 +16,14 @@ from fastdit import Config
 from fastdit.apps.models import denoisers, multiples
 from fastdit.layout import Grid, Layout
 from fastdit.plan import complete, layout_of
-from fastdit.policies import Dense, Policy
+from fastdit.policies import Dense, Policy, Window
+from fastdit.policies.window import fit_window, near
 from fastdit.schedule import noise_levels, schedule
 
 OVERHEAD = 1.3
 """Of a pair of tokens in sparse attention, over one in dense: fitted to the README's rows, which it meets within a fifth."""
+MOST_TILES = 4096
+"""Up to which a map of tiles × tiles is made to count what it keeps: 16 MB, where a long clip's would have gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def predict(known: Facts, config: Config, frames: int, height: int, width: int, 
         if policy is not None and not isinstance(policy, Dense) and "statistics for" not in entry.what:
             density = density_of(policy, layout_of(config, grid), config.first_frame)
         if density is None:
-            return Prediction(tokens, grid, None, None, "the policy decides while it draws")
+            why = f"{policy} has too many tiles there to count" if policy.static else "the policy decides while it draws"
+            return Prediction(tokens, grid, None, None, why)
         densities.append(density if density <= config.max_density else 1.0)
         spent.append(densities[-1] * OVERHEAD if densities[-1] < 1 else 1.0)
     share = tokens / (tokens + known.even)
@@ -88,8 +92,14 @@ def predict(known: Facts, config: Config, frames: int, height: int, width: int, 
 
 @lru_cache(maxsize=128)
 def density_of(policy: Policy, layout: Layout, first_frame: bool = False) -> float | None:
-    """Share of tile pairs kept; a policy that looks at the data has the density that it is asked for, or None."""
+    """Share of tile pairs kept. None: too many tiles to count, or decided by the data and no density asked for."""
     if not policy.static:
         found = getattr(policy, "density", None)
         return None if found is None else float(found)
+    if isinstance(policy, Window) and not first_frame:  # a box: the product of its shares of the axes, at any size
+        sides = layout.tile_grid
+        size = policy.size or fit_window(sides, policy.density or 1.0, policy.border)
+        return math.prod(float(near(n, w, policy.border).float().mean()) for n, w in zip(sides, size, strict=True))
+    if layout.video_tiles > MOST_TILES:
+        return None
     return float(complete(policy.select(layout), layout, first_frame).float().mean())

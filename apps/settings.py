@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,3 +115,31 @@ class Settings:
             self.ulysses,
             self.ring,
         )
+
+
+def split_lora(said: str) -> tuple[str, str]:
+    """PATH@SCALE or PATH -> where it is, and its scale as it was written."""
+    path, at, scale = said.rpartition("@")
+    return (path, scale) if at else (scale, "1")
+
+
+def content(path: str) -> str:
+    """Digest of a file's content, or the path as it is where that is no file here: a folder, an id of the Hub.
+
+    Raises UserError for a file that cannot be read.
+    """
+    try:
+        file = Path(path).expanduser()
+        if not file.is_file():
+            return path
+        found = file.stat()
+        return _sha256(str(file), found.st_mtime_ns, found.st_size)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})", 2) from None
+
+
+@lru_cache(maxsize=4096)
+def _sha256(path: str, modified: int, size: int) -> str:
+    """Read once as long as time and size are the same, however many jobs have the file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import hmac
 import ipaddress
 import os
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +17,8 @@ from fastdit.apps.media import UserError
 from fastdit.apps.settings import Settings
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+PAUSE = 1.0
+"""Seconds that a wrong password costs, in which no other is looked at for that name: who tries many at once waits for each."""
 
 
 def web(
@@ -61,7 +66,6 @@ def serve(
     limits: dict[str, int],
 ) -> None:
     """Until interrupted. Raises UserError where Gradio is missing, or the port or folder cannot be used."""
-    import hmac
     import socket
 
     try:
@@ -94,9 +98,6 @@ def serve(
     studio.warm.result()  # a model that cannot be loaded is told before anybody comes
     page = Page(studio, users is not None)
 
-    def known(name: str, password: str) -> bool:
-        return users is not None and hmac.compare_digest(users.get(name, "").encode(), password.encode()) and name in users
-
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if users is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host])
@@ -105,7 +106,7 @@ def serve(
     if scripts.is_dir():
         app.mount("/assets", StaticFiles(directory=scripts))
     gr.mount_gradio_app(
-        app, page.build(), "/", auth=None if users is None else known, run_history=False, footer_links=["settings"],
+        app, page.build(), "/", auth=None if users is None else Door(users).opens, run_history=False, footer_links=["settings"],
         max_file_size=f"{limits['upload_mb']}mb", show_error=False, ssr_mode=False, server_name=host, server_port=port,
         **looks(),
     )  # fmt: skip
@@ -116,6 +117,22 @@ def serve(
         server.run(sockets=[listening])
     finally:
         studio.close()
+
+
+class Door:
+    """Lets in who knows a password, and keeps others from guessing fast. users: {name: password}."""
+
+    def __init__(self, users: dict[str, str]) -> None:
+        self.users = users
+        self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def opens(self, name: str, password: str) -> bool:
+        """Gradio awaits this in the server's loop: to wait here keeps nobody else waiting, where to sleep would."""
+        async with self.turns[name if name in self.users else ""]:  # names that nobody has share a turn, and take no memory
+            right = hmac.compare_digest(self.users.get(name, "").encode(), password.encode()) and name in self.users
+            if not right:
+                await asyncio.sleep(PAUSE)
+            return right
 
 
 def loopback(host: str) -> bool:

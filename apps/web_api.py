@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ def build(page: Page) -> None:
                         "ahead": page.studio.ahead(ticket),
                     }
                     made = ticket.record if ticket.over else None
-                    clip = None if made is None else _file(page.copy(folder, made["file"]))
+                    clip = None if made is None else _file(await asyncio.to_thread(page.copy, folder, made["file"]))
                     yield now | {"clip": clip, "record": made}
         except UserError as problem:
             raise gr.Error(str(problem), print_exception=False) from None

@@ -102,7 +102,8 @@ async def draw(
                     now = web_html.error(ticket.error)
                 elif ticket.state == "done" and ticket.record is not None:
                     page.remember(request, ticket)
-                    now = page.result(ticket.folder, ticket.record, again=not ticket.marks)
+                    # in a thread: it hashes and copies files, while others want to see their progress
+                    now = await asyncio.to_thread(page.result, ticket.folder, ticket.record, again=not ticket.marks)
                 else:
                     now = web_html.progress(ticket, page.studio.ahead(ticket), picture)
                 if now != last:
@@ -120,7 +121,11 @@ def foresee(page: Page, model: str, name: str, frames: int, height: int, width: 
     if known is None:
         return web_html.note("How many tokens that is will be told when the model is loaded.")
     try:
-        found = predict.predict(known, preset(name), int(frames), int(height), int(width), int(steps))
+        asked = Settings(prompt="x", frames=int(frames), height=int(height), width=int(width), steps=int(steps))
+        page.studio.limits.check(asked)
+        found = predict.predict(known, preset(name), asked.frames, asked.height, asked.width, asked.steps)
+    except UserError as problem:
+        return web_html.error(str(problem))
     except (ValueError, TypeError):
         return web_html.note("That is no clip: it needs a frame, a pixel and a step.")
     line = f"{found.tokens:,} tokens ({' × '.join(map(str, found.grid))})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,20 +74,43 @@ def build(page: Page, tabs: Any, tab: Any) -> None:
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """Clips of a folder whose files are there, newest first."""
-    done = [record for record in manifest.read(folder).values() if record["state"] == "done" and _whole(folder, record)]
-    return sorted(done, key=lambda record: str(record["finished"]), reverse=True)
-
-
-def _whole(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether a record is one of ours, its files plain names in the folder."""
-    if not {"file", "files", "name", "settings", "finished", "seconds", "tokens", "density", "seed"} <= set(record):
-        return False
-    names = [*record["files"], f"{record['name']}.json"]
-    return all(Path(name).name == name and (folder / name).is_file() and not (folder / name).is_symlink() for name in names)
+    there = _files(folder)
+    return [record for record in _done(folder) if _names(record) <= there]
 
 
 def find(folder: Path, job: str) -> dict[str, Any] | None:
-    return next((record for record in records(folder) if record["job"] == job), None)
+    found = next((record for record in _done(folder) if record["job"] == job), None)
+    return found if found is not None and _names(found) <= _files(folder) else None
+
+
+def _done(folder: Path) -> list[dict[str, Any]]:
+    """Records of clips, newest first, whatever has become of their files. They are shared: to be read only."""
+    try:
+        now = (folder / manifest.FILE).stat()
+    except OSError:
+        return []
+    return _parsed(folder, now.st_ino, now.st_mtime_ns, now.st_size)
+
+
+@lru_cache(maxsize=16)
+def _parsed(folder: Path, *state: int) -> list[dict[str, Any]]:
+    """Read once as long as the manifest is the same: it has some 10 kB a clip. state: what tells one manifest from another."""
+    needed = {"file", "files", "name", "settings", "finished", "seconds", "tokens", "density", "seed"}
+    done = [record for record in manifest.read(folder).values() if record["state"] == "done" and needed <= set(record)]
+    return sorted(done, key=lambda record: str(record["finished"]), reverse=True)
+
+
+def _names(record: dict[str, Any]) -> set[str]:
+    return {*record["files"], f"{record['name']}.json"}
+
+
+def _files(folder: Path) -> set[str]:
+    """Names of plain files, in one look at the folder; a link or a path into another folder is none of them."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
+    except FileNotFoundError:  # somebody's folder is made with the first clip
+        return set()
 
 
 def _button(page: Page, folder: Path, record: dict[str, Any]) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import torch
 
 from fastdit.apps import show, web_html
+from fastdit.apps.media import UserError
+from fastdit.apps.settings import Settings
 from fastdit.apps.tiny import policy_table
 from fastdit.heatmap import colour
 from fastdit.layout import Grid, Layout
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 POLICY = [name for name in POLICIES if name not in ("dense", "head_profile", "power_of_two", "stripe")]
 MOST = 10_000
 """Tokens up to which the embedded model's attention is looked at: its masses cost O(N²)."""
+MOST_TILES = 2048
+"""Tiles up to which a map is drawn, a point for each pair: about two seconds and 300 MB."""
 WHAT = {"Density": "density", "Error": "error", "Time": "seconds"}
 
 
@@ -43,17 +48,25 @@ def build(page: Page) -> None:
             ran = gr.HTML(elem_id="ran")
     sizes = [page.inputs[name] for name in ("model", "frames", "height", "width")]
 
-    async def picture(model: str, frames: int, height: int, width: int, name: str, share: float, level: float) -> str:
+    async def picture(
+        request: gr.Request, model: str, frames: int, height: int, width: int, name: str, share: float, level: float
+    ) -> AsyncGenerator[str, None]:
         known = page.studio.facts.get(page.studio.models.get(model))
         if known is None:
-            return web_html.error("Draw a clip with this model first: its grid is not known yet.")
-        grid = known.grid(int(frames), int(height), int(width))
-        if name not in POLICY or min(grid) < 1:
-            return web_html.error(f"There is no such policy, or no such grid: {name}, {grid}")
+            yield web_html.error("Draw a clip with this model first: its grid is not known yet.")
+            return
         try:
-            return await asyncio.wrap_future(page.studio.call(lambda: tile_map(name, share, grid, level)))
-        except ValueError as problem:
-            return web_html.error(str(problem))
+            asked = Settings(prompt="x", frames=int(frames), height=int(height), width=int(width))
+            page.studio.limits.check(asked)
+            grid = known.grid(asked.frames, asked.height, asked.width)
+            if name not in POLICY or min(grid) < 1:
+                raise UserError(f"there is no such policy, or no such grid: {name}, {grid}")
+            found, ahead = page.studio.call(page.key(request), lambda: tile_map(name, share, grid, level))
+            if ahead:
+                yield web_html.note(f"Waiting for its turn: {ahead} come first.")
+            yield await asyncio.wrap_future(found)
+        except (UserError, ValueError, TypeError) as problem:
+            yield web_html.error(str(problem))
 
     def heat(request: gr.Request, choice: str) -> str:
         ticket = page.latest.get(str(request.session_hash))
@@ -62,6 +75,7 @@ def build(page: Page) -> None:
         return last_run(ticket.report, choice)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    # no limit of Gradio's: all come to the studio's queue, which has one thread, and refuses in a sentence when it is full
     draw.click(picture, [*sizes, policy, density, sigma], kept, concurrency_limit=None, trigger_mode="once", **quiet)
     gr.on([look.click, what.change], heat, what, ran, queue=False, **quiet)
 
@@ -70,6 +84,10 @@ def tile_map(name: str, density: float, grid: Grid, sigma: float) -> str:
     """Picture and legend of the tiles kept, and the mass that each head of the embedded model retains in them."""
     t, h, w = (min(side, most) for side, most in zip(TILE, grid, strict=True))
     layout = Layout(grid, (t, h, w))
+    if layout.video_tiles > MOST_TILES:
+        raise ValueError(
+            f"a map of {layout.video_tiles:,}² pairs of tiles is too large: choose a clip of at most {MOST_TILES:,} tiles"
+        )
     fields = getattr(POLICIES[name], "__dataclass_fields__", {})
     policy = show.make(name, [f"density={density}"] if "density" in fields else [])
     if layout.video_len > MOST and not policy.static:

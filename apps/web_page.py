@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 SERVED = ".served"
 """Folder of the output folder with copies of the files that somebody was shown, under names that cannot be guessed."""
-DAY = 24 * 3600
+HOUR, DAY = 3600, 24 * 3600
+
+
+class Copies(set[str]):
+    """Paths of copies. Gradio goes through them once an hour in one thread while others add to them, which a set forbids."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(super().__iter__()))
 
 
 class Page:
@@ -27,7 +35,10 @@ class Page:
         self.latest: dict[str, Ticket] = {}
         self.inputs: dict[str, Any] = {}
         self.knobs: list[Any] = []
-        self.blocks = gr.Blocks(title="fastdit", analytics_enabled=False, delete_cache=(3600, DAY), fill_width=True)
+        self.blocks = gr.Blocks(title="fastdit", analytics_enabled=False, delete_cache=(HOUR, DAY), fill_width=True)
+        # those of a server that was killed are deleted with this one's: a day after they were last shown, or at the end
+        self.copies = Copies(str(path) for path in (studio.out / SERVED).rglob("*") if path.is_file())
+        self.blocks.temp_file_sets.append(self.copies)
 
     def build(self) -> gr.Blocks:
         with self.blocks:
@@ -67,8 +78,10 @@ class Page:
             self.latest[str(request.session_hash)] = ticket
 
     def copy(self, folder: Path, name: str) -> str:
-        """Path of a copy that the page may read."""
-        return save_file_to_cache(str(folder / name), str(self.studio.out / SERVED))
+        """Path of a copy that the page may read, until a day after it was last asked for."""
+        path = save_file_to_cache(str(folder / name), str(self.studio.out / SERVED))
+        self.copies.add(path)  # or Gradio would not know it
+        return path
 
     def result(self, folder: Path, record: dict[str, Any], again: bool = False) -> str:
         """A clip or a comparison, as HTML."""

@@ -1,7 +1,7 @@
 """Whose turn it is: one thread draws for everybody, in the order in which they came, with limits that the operator sets.
 
-A `Ticket` is one person's place in the queue and what has become of it. The thread calls `batch.run`, as the command line does:
-files and manifest are the same, whoever made them. Nothing here knows Gradio.
+A `Place` is one person's in the queue; a `Ticket` is a place with a clip to draw, and what has become of it. The thread calls
+`batch.run`, as the command line does: files and manifest are the same, whoever made them. Nothing here knows Gradio.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import functools
 import threading
 import time
+import traceback
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,13 +32,21 @@ KEYS = ("prompt", "negative", "model", "preset", "frames", "height", "width", "s
 
 
 @dataclass
-class Ticket:
+class Place:
+    """stop: it is wanted no more; notify: something about it has changed."""
+
+    user: str
+    stop: threading.Event = field(default_factory=threading.Event, kw_only=True)
+    notify: Callable[[], Any] = field(default=lambda: None, kw_only=True)
+
+
+@dataclass
+class Ticket(Place):
     """state: waiting, starting, denoising, finishing, then done, stopped or failed. steps: all that will run.
 
     latents: as the last step left them. record: of the manifest; report: what ran in every call; error: a sentence.
     """
 
-    user: str
     job: jobs.Job
     folder: Path
     steps: int
@@ -48,8 +57,6 @@ class Ticket:
     record: dict[str, Any] | None = None
     report: Any = None
     error: str = ""
-    stop: threading.Event = field(default_factory=threading.Event)
-    notify: Callable[[], Any] = lambda: None
 
     def become(self, state: str) -> None:
         self.state = state
@@ -96,7 +103,7 @@ class Studio:
         self.worker = ThreadPoolExecutor(1, "fastdit-render")
         self.renderer = Renderer(show=False)
         self.facts: dict[str | None, predict.Facts] = {}
-        self.queue: list[Ticket] = []
+        self.queue: list[Place] = []
         self.lock = threading.Lock()
         self.warm = self.worker.submit(self._load, Settings(prompt="x", model=next(iter(models.values())), **self.fixed))
 
@@ -124,18 +131,17 @@ class Studio:
             self.limits.check_picture(settings.image)
         return made.jobs[0]
 
-    def enter(self, user: str, job: jobs.Job, folder: Path, steps: int) -> Ticket:
-        """A place at the end of the queue. Raises UserError where it, or this user's share of it, is full."""
+    def enter(self, place: Place) -> int:
+        """Put it at the end of the queue; how many come first. Raises UserError if that, or the user's share of it, is full."""
         with self.lock:
-            if sum(ticket.user == user for ticket in self.queue) >= self.limits.each:
+            if sum(other.user == place.user for other in self.queue) >= self.limits.each:
                 raise UserError(f"you have {self.limits.each} clips waiting already: wait for one of them, or stop it")
             if len(self.queue) >= self.limits.queue:
                 raise UserError("too many people are waiting: try again in a few minutes")
-            ticket = Ticket(user, job, folder, steps)
-            self.queue.append(ticket)
-        return ticket
+            self.queue.append(place)
+            return len(self.queue) - 1
 
-    def ahead(self, ticket: Ticket) -> int:
+    def ahead(self, ticket: Place) -> int:
         """How many come first."""
         with self.lock:
             return self.queue.index(ticket) if ticket in self.queue else 0
@@ -151,7 +157,8 @@ class Studio:
     async def follow(self, user: str, job: jobs.Job, folder: Path) -> AsyncGenerator[Ticket, None]:
         """Draw, and yield the ticket at every change, and every `HEARTBEAT` besides. Closing it stops the drawing."""
         settings = job.settings()
-        ticket = self.enter(user, job, folder, settings.steps * max(1, 2 * job.repeats))
+        ticket = Ticket(user, job, folder, settings.steps * max(1, 2 * job.repeats))
+        self.enter(ticket)
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
         ticket.notify = functools.partial(loop.call_soon_threadsafe, changed.set)
         future = self.worker.submit(self._draw, ticket)
@@ -171,7 +178,7 @@ class Studio:
             if future.cancel() or future.done():
                 self._leave(ticket)
 
-    def _leave(self, ticket: Ticket) -> None:
+    def _leave(self, ticket: Place) -> None:
         with self.lock:
             if ticket in self.queue:
                 self.queue.remove(ticket)
@@ -183,6 +190,7 @@ class Studio:
             ticket.error = str(error)
             ticket.become("failed")
         except BaseException as error:
+            traceback.print_exc()
             ticket.error = f"something went wrong in the server ({type(error).__name__}): its log says more"
             ticket.become("failed")
             raise
@@ -214,9 +222,19 @@ class Studio:
                 ticket.stop.set()
         self.worker.shutdown(cancel_futures=True)
 
-    def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Run something else that needs the model or the cores, in its turn."""
-        return self.worker.submit(function)
+    def call(self, user: str, function: Callable[[], Any]) -> tuple[Future[Any], int]:
+        """Run something else that needs the model or the cores in its turn, and how many come first. As `enter`."""
+        place = Place(user)
+        ahead = self.enter(place)
+
+        def run() -> Any:
+            if place.stop.is_set():
+                raise UserError("stopped before its turn")
+            return function()
+
+        future = self.worker.submit(run)
+        future.add_done_callback(lambda _: self._leave(place))  # also when it is cancelled
+        return future, ahead
 
 
 async def _either(changed: asyncio.Event, seconds: float) -> None:

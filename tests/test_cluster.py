@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 from util import call, command, environment, fastdit
 
+from fastdit.apps.cluster import Actors
 from fastdit.apps.manifest import read
+from fastdit.apps.media import UserError
 
 ray = pytest.importorskip("ray", reason="the extra `cluster`")
 SMALL = ["--frames", 5, "--height", 32, "--width", 32, "--steps", 2, "--threads", 1]
@@ -74,6 +76,21 @@ def test_two_nodes_and_a_worker_that_is_killed(cluster: Any, tmp_path: Path) -> 
     drawn = [{key: record["frames_sha256"] for key, record in read(tmp_path / each).items()} for each in ("one", "two")]
     assert len(drawn[0]) == 8
     assert drawn[0] == drawn[1]
+
+
+def test_a_session_of_somebody_else_stays(cluster: Any) -> None:
+    for ours in (False, True):
+        if not ours:
+            ray.init(address=cluster.address, log_to_driver=False)
+        try:
+            with pytest.raises(UserError, match="neither a GPU nor 9 cores"):
+                Actors(cluster.address, cpus=9)
+            assert ray.is_initialized() is not ours
+            if not ours:
+                Actors(cluster.address, cpus=1).close()
+                assert ray.is_initialized()
+        finally:
+            ray.shutdown()
 
 
 def test_no_cluster_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

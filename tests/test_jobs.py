@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdit import Config, Phase, Window
+from fastdit import PRESETS, Config, Phase, Window
 from fastdit.apps import jobs
 from fastdit.apps.jobs import make, parse, read
 from fastdit.apps.media import UserError
+from fastdit.apps.settings import _sha256
 
 BASE = {"seed": 3, "preset": "fast"}
 TWO = [
@@ -124,6 +125,38 @@ def test_hash_is_of_the_clip() -> None:
     others = {hash_of(**more) for more in ({"seed": 4}, {"steps": 3}, {"fps": 9}, {"custom": config}, {"dtype": "float16"})}
     assert len(others | {hash_of()}) == 6
     assert make([("9", "b"), ("8", "a")], BASE).jobs[1].hash == hash_of()  # place and order do not matter
+
+
+def test_hash_is_of_what_names_stand_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hash_of(**more: Any) -> str:
+        return make([("1", {"prompt": "a"})], BASE | more).jobs[0].hash
+
+    before = hash_of()
+    assert hash_of(custom=PRESETS["fast"]) == hash_of(preset="fast", custom=PRESETS["fast"]) == before
+    assert make([("1", "a")], {"seed": 3}).jobs[0].hash == hash_of(preset="balanced")  # said or not
+    monkeypatch.setitem(PRESETS, "fast", Config(phases=(Phase(policy=Window(density=0.3)),)))  # as an upgrade does
+    assert hash_of() != before
+
+    picture, copy, lora = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "x.safetensors"
+    for file in (picture, copy, lora):
+        file.write_bytes(b"one")
+    first, weighed = hash_of(image=str(picture)), hash_of(lora=f"{lora}@0.5")
+    assert first == hash_of(image=str(copy)) != hash_of()
+    assert hash_of(lora=str(lora)) == hash_of(lora=f"{lora}@1") != weighed
+    for file in (picture, lora):
+        file.write_bytes(b"another")
+    assert hash_of(image=str(picture)) != first
+    assert hash_of(lora=f"{lora}@0.5") != weighed
+    assert hash_of(lora=str(tmp_path)) != hash_of(lora="somebody/style")  # a folder, an id: by their names
+
+
+def test_a_file_is_read_once_for_many_jobs(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    picture.write_bytes(bytes(1000))
+    reads = _sha256.cache_info().misses
+    batch = make([(str(i), {"prompt": f"a {i}", "image": str(picture)}) for i in range(50)], BASE)
+    assert len({job.hash for job in batch.jobs}) == 50
+    assert _sha256.cache_info().misses == reads + 1
 
 
 def test_a_line_may_leave_the_configuration_for_a_preset() -> None:

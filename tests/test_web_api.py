@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,15 @@ def get(url: str, **headers: str) -> tuple[int, bytes]:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
+
+
+def login(server: Server, name: str, password: str) -> int:
+    form = urllib.parse.urlencode({"username": name, "password": password}).encode()
+    try:
+        with urllib.request.urlopen(f"{server.url}/login", form, timeout=60) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def raw(server: Server, *values: Any) -> str:
@@ -177,7 +187,17 @@ def test_names_and_folders_of_their_own(tmp_path: Path) -> None:
         assert get(f"{server.url}/config")[0] == 401
         with pytest.raises(Exception, match=r"(?i)auth|login|credential"):
             connect(server.url, auth=("ada", "two"))
+        with ThreadPoolExecutor(4) as pool:  # guessed at once, and answered one by one; nobody else waits for it
+            start = time.monotonic()
+            guesses = [pool.submit(login, server, "ada", f"guess {i}") for i in range(4)]
+            time.sleep(0.3)
+            assert login(server, "cy", "two") == 200
+            assert time.monotonic() - start < 3
+            assert [guess.result() for guess in guesses] == [400] * 4
+            assert time.monotonic() - start >= 4
         for name, password in (("ada", "one"), ("cy", "two")):
             made = connect(server.url, auth=(name, password)).predict("a red circle", **TINY)
             assert (server.out / name / made["record"]["file"]).is_file()
         assert not list(server.out.glob("*.mp4"))
+        assert list((server.out / ".served").rglob("*.mp4"))
+    assert not list((tmp_path / "out" / ".served").rglob("*.mp4"))  # nor does a copy stay when the server ends

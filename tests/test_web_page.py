@@ -188,6 +188,22 @@ def test_errors_are_sentences_where_one_looks(visit: Any, server: Server) -> Non
     assert len(done(server)) == before
 
 
+def test_sizes_that_nobody_may_have_are_not_computed(visit: Any) -> None:
+    """The most that the sliders say: a map of it would have gigabytes, of tokens as of pixels in the picture."""
+    tab = visit()
+    tab.set(width=2048, height=2048, frames=241)
+    assert "921,600 at most" in tab.page.wait_for_selector("#told [role=alert]").inner_text()
+    tab.tab("Look inside")
+    tab.page.click("#draw")
+    assert "921,600 at most" in tab.page.wait_for_selector("#kept [role=alert]").inner_text()
+    tab.tab("Create")
+    tab.set(width=1280, height=720)
+    tab.page.wait_for_selector("#told:has-text('878,400 tokens (61 × 90 × 160). Density 0.')")
+    tab.tab("Look inside")
+    tab.page.click("#draw")
+    assert "2,048 tiles" in tab.page.wait_for_selector("#kept [role=alert]:has-text('14,640')").inner_text()
+
+
 def test_two_at_once_take_turns_and_see_their_own(visit: Any) -> None:
     first, second = visit(), visit()
     first.draw("a large red circle", steps=30, frames=17)

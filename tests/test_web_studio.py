@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from util import call
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'fastdit[ui]'")
 
 from fastdit import PRESETS
-from fastdit.apps import manifest, predict, web_gallery, web_html, web_knobs
+from fastdit.apps import manifest, web_create, web_html, web_inside, web_knobs
 from fastdit.apps.media import UserError
 from fastdit.apps.web import loopback, read_users
 from fastdit.apps.web_limits import Limits
+from fastdit.apps.web_page import Page
 from fastdit.apps.web_pictures import preview
-from fastdit.apps.web_studio import Studio
+from fastdit.apps.web_studio import Studio, Ticket
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 2}
 
@@ -103,12 +105,31 @@ def test_who_goes_frees_the_place(studio: Studio) -> None:
 def test_limits_of_a_user_and_of_the_queue(studio: Studio) -> None:
     job = studio.job(SMALL | {"prompt": "a"})
     for user in ("a", "a", "b", "b"):
-        studio.enter(user, job, studio.out, 2)
+        studio.enter(Ticket(user, job, studio.out, 2))
     with pytest.raises(UserError, match="2 clips waiting already"):
-        studio.enter("a", job, studio.out, 2)
-    studio.enter("c", job, studio.out, 2)
+        studio.enter(Ticket("a", job, studio.out, 2))
+    studio.enter(Ticket("c", job, studio.out, 2))
     with pytest.raises(UserError, match="too many people"):
-        studio.enter("d", job, studio.out, 2)
+        studio.enter(Ticket("d", job, studio.out, 2))
+
+
+def test_a_look_inside_takes_its_turn_and_a_place(studio: Studio) -> None:
+    studio.warm.result()
+    go = threading.Event()
+    running, _ = studio.call("a", go.wait)
+    waiting, ahead = studio.call("a", lambda: "drawn")
+    assert ahead == 1
+    with pytest.raises(UserError, match="2 clips waiting already"):
+        studio.call("a", lambda: "too many")
+    last, _ = studio.call("b", lambda: "gone")
+    studio.stop("b")
+    go.set()
+    assert running.result(60)
+    assert waiting.result(60) == "drawn"
+    with pytest.raises(UserError, match="stopped"):
+        last.result(60)
+    studio.worker.submit(int).result(60)  # what a future calls at its end has been called
+    assert studio.queue == []
 
 
 def test_a_crash_is_a_sentence_and_the_next_clip_is_drawn(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +144,15 @@ def test_a_crash_is_a_sentence_and_the_next_clip_is_drawn(studio: Studio, monkey
     assert ticket.state == "failed"
     assert "illegal memory access" in ticket.error
     assert asyncio.run(end(studio, "a"))[0].state == "done"  # by a pipeline loaded anew
+
+
+def test_what_nobody_foresaw_is_in_the_log(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
+    async def failed() -> Any:
+        job = studio.job(SMALL | {"prompt": "a"})
+        return [ticket async for ticket in studio.follow("a", job, Path("a\0b"))][-1]
+
+    assert "its log says more" in asyncio.run(failed()).error
+    assert "ValueError: embedded null byte" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -159,21 +189,14 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
         limits.check_picture(str(text))
 
 
-def test_prediction(pipe: Any) -> None:
-    known = predict.facts(pipe)
-    assert known.grid(33, 256, 256) == (9, 16, 16)
-    dense = predict.predict(known, PRESETS["exact"], 33, 256, 256, 20)
-    assert (dense.tokens, dense.ratio) == (9 * 16 * 16, 1)
-    assert "4,096" in str(predict.predict(known, PRESETS["fast"], 33, 256, 256, 20).why)
-    balanced, fast = (predict.predict(known, PRESETS[name], 33, 512, 512, 20) for name in ("balanced", "fast"))
-    assert balanced.density is not None
-    assert balanced.ratio is not None
-    assert fast.density is not None
-    assert fast.ratio is not None
-    assert 1 > balanced.density > fast.density > 0
-    assert 1 < balanced.ratio < fast.ratio < 1 / fast.density
-    with pytest.raises(ValueError, match="a clip needs"):
-        predict.predict(known, PRESETS["fast"], 1, 0, 64, 20)
+def test_limits_come_before_the_prediction(studio: Studio) -> None:
+    studio.warm.result()
+    page = Page(studio, users=False)
+    assert "921,600 at most" in web_create.foresee(page, "tiny", "balanced", 1, 2048, 2048, 20)
+    assert "241 at most" in web_create.foresee(page, "tiny", "balanced", 10**9, 64, 64, 20)
+    assert "tokens" in web_create.foresee(page, "tiny", "balanced", 9, 64, 64, 20)
+    with pytest.raises(ValueError, match="at most 2,048 tiles"):
+        web_inside.tile_map("power_of_two", 0.125, (33, 64, 64), 0.6)
 
 
 @pytest.mark.parametrize("remainder", web_knobs.REMAINDER)
@@ -204,20 +227,6 @@ def test_words_are_shown_literally() -> None:
     import html
 
     assert said[1:] in html.unescape(shown)
-
-
-def test_gallery_shows_whole_clips_of_the_folder_alone(studio: Studio) -> None:
-    ticket, _ = asyncio.run(end(studio, "a"))
-    good = ticket.record
-    lines = [
-        good | {"job": "b" * 16, "files": ["../secret.mp4"], "file": "../secret.mp4"},
-        good | {"job": "c" * 16, "files": ["gone.mp4"], "file": "gone.mp4"},
-        {"job": "d" * 16, "state": "failed", "error": "x"}, {"job": "e" * 16, "state": "done"},
-    ]  # fmt: skip
-    (studio.out.parent / "secret.mp4").write_bytes(b"secret")
-    with (studio.out / manifest.FILE).open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-    assert [record["job"] for record in web_gallery.records(studio.out)] == [good["job"]]
 
 
 def test_who_may_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
