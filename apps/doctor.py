@@ -81,7 +81,7 @@ def machine(folder: Path) -> list[Finding]:
     """Processors, memory, the disk of a folder, GPUs or why there are none."""
     import torch
 
-    from fastdit.memory import free_bytes
+    from fastdit.room import free_bytes
 
     found = [Finding("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of PyTorch")]
     found.append(Finding("memory", f"{free_bytes(torch.device('cpu')) / 2**30:.1f} GB free"))
