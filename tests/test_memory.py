@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from util import Largest
 
 from fastdit import Window, memory, ops
 from fastdit.blockmask import BlockMask
@@ -226,15 +226,6 @@ def test_in_pieces_it_is_the_same_to_the_bit_and_small(monkeypatch, kind, store)
     assert len(list(memory._parts(q))) == 6
     held, reuse = Memory(), Reuse(kind, store=store, ramp=0)
     memory.attention(q, k, v, plan_of(), reuse, held, None, lambda: full)
-
-    class Largest(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **kwargs or {})
-            for x in [out] if isinstance(out, torch.Tensor) else []:
-                self.seen = max(self.seen, x.numel()) if x.dtype == torch.float32 else self.seen
-            return out
 
     answer = torch.empty_like(less).copy_(less)
     with Largest() as largest:
