@@ -96,8 +96,9 @@ def _taken(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else x[:, order]
 
 
+@lru_cache(maxsize=64)
 def _own(token: Tensor | None, start: int, count: int, device: torch.device) -> Tensor:
-    """Which tokens this process's places [start, start + count) of the gathered sequence hold."""
+    """Which tokens this process's places [start, start + count) of the gathered sequence hold: one tensor for all calls."""
     return torch.arange(start, start + count, device=device) if token is None else token[start : start + count]
 
 

@@ -1,6 +1,7 @@
 """The package's shape: imports point down, importing it is light, names are where they belong."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,14 @@ def test_imports_point_down(path, floor):
             assert below <= floor, f"{path.name} (floor {floor}) imports {name} (floor {below})"
         elif package in OUTSIDE:
             assert floor >= OUTSIDE[package], f"{path.name} (floor {floor}) imports {name}"
+
+
+def test_the_contributors_table_names_every_file():
+    rows = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if re.match(r"\| \d ", line)]
+    named = {name: int(row[2]) for row in rows for name in re.findall(r"`(\w+)(?:\.py|/)`", row.split("|")[2])}
+    assert {name: floor for name, floor in named.items() if name in FLOORS} == {
+        name: floor for name, floor in FLOORS.items() if name
+    }
 
 
 @pytest.mark.parametrize("folder", ["kernels", "pipelines", "apps", "assets"])

@@ -108,6 +108,7 @@ def test_nothing_is_moved_where_nothing_is_out_of_order():
     assert again[0] is token
     assert again[1] is order
     assert _own(token, 14, 14, cpu).tolist() == [2, 3, *range(16, 28)]
+    assert _own(token, 14, 14, cpu) is _own(token, 14, 14, cpu)
     with torch.device("meta"):
         assert tokens(denoiser, 30, 2, cpu)[0].device == cpu
 
