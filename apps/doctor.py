@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -80,9 +81,10 @@ def machine(folder: Path) -> list[Finding]:
     """Processors, memory, the disk of a folder, GPUs or why there are none."""
     import torch
 
+    from fastdit.room import free_bytes
+
     found = [Finding("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of PyTorch")]
-    if (memory := _free_memory()) is not None:
-        found.append(Finding("memory", f"{memory / 2**30:.1f} GB free"))
+    found.append(Finding("memory", f"{free_bytes(torch.device('cpu')) / 2**30:.1f} GB free"))
     there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())  # `render` makes the rest
     disk = shutil.disk_usage(there).free
     good = disk >= LEAST_DISK and os.access(there, os.W_OK)
@@ -100,16 +102,21 @@ def machine(folder: Path) -> list[Finding]:
         free = torch.cuda.mem_get_info(number)[0]
         size = f"{free / 2**30:.0f} of {facts.total_memory / 2**30:.0f} GB free"
         found.append(Finding(f"GPU {number}", f"{facts.name}, sm_{facts.major}{facts.minor}, {size}", True))
+        found.append(Finding(f"GPU {number}, attention", which_kernel((facts.major, facts.minor))))
     return found
 
 
-def _free_memory() -> int | None:
-    """Bytes, where Linux tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+def which_kernel(capability: tuple[int, int]) -> str:
+    """The kernel that 16-bit inputs go to on a GPU of this compute capability, and why."""
+    if importlib.util.find_spec("triton") is None:
+        return "PyTorch's own: Triton is not installed"
+    from fastdit.kernels import configs
+
+    if capability != (9, 0):
+        return f"the Triton kernel: the overlapped one is for sm_90, this is sm_{capability[0]}{capability[1]}"
+    if (why := configs.no_gluon()) is not None:
+        return f"the Triton kernel: {why}"
+    return "the overlapped kernel for Hopper (Gluon)"
 
 
 def kernels() -> list[Finding]:

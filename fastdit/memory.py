@@ -12,9 +12,11 @@ dense output again; Pyramid Attention Broadcast, arXiv 2408.12588). ``maps`` alo
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +25,11 @@ from fastdit import ops, remainder
 from fastdit.blockmask import BlockMask
 from fastdit.plan import Plan
 from fastdit.reuse import Reuse
+from fastdit.room import free_bytes
 
 STORES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+PART_BYTES = 64 << 20
+"""In float32, of what is worked on at a time: all heads of a 14B model at 720p would be 1.5 GB, several times over."""
 
 
 @dataclass(eq=False)
@@ -46,7 +51,7 @@ class Memory:
     def bytes(self, device: torch.device | None = None) -> int:
         """Held on a device; None: on all."""
         tensors = [self.ratio, *((self.kept.data, self.kept.scale) if self.kept is not None else ())]
-        return sum(x.nbytes for x in tensors if x is not None and device in (None, x.device))
+        return sum(_taken(x.nbytes, x.is_pinned()) for x in tensors if x is not None and device in (None, x.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +62,47 @@ class Stored:
     scale: Tensor | None
 
     @classmethod
-    def of(cls, x: Tensor, store: str, host: bool) -> Stored:
-        scale = None
-        if store == "fp8":
-            scale = x.abs().amax(-1, keepdim=True).float().div(448).clamp(min=torch.finfo(torch.float32).tiny)
-            x = x / scale
-        data = x.to(STORES[store])
-        return cls(data.cpu(), None if scale is None else scale.cpu()) if host else cls(data, scale)
+    def empty(cls, like: Tensor, store: str, host: bool) -> Stored:
+        """Room for a tensor; in the host's memory page-locked, which a GPU reads and writes several times faster."""
+        there: dict[str, Any] = {"device": "cpu", "pin_memory": like.is_cuda} if host else {"device": like.device}
+        data = torch.empty(like.shape, dtype=STORES[store], **there) if host else torch.empty_like(like, dtype=STORES[store])
+        return cls(data, torch.empty(*like.shape[:-1], 1, **there) if store == "fp8" else None)
 
-    def load(self, like: Tensor) -> Tensor:
-        x = self.data.to(like.device, non_blocking=True).to(torch.promote_types(like.dtype, torch.float32))
-        return x if self.scale is None else x * self.scale.to(like.device)
+    @classmethod
+    def of(cls, x: Tensor, store: str, host: bool) -> Stored:
+        stored = cls.empty(x, store, host)
+        for part in _parts(x):
+            stored.put(x[part], part)
+        return stored
+
+    def put(self, x: Tensor, part: Part = ...) -> None:
+        if self.scale is not None:
+            scale = x.abs().amax(-1, keepdim=True).float().div(448).clamp(min=torch.finfo(torch.float32).tiny)
+            self.scale[part] = scale
+            x = x / scale
+        self.data[part] = x.to(self.data.dtype)  # on its device: fewer bytes have to travel
+
+    def load(self, like: Tensor, part: Part = ...) -> Tensor:
+        x = self.data[part].to(like.device, non_blocking=True).to(torch.promote_types(like.dtype, torch.float32))
+        return x if self.scale is None else x * self.scale[part].to(like.device)
+
+
+Part = EllipsisType | tuple[slice, slice]
+
+
+def _parts(x: Tensor) -> Iterator[Part]:
+    """x [B, H, N, D] in pieces of some heads of one batch element, whole where it is small (or has other dimensions)."""
+    if x.ndim != 4 or 4 * x.numel() <= PART_BYTES:
+        yield ...
+        return
+    heads = max(1, PART_BYTES // (4 * x.shape[2] * x.shape[3]))
+    for b, first in itertools.product(range(x.shape[0]), range(0, x.shape[1], heads)):
+        yield slice(b, b + 1), slice(first, first + heads)
+
+
+def _taken(size: int, pinned: bool) -> int:
+    """Bytes that so many take: PyTorch rounds page-locked memory up to a power of two."""
+    return 1 << (size - 1).bit_length() if pinned and size else size
 
 
 def attention(
@@ -89,52 +124,53 @@ def attention(
         return dense(), "dense"
     if reuse.kind == "none" or plan.block_mask is None:
         return sparse()[0], "sparse"
+    wide = torch.promote_types(q.dtype, torch.float32)
     if (memory.ratio is not None or memory.kept is not None) and memory.uses < reuse.refresh - 1:
         memory.uses += 1
-        if reuse.kind == "broadcast":
-            assert memory.kept is not None
-            return memory.kept.load(q).to(q.dtype), "reuse"
-        part, _ = sparse()
-        out = part.to(torch.promote_types(q.dtype, torch.float32))
-        if memory.ratio is not None:
-            out = out * (memory.ratio + (memory.uses - 1) * reuse.ramp).clamp(max=1)[..., None]
-        if memory.kept is not None:
-            out = out + memory.kept.load(q)
-        return out.to(q.dtype), "reuse"
+        out = torch.empty_like(q) if reuse.kind == "broadcast" else sparse()[0]
+        for heads in _parts(q):
+            if reuse.kind == "broadcast":
+                assert memory.kept is not None
+                out[heads] = memory.kept.load(q, heads)
+                continue
+            part = out[heads].to(wide)
+            if memory.ratio is not None:
+                part = part * (memory.ratio[heads] + (memory.uses - 1) * reuse.ramp).clamp(max=1)[..., None]
+            out[heads] = part if memory.kept is None else part + memory.kept.load(q, heads)
+        return out, "reuse"
+    place = None if memory.kept is None else memory.kept.data.device  # what the last refresh leaves, this one takes
     memory.uses, memory.ratio, memory.kept = 0, None, None
-    host = reuse.host
-    if reuse.kind != "ratio":
-        rows = q.numel() // q.shape[-1]  # each with a ratio, or a scale
-        needs = q.numel() * STORES[reuse.store].itemsize + 4 * rows * ((reuse.kind == "retention") + (reuse.store == "fp8"))
-        places = [torch.device("cpu")] if host or not q.is_cuda else [q.device, torch.device("cpu")]
-        found = [place for place in places if held(place) + needs <= (free_bytes(place) + held(place)) // 2]
-        if not found:
-            beside = sum(map(held, places)) / 2**20
-            memory.no_room = f"{reuse.kind}: no room for {needs / 2**20:.0f} MB beside {beside:.0f} MB remembered"
+    if reuse.kind != "ratio" and place is None:
+        place, memory.no_room = _place(q, reuse, held)
+        if place is None:
             return dense(), "dense"  # densities chosen for use with statistics do not hold without them
-        host = found[0].type == "cpu"
+    host = place is not None and place.type == "cpu"
     if reuse.kind == "broadcast":
         out = dense()
         memory.kept = Stored.of(out, reuse.store, host)
         return out, "refresh"
     full, lse_full = ops.attention(q, k, v, scale=scale)
-    part, lse = sparse()
-    wide = torch.promote_types(q.dtype, torch.float32)
-    residual = full.to(wide)
-    if reuse.kind == "residual":
-        residual = residual - part.to(wide)
-    else:
+    less, lse = sparse()
+    if reuse.kind != "residual":
         memory.ratio = (lse - lse_full).exp().clamp(max=1)
-        residual = residual - memory.ratio[..., None] * part.to(wide)
     if reuse.kind != "ratio":
-        memory.kept = Stored.of(residual, reuse.store, host)
+        memory.kept = Stored.empty(full, reuse.store, host)
+        for heads in _parts(q):
+            part = less[heads].to(wide)
+            if memory.ratio is not None:
+                part = memory.ratio[heads][..., None] * part
+            memory.kept.put(full[heads].to(wide) - part, heads)
     return full, "refresh"
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that could still be had on a device; where nobody says (macOS), a petabyte."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 1 << 50
+def _place(q: Tensor, reuse: Reuse, held: Callable[[torch.device], int]) -> tuple[torch.device | None, str | None]:
+    """Where there is room for what a refresh leaves, or why there is none: all together take half of what was free at most."""
+    rows = q.numel() // q.shape[-1]  # each with a ratio, or a scale
+    host = torch.device("cpu")
+    for place in (host,) if reuse.host or not q.is_cuda else (q.device, host):
+        sizes = q.numel() * STORES[reuse.store].itemsize, 4 * rows * (reuse.store == "fp8")
+        needs = sum(_taken(size, q.is_cuda and place == host) for size in sizes) + 4 * rows * (reuse.kind == "retention")
+        beside = held(place)
+        if beside + needs <= (free_bytes(place) + beside) // 2:
+            return place, None
+    return None, f"{reuse.kind}: no room for {needs / 2**20:.0f} MB beside {beside / 2**20:.0f} MB remembered"

@@ -54,38 +54,52 @@ def attention(
         group = parallel._ring_mesh.get_group()
         sizes = _sizes(q, group) if getattr(parallel, "ring_anything", False) else None
         k, v = (_gather(x, sizes, group) for x in (k, v))
-        token = tokens(denoiser, k.shape[1], parallel.ring_degree)
         start = dist.get_rank(group) * q.shape[1] if sizes is None else sum(sizes[: dist.get_rank(group)])
-        at, order = token[start : start + q.shape[1]].to(q.device), token.argsort().to(q.device)
-        return attend(denoiser, ids, q, k[:, order], v[:, order], None, scale, backend, at)
+        token, order = tokens(denoiser, k.shape[1], parallel.ring_degree, k.device)
+        at = _own(token, start, q.shape[1], q.device)
+        return attend(denoiser, ids, q, _taken(k, order), _taken(v, order), None, scale, backend, at)
 
     def whole(_: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        token = tokens(denoiser, q.shape[1], parallel.ulysses_degree).to(q.device)
-        order = token.argsort()
-        if mask is not None:
+        token, order = tokens(denoiser, q.shape[1], parallel.ulysses_degree, q.device)
+        if mask is not None and order is not None:
             mask = mask[..., order] if mask.shape[-2] == 1 else mask[..., order, :][..., order]
-        return attend(denoiser, ids, q[:, order], k[:, order], v[:, order], mask, scale, backend)[:, token]
+        query, key, value = (_taken(x, order) for x in (q, k, v))
+        return _taken(attend(denoiser, ids, query, key, value, mask, scale, backend), token)
 
     return _templated_context_parallel_attention(
         q, k, v, mask, 0.0, False, scale, False, False, forward_op=whole, backward_op=None, _parallel_config=config
     )
 
 
-def tokens(denoiser: Denoiser, length: int, ranks: int) -> Tensor:
-    """int64 [length]: the token of the sequence that lies at each place of the gathered one."""
+def tokens(denoiser: Denoiser, length: int, ranks: int, device: torch.device) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """int64 [length] each: the token of the sequence that lies at each place of the gathered one, and the place of each token.
+    None where that is the same, as it is without text."""
     if denoiser.before == denoiser.after == 0:
-        return torch.arange(length)
+        return None, None
     video = math.prod(denoiser.grid)
     first = denoiser.before or video
     if first == REST:
         first = length - video
-    return _interleaved(first, length - first, ranks)
+    return _interleaved(first, length - first, ranks, device)
 
 
 @lru_cache(maxsize=64)
-def _interleaved(first: int, second: int, ranks: int) -> Tensor:
-    pieces = (torch.arange(first).tensor_split(ranks), torch.arange(first, first + second).tensor_split(ranks))
-    return torch.cat(list(chain.from_iterable(zip(*pieces, strict=True))))
+def _interleaved(first: int, second: int, ranks: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    both = torch.arange(first + second, device=device)
+    pieces = (both[:first].tensor_split(ranks), both[first:].tensor_split(ranks))
+    token = torch.cat(list(chain.from_iterable(zip(*pieces, strict=True))))
+    return token, token.argsort()
+
+
+def _taken(x: Tensor, order: Tensor | None) -> Tensor:
+    """x [B, N, …] with its tokens in this order, itself where it is in order."""
+    return x if order is None else x[:, order]
+
+
+@lru_cache(maxsize=64)
+def _own(token: Tensor | None, start: int, count: int, device: torch.device) -> Tensor:
+    """Which tokens this process's places [start, start + count) of the gathered sequence hold: one tensor for all calls."""
+    return torch.arange(start, start + count, device=device) if token is None else token[start : start + count]
 
 
 def _sizes(x: Tensor, group: Any) -> list[int]:

@@ -31,6 +31,8 @@ SAMPLES = 256
 THETA, GROUP, STRIPES = 12.0, 16, 512
 """AnchorAttention's θ (natural-log units) and query blocks that share their stripes; keys of one gather."""
 LOGITS_BYTES = 64 << 20
+WIDE_BYTES = 512 << 20
+"""Of the heads whose keys are held in float32 at a time: a third of a 14B model's at 720p; fewer would be too many launches."""
 
 
 def attention(
@@ -61,7 +63,7 @@ def sampled(
 ) -> tuple[Tensor, Tensor]:
     """Estimated attention to the keys that a block mask drops: q, k, v [B, H, N, D] -> (out, lse [B, H, N])."""
     heads, length = k.shape[1], k.shape[2]
-    draw = torch.randint(length, (heads, samples), generator=torch.Generator().manual_seed(seed)).to(k.device)
+    draw = torch.randint(length, (heads, samples), generator=torch.Generator().manual_seed(seed), device="cpu").to(k.device)
     index = draw[None, :, :, None].expand(k.shape[0], -1, -1, k.shape[3])
     keys, values = (x.gather(2, index).repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
     q_tile, k_tile = (_tiles(order, n) for order, n in ((block_mask.q_order, q.shape[2]), (block_mask.k_order, length)))
@@ -93,35 +95,39 @@ def stripes(
 
     q, k, v [B, H, N, D] -> (out, lse [B, H, N]), 0 and −inf for queries without a stripe.
     """
-    if k.shape[1] != q.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    order, length = block_mask.q_order, k.shape[2]
+    B, H, _, D = q.shape
+    group, length, order = H // k.shape[1], k.shape[2], block_mask.q_order
     real, q_slots = order >= 0, order.clamp(min=0)
     count = real.sum(-1).clamp(min=1)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    queries = (q[:, :, q_slots].to(wide) * real[..., None]).sum(3) / count[:, None]
-    anchors = (lse[:, :, q_slots].masked_fill(~real, 0)).sum(3) / count
+    tokens, tile_of = order[real], torch.arange(len(order), device=order.device)[:, None].expand_as(order)[real]
+    ends = [0, *real.sum(-1).cumsum(0).tolist()]  # of each tile's tokens: asked once, as the GPU is waited for
     k_tile = _tiles(block_mask.k_order, length)
-    kept = block_mask.to_tile_map().expand(q.shape[0], q.shape[1], -1, -1)
+    kept = block_mask.to_tile_map().expand(B, H, -1, -1)
     out, found = torch.zeros_like(q), torch.full_like(lse, float("-inf"))
-    scaling = q.shape[-1] ** -0.5 if scale is None else scale
-    for first in range(0, len(order), GROUP):
-        tiles = slice(first, first + GROUP)
-        over = queries[:, :, tiles] @ k.to(wide).mT * scaling - anchors[:, :, tiles, None]
-        over = over.masked_fill(kept[:, :, tiles].index_select(3, k_tile), float("-inf")).amax(2)
-        heaviest, index = over.topk(min(limit, length), -1)
-        keys, values = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
-        slots = order[tiles][real[tiles]]
-        of_query = torch.arange(first, first + len(order[tiles]), device=order.device)[:, None].expand_as(order[tiles])
-        seen = kept[:, :, of_query[real[tiles]]].gather(3, k_tile[index][:, :, None].expand(-1, -1, len(slots), -1))
-        mask = ~seen & (heaviest > -theta)[:, :, None]
-        out[:, :, slots], found[:, :, slots] = exact(q[:, :, slots], keys, values, mask, scale)
+    scaling = D**-0.5 if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    some = max(1, WIDE_BYTES // (4 * B * group * length * D))
+    for head in range(0, k.shape[1], some):
+        part, shared = slice(head * group, (head + some) * group), slice(head, head + some)
+        key, value = (x[:, shared] if group == 1 else x[:, shared].repeat_interleave(group, 1) for x in (k, v))
+        queries = (q[:, part, q_slots].to(wide) * real[..., None]).sum(3) / count[:, None]
+        anchors = (lse[:, part, q_slots].masked_fill(~real, 0)).sum(3) / count
+        wide_key, near = key.to(wide).mT, kept[:, part]
+        for first in range(0, len(order), GROUP):
+            last = min(first + GROUP, len(order))
+            over = queries[:, :, first:last] @ wide_key * scaling - anchors[:, :, first:last, None]
+            over = over.masked_fill(near[:, :, first:last].index_select(3, k_tile), float("-inf")).amax(2)
+            heaviest, index = over.topk(min(limit, length), -1)
+            keys, values = (x.gather(2, index[..., None].expand(-1, -1, -1, D)) for x in (key, value))
+            slots, of_query = (x[ends[first] : ends[last]] for x in (tokens, tile_of))
+            seen = near[:, :, of_query].gather(3, k_tile[index][:, :, None].expand(-1, -1, len(slots), -1))
+            mask = ~seen & (heaviest > -theta)[:, :, None]
+            out[:, part, slots], found[:, part, slots] = exact(q[:, part, slots], keys, values, mask, scale)
     return out, found
 
 
 def _tiles(order: Tensor, length: int) -> Tensor:
     """Tile of each token, int64 [length]."""
-    tile_of = torch.empty(length, dtype=torch.long, device=order.device)
-    real = order >= 0
-    tile_of[order[real]] = torch.arange(len(order), device=order.device)[:, None].expand_as(order)[real]
-    return tile_of
+    tile_of = torch.empty(length + 1, dtype=torch.long, device=order.device)  # padding's goes behind: no index is cut to size
+    tile_of[order.masked_fill(order < 0, length)] = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
+    return tile_of[:length]

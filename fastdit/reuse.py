@@ -12,10 +12,10 @@ STORES = ("float32", "bfloat16", "fp8")
 
 @dataclass(frozen=True)
 class Reuse:
-    """kind: one of `KINDS`. refresh: a dense step every so many (the paper: 5). ramp: λ (the paper: .04; its ablation over
-    0 … .04 is within noise). store: type of R, "fp8" with a scale a row; host: keep R in the CPU's memory, where it
-    also goes when the GPU has no room. maps: steps that a dynamic policy's tile map serves (and so the trades of the heads that
-    `SpatialTemporal` tells apart); with statistics whole refreshes, as they hold for one map only."""
+    """kind: one of `KINDS`. refresh: a dense step every so many, at least two (the paper: 5). ramp: λ (the paper: .04; its
+    ablation over 0 … .04 is within noise). store: type of R, "fp8" with a scale a row; host: keep R in the CPU's memory, where
+    it also goes when the GPU has no room. maps: steps that a dynamic policy's tile map serves (and so the trades of the heads
+    that `SpatialTemporal` tells apart); with statistics whole refreshes, as they hold for one map only."""
 
     kind: str = "none"
     refresh: int = 5
@@ -33,6 +33,8 @@ class Reuse:
             raise ValueError(
                 f"reuse: refresh >= 1, maps >= 1 and ramp in [0, 1] must hold, got {self.refresh}, {self.maps} and {self.ramp}"
             )
+        if self.kind != "none" and self.refresh == 1:
+            raise ValueError(f"reuse: refresh=1 makes every step dense and nothing is reused: use >= 2, or no {self.kind}")
 
     @property
     def map_age(self) -> int:

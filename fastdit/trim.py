@@ -36,12 +36,20 @@ def read(mask: Tensor, batch: int, queries: int, keys: int) -> Keys | None:
     """Keys of an attention mask (bool, or additive float) that broadcasts to [B, H, queries, keys].
 
     None if the mask is not one of whole keys: it differs between heads or queries, or adds a real bias.
+
+    It is read at every call. Its identity and `Tensor._version` would not tell that it is the one of the call before: code by
+    torch.compile writes a second mask into the buffer, and the very tensor, of a first, and counts nothing.
     """
+    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    for axis in (1, 2):  # what is only repeated is looked at once
+        if mask.stride(axis) == 0:
+            mask = mask.narrow(axis, 0, 1)
+    if mask.shape[1] == mask.shape[2] == 1:
+        mask = mask.cpu()  # the one wait for a GPU
     shown = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool((shown | (mask < HIDDEN)).all()):
         return None
-    shown = shown.reshape((1,) * (4 - shown.ndim) + tuple(shown.shape))
-    if shown.shape[1] > 1 and shown.stride(1) != 0 and not bool((shown == shown[:, :1]).all()):
+    if shown.shape[1] > 1 and not bool((shown == shown[:, :1]).all()):
         return None
     shown = shown[:, 0]
     square = False

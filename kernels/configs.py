@@ -13,6 +13,7 @@ compiles without spills into the architecture's shared memory (tests/test_kernel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -60,8 +61,37 @@ PAYS_FROM = {"none": 0.0, "fp8": 16384, "int8": 16384, "int4": float("inf")}
 measured at which it did (FP8 .98 × at 8,192 and 1.14 × at 16,384, INT8 .89 and 1.10; INT4 .73-.88 at 32,768)."""
 
 
+GLUON_FROM = (3, 6)
+"""Triton from which `gl.warp_specialize` takes a list of functions with their arguments. Triton 3.4 and 3.5 (torch 2.8 and
+2.9) want one default function and workers apart, 3.3 (torch 2.7) has no Gluon:
+https://github.com/triton-lang/triton/blob/v3.5.1/python/triton/experimental/gluon/language/_core.py"""
+
+
+@cache
+def no_gluon() -> str | None:
+    """Why the kernel of `hopper.py` cannot run with the Triton that is installed, or None if it can."""
+    import triton
+
+    if (reason := too_old(triton.__version__)) is not None:
+        return reason
+    try:
+        import fastdit.kernels.hopper  # noqa: F401 - Gluon is experimental: its names move from release to release
+    except (ImportError, AttributeError) as error:
+        return f"Triton {triton.__version__} has another Gluon: {error}"
+    return None
+
+
+def too_old(version: str) -> str | None:
+    """Why a Triton of this version ("3.5.1", "3.6.0+git1a2b") has not the Gluon of `hopper.py`, or None if it has."""
+    if tuple(int(part) for part in version.split(".")[:2]) >= GLUON_FROM:
+        return None
+    return f"Triton {version}: the overlapped kernel needs {'.'.join(map(str, GLUON_FROM))} or newer (torch 2.10)"
+
+
 def overlapped(dim: int, quant: Quant, slots: int) -> Launch | None:
     """Settings of the kernel of `hopper.py` for query tiles of `slots` tokens, or None where it has none."""
+    if no_gluon() is not None:
+        return None
     if not 32 < dim <= 128 or quant.qk == "int4" or quant.pv == "int8" or quant.smooth_q:
         return None
     pair = -(-slots // 64) % 2 == 0  # two warpgroups share what is loaded

@@ -233,7 +233,8 @@ def _launch(
     B, H, _, D = x.shape
     tiles, channels = len(order), width // 2 if kind == "int4" else width
     means = x.new_empty(B * H, tiles, D, dtype=torch.float32) if tile_mean else None
-    data = x.new_empty(B * H, tiles * rows.rows, channels, dtype=STORAGE.get(fmt, x.dtype))
+    written = 0 if scaling == "measure" else tiles * rows.rows
+    data = x.new_empty(B * H, written, channels, dtype=STORAGE.get(fmt, x.dtype))
     _pack[(tiles, B * H)](
         x, order, mean, means, scale, data, x.stride(0), x.stride(1), x.stride(2), H, rows.slots, LARGEST.get(fmt, 0.0),
         D=D, DP=width, BLOCK=rows.block, PARTS=rows.parts, FORMAT=kind, CENTRE=mean is not None, TILE_MEAN=tile_mean,

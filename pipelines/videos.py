@@ -49,12 +49,16 @@ class EasyAnimate(Family):
 
 
 class Cosmos(Family):
-    """timestep is the noise's share σ / (1 + σ) in Cosmos 2, and ln σ / 4 in Cosmos 1, whose phases go by that."""
+    """timestep is the noise's share σ / (1 + σ) from Cosmos 2 on, and ln σ / 4 in Cosmos 1, which alone learnt positions."""
 
     names = ("hidden_states", "timestep", "encoder_hidden_states")
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        level = torch.as_tensor(call["timestep"], dtype=torch.float32).clamp(0, 1)
+        level = torch.as_tensor(call["timestep"], dtype=torch.float32)
+        if level.ndim == 5:  # [B, 1, T, 1, 1]: frames that are given come first, and keep a level of their own to the end
+            level = level[:, :, -1]
+        # Falling in every step: calls of one level count as one step, and ln σ is negative in half of Cosmos 1's.
+        level = level.clamp(0, 1) if model.config.extra_pos_embed_type is None else (4 * level).sigmoid()
         return Facts(grid_of(call["hidden_states"], model.config.patch_size), level)
 
 

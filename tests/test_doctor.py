@@ -11,6 +11,7 @@ import torch
 from util import call
 
 from fastdit.apps import doctor, kernel_rows, model_table
+from fastdit.kernels import configs
 from fastdit.pipelines.adapter import ADAPTERS, HOPELESS
 from fastdit.quant import Quant
 
@@ -55,6 +56,16 @@ def test_what_is_broken_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert found["kernel, FP8"]["good"]
     assert "unset it" in found["ffmpeg"]["remedy"]
     assert "make room" in found["disk"]["remedy"]
+
+
+def test_which_kernel_is_said_with_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    assert doctor.which_kernel((9, 0)) == "the overlapped kernel for Hopper (Gluon)"
+    assert "this is sm_89" in doctor.which_kernel((8, 9))
+    monkeypatch.setattr(configs, "GLUON_FROM", (99, 0))
+    monkeypatch.setattr(configs, "no_gluon", configs.no_gluon.__wrapped__)
+    assert doctor.which_kernel((9, 0)).startswith("the Triton kernel: Triton ")
+    assert configs.overlapped(128, Quant(), 128) is None
 
 
 def test_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from util import tiny_wan_pipeline
+from util import Largest, tiny_wan_pipeline
 
 import fastdit
-from fastdit import Config, Phase, Window, guard, remainder
+from fastdit import Config, Phase, Window, guard, ops, remainder
 from fastdit.heatmap import VIRIDIS, colour, draw
 from fastdit.policies import Antidiagonal, Dense, HeadProfile, PowerOfTwo, Radial, Stripe, Union
 from fastdit.quant import Quant
@@ -137,6 +137,27 @@ def test_a_layer_that_breaks_under_the_window_is_caught(monkeypatch):
     assert relative_error(found, render(stock)) < 1e-4
     render(pipe)
     assert fastdit.report(pipe).sites[0].rung == "as configured"
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_probe_takes_some_heads_at_a_time(monkeypatch, group):
+    """The same number, and nothing in float32 as large as all keys."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 300, 16, generator=generator).bfloat16() for n in (4 * group, 4, 4))
+    out = ops.attention(q, k, v)[0] * 1.01
+    whole = guard.probe(q, k, v, out, None)
+    monkeypatch.setattr(guard, "WIDE_BYTES", 4 * 2 * group * k[:, 0].numel())
+    with Largest() as largest:
+        assert guard.probe(q, k, v, out, None) == whole > 0.005
+    assert largest.seen == 2 * group * k[:, 0].numel() < k.numel() * group
+
+
+def test_a_default_device_does_not_reach_what_is_drawn_on_the_cpu():
+    """Under torch.set_default_device("cuda") a draw that names no device cannot use the CPU's generator."""
+    q = torch.zeros(1, 1, 77, 8)
+    with torch.device("meta"):
+        assert guard._rows(77, 5).device.type == "cpu"
+        assert guard.probe(q, q, q, q, None) == 0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

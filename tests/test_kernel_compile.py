@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+from fastdit.kernels import configs
+from fastdit.quant import Quant
+
 HERE = Path(__file__).parent
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Bytes of shared memory one block may have, from NVIDIA's tables."""
@@ -113,6 +117,38 @@ def test_triton_3_6_too(tmp_path):
         pytest.skip(f"Triton 3.6.0 cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
     check(run(path=str(tmp_path)), {64, 128, 256})
     check_hopper(run("hopper", "128", path=str(tmp_path)))
+
+
+def test_which_triton_has_the_gluon_of_the_hopper_kernel():
+    """Older ones must go to the plain kernel: 3.3 has no Gluon, 3.4 and 3.5 another signature of `warp_specialize`."""
+    for version in ("3.3.1", "3.4.0", "3.5.1", "3.5.0+git1a2b3c4"):
+        assert version in configs.too_old(version)
+    for version in ("3.6.0", "3.6.0+git1a2b3c4", "3.10.0", "4.0"):
+        assert configs.too_old(version) is None
+    assert configs.no_gluon() is None
+    assert configs.overlapped(128, Quant(), 128) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["3.3.1", "3.5.1"])
+def test_an_old_triton_has_the_plain_kernel_alone(version, tmp_path):
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), f"triton=={version}"]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"Triton {version} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    code = """
+from fastdit.kernels import configs, sass
+from fastdit.quant import Quant
+print(configs.no_gluon(), configs.overlapped(128, Quant(), 128), sep="|")
+sass._facts = lambda *kernel: (sass._compile(*kernel)[0].asm["cubin"] and {}, [])  # older logs say less
+sass.compile_forward(90, 128, Quant())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(HERE.parent)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith(f"Triton {version}: ")
+    assert done.stdout.strip().endswith("|None")
 
 
 def test_fp8_on_hopper_keeps_within_560_instructions_a_tile():

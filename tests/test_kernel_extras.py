@@ -3,7 +3,7 @@ the pooled remainder, split lists, turns; and the tile scores of `kernels/score.
 
 import pytest
 import torch
-from device import moved, there
+from device import DEVICE, moved, there
 from test_kernel_attention import block_sparse_attention, hurtful
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -12,7 +12,9 @@ from fastdit.blockmask import BlockMask
 from fastdit.kernels import attention as kernels
 from fastdit.kernels import score
 from fastdit.kernels.attention import lists_of
+from fastdit.kernels.quantize import Rows, _launch
 from fastdit.layout import Layout
+from fastdit.policies import scores
 from fastdit.quant import Quant, emulate
 from fastdit.reference import relative_error, token_mask
 
@@ -237,6 +239,37 @@ def test_pooled_scores():
     expected = ((means[0] @ means[1].mT) * SCALE + LAYOUT.counts().log()).softmax(-1)
     got = pooled(q, k, tiles, tiles, SCALE)
     torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_policys_pooled_mass_is_the_kernels():
+    """What `scores.pooled` calls on a GPU: on tensors in tile order already, it is what eager float32 says on the CPU."""
+    layout = Layout((5, 7, 10), (2, 3, 4))
+    q, k = torch.randn(2, 2, 3, layout.length, 32, generator=torch.Generator().manual_seed(4)).unbind()
+    q, k = (layout.to_tiles(x)[:, :, : layout.video_tiles] for x in (q, k))
+    flat = scores._flat(layout, q.device)
+    expected = scores.pooled(q, k, layout)
+    torch.testing.assert_close(pooled(q.flatten(2, 3), k.flatten(2, 3), flat, flat), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(scores.pooled(q.to(DEVICE), k.to(DEVICE), layout).cpu(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU's own path is eager")
+def test_pooled_mass_on_a_gpu_makes_no_wide_copy():
+    layout = Layout((8, 32, 32), (2, 8, 8))
+    q, k = torch.randn(2, 1, 8, layout.video_tiles, 128, 128, device=DEVICE, dtype=torch.bfloat16).unbind()
+    scores.pooled(q, k, layout)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    scores.pooled(q, k, layout)
+    assert torch.cuda.max_memory_allocated() - before < q.nbytes // 2
+
+
+def test_measuring_writes_nothing():
+    x = torch.randn(1, 2, LAYOUT.length, 32, device=DEVICE)
+    rows = Rows.of(LAYOUT.order().shape[1])
+    measured = _launch(x, LAYOUT.order(DEVICE), rows, "copy", "none", 32, None, None, "measure", True)
+    assert measured.data.nbytes == 0
+    expected = (LAYOUT.to_tiles(x)).sum(3) / LAYOUT.counts(x.device)[:, None]
+    torch.testing.assert_close(measured.tile_mean.view_as(expected), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_scores_find_a_planted_tile():

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from util import Largest
 
-from fastdit import Window, memory
+from fastdit import Window, memory, ops
 from fastdit.blockmask import BlockMask
 from fastdit.layout import Layout
 from fastdit.memory import Memory, Stored
@@ -205,6 +206,49 @@ def test_all_together_never_take_more_than_half_of_what_was_free(monkeypatch):
     assert held(torch.device("meta")) == 0
 
 
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("store", ["bfloat16", "fp8"])
+def test_in_pieces_it_is_the_same_to_the_bit_and_small(monkeypatch, kind, store):
+    """One head at a time, of tensors that lie as [B, N, H, D] as the pipelines' do; nothing wide of all heads is ever made."""
+    q, k, v = (x.bfloat16().transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(10))
+    (full, lse_full), (less, lse) = (ops.attention(q, k, v, mask) for mask in (None, plan_of().block_mask))
+    ratio = (lse - lse_full).exp().clamp(max=1)[..., None]
+    residual = full.float() - (ratio if kind == "retention" else 1) * less.float()
+    kept = full if kind == "broadcast" else residual
+    if store == "fp8":
+        scale = kept.abs().amax(-1, keepdim=True).float().div(448)
+        kept = (kept / scale).to(torch.float8_e4m3fn).float() * scale
+    kept = kept.bfloat16().float() if store == "bfloat16" else kept
+    scaled = ratio * less.float()
+    expected = {"retention": scaled + kept, "ratio": scaled, "residual": less.float() + kept, "broadcast": kept}[kind]
+    part = q.shape[2] * q.shape[3]
+    monkeypatch.setattr(memory, "PART_BYTES", 4 * part)
+    assert len(list(memory._parts(q))) == 6
+    held, reuse = Memory(), Reuse(kind, store=store, ramp=0)
+    memory.attention(q, k, v, plan_of(), reuse, held, None, lambda: full)
+
+    answer = torch.empty_like(less).copy_(less)
+    with Largest() as largest:
+        out, how = memory.attention(q, k, v, plan_of(), reuse, held, None, lambda: q, compute=lambda *_: (answer, lse))
+    assert how == "reuse"
+    assert torch.equal(out, expected.bfloat16())
+    assert largest.seen <= part
+
+
+def test_what_was_remembered_once_has_room_again(monkeypatch):
+    """Page-locked memory stays with PyTorch when it is given back, so it does not look free."""
+    q, k, v = tensors(9)
+    held, reuse = Memory(), Reuse("residual", refresh=2)
+    hows = [call(reuse, held, q, k, v)[1]]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    assert hows + [call(reuse, held, q, k, v)[1] for _ in range(3)] == ["refresh", "reuse"] * 2
+
+
+def test_page_locked_memory_comes_in_powers_of_two():
+    assert [memory._taken(size, True) for size in (0, 1, 2, 3, 4096, 4097)] == [0, 1, 2, 4, 4096, 8192]
+    assert memory._taken(4097, False) == 4097
+
+
 @pytest.mark.parametrize(
     ("kind", "refresh", "maps", "age"), [("none", 5, 3, 3), ("ratio", 5, 1, 5), ("ratio", 4, 6, 8), ("ratio", 3, 6, 6)]
 )
@@ -214,7 +258,13 @@ def test_statistics_hold_for_one_map_only(kind, refresh, maps, age):
 
 @pytest.mark.parametrize(
     ("fields", "named"),
-    [({"kind": "magic"}, "kind"), ({"store": "int3"}, "store"), ({"refresh": 0}, "refresh"), ({"ramp": -1}, "ramp")],
+    [
+        ({"kind": "magic"}, "kind"),
+        ({"kind": "ratio", "refresh": 1}, "refresh=1"),
+        ({"store": "int3"}, "store"),
+        ({"refresh": 0}, "refresh"),
+        ({"ramp": -1}, "ramp"),
+    ],
 )
 def test_what_is_wrong_is_named(fields, named):
     with pytest.raises(ValueError, match=named):

@@ -1,6 +1,7 @@
 """The package's shape: imports point down, importing it is light, names are where they belong."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ FLOORS = {
     "layout": 0, "quant": 0, "reference": 0, "blockmask": 0,
     "ops": 1, "kernels": 1,
     "policies": 2, "plan": 2, "remainder": 2, "profile": 2, "config": 2, "reuse": 2, "memory": 2, "guard": 2, "trim": 2,
-    "place": 2, "facts": 2, "heatmap": 2, "schedule": 2,
+    "place": 2, "facts": 2, "heatmap": 2, "schedule": 2, "room": 2,
     "handle": 3, "observe": 3, "processor": 3, "parallel": 3, "hooked": 3, "attend": 3, "clock": 3, "report": 3,
     "propagate": 3, "replay": 3, "features": 3, "inject": 3,
     "api": 4, "presets": 4, "pipelines": 4, "": 4,
@@ -50,6 +51,14 @@ def test_imports_point_down(path, floor):
             assert below <= floor, f"{path.name} (floor {floor}) imports {name} (floor {below})"
         elif package in OUTSIDE:
             assert floor >= OUTSIDE[package], f"{path.name} (floor {floor}) imports {name}"
+
+
+def test_the_contributors_table_names_every_file():
+    rows = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if re.match(r"\| \d ", line)]
+    named = {name: int(row[2]) for row in rows for name in re.findall(r"`(\w+)(?:\.py|/)`", row.split("|")[2])}
+    assert {name: floor for name, floor in named.items() if name in FLOORS} == {
+        name: floor for name, floor in FLOORS.items() if name
+    }
 
 
 @pytest.mark.parametrize("folder", ["kernels", "pipelines", "apps", "assets"])

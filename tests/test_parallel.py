@@ -15,8 +15,9 @@ from util import environment
 import fastdit
 from fastdit import ops
 from fastdit.blockmask import BlockMask
+from fastdit.handle import Denoiser
 from fastdit.layout import Layout
-from fastdit.parallel import _interleaved, refusal
+from fastdit.parallel import _interleaved, _own, _taken, refusal, tokens
 from fastdit.processor import installed
 from fastdit.reference import attention, relative_error, token_mask
 
@@ -88,7 +89,28 @@ def test_what_stays_with_diffusers(split, mask, text, why):
 
 def test_gathered_places():
     """Text of 5 and a picture of 4 on two processes: text₀ picture₀ text₁ picture₁, the first process one text token more."""
-    assert _interleaved(5, 4, 2).tolist() == [0, 1, 2, 5, 6, 3, 4, 7, 8]
+    token, order = _interleaved(5, 4, 2, torch.device("cpu"))
+    assert token.tolist() == [0, 1, 2, 5, 6, 3, 4, 7, 8]
+    assert token[order].tolist() == order[token].tolist() == list(range(9))
+
+
+def test_nothing_is_moved_where_nothing_is_out_of_order():
+    """A model without text in its sequence: no gather of q, k, v and out; with it the places are made once, on the device."""
+    denoiser = Denoiser("model", None, None, grid=(2, 3, 4))
+    cpu = torch.device("cpu")
+    assert tokens(denoiser, 24, 2, cpu) == (None, None)
+    x = torch.zeros(1, 24, 2, 8)
+    assert _taken(x, None) is x
+    assert _own(None, 12, 12, cpu).tolist() == list(range(12, 24))
+    denoiser.before = 4
+    token, order = tokens(denoiser, 28, 2, cpu)
+    again = tokens(denoiser, 28, 2, cpu)
+    assert again[0] is token
+    assert again[1] is order
+    assert _own(token, 14, 14, cpu).tolist() == [2, 3, *range(16, 28)]
+    assert _own(token, 14, 14, cpu) is _own(token, 14, 14, cpu)
+    with torch.device("meta"):
+        assert tokens(denoiser, 30, 2, cpu)[0].device == cpu
 
 
 def test_block_masks_of_some_queries():

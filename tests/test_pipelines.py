@@ -4,6 +4,7 @@ Prompts come as embeddings and results as latents: text encoders and autoencoder
 """
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from test_families import SPARSE, name
 
 import fastdit
 from fastdit import FastAttnProcessor
+from fastdit.clock import Clock
+from fastdit.pipelines.videos import Cosmos
 from fastdit.reference import relative_error
 
 BY_NAME = {name(case): case for case in CASES}
@@ -229,3 +232,31 @@ def test_lora_files(pipeline, tmp_path):
     assert relative_error(draw(fresh, arguments), expected) < 1e-5
     fresh.unload_lora_weights()
     assert relative_error(draw(fresh, arguments), plain) < 1e-6
+
+
+def cosmos_level(timestep: torch.Tensor, **config: Any) -> float:
+    call = {"hidden_states": torch.zeros(1, 4, 3, 8, 8), "timestep": timestep}
+    return Cosmos().read(model("Cosmos", **config), call).sigma.amax().item()
+
+
+@pytest.mark.parametrize("steps", [10, 36, 50])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_step_of_cosmos_1_has_a_level_of_its_own(steps: int, dtype: torch.dtype) -> None:
+    """ln σ / 4 runs from 1.1 to -1.55, and the pipeline hands it on in the denoiser's dtype."""
+    scheduler = diffusers.EDMEulerScheduler(sigma_max=80.0, sigma_min=0.002, sigma_data=1.0, final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(steps)
+    levels = [cosmos_level(t.expand(1).to(dtype)) for t in scheduler.timesteps]
+    assert all(0 < after < before < 1 for before, after in itertools.pairwise(levels))
+    assert levels == pytest.approx([float(s / (1 + s)) for s in scheduler.sigmas[:steps]], abs=0.008)
+    clock = Clock()
+    for level in levels:
+        clock.observe(level)
+    assert (clock.run, clock.step) == (1, steps - 1)
+
+
+def test_the_level_of_cosmos_2_is_that_of_the_frames_that_are_made() -> None:
+    """Cosmos 2.5 gives the frames it is given a level of .1 to the end."""
+    levels = [0.9, 0.3, 0.08, 0.02]
+    frames = [torch.tensor([0.1, level, level]).view(1, 1, 3, 1, 1) for level in levels]
+    assert [cosmos_level(each, extra_pos_embed_type=None) for each in frames] == pytest.approx(levels)
+    assert cosmos_level(torch.tensor([0.7]), extra_pos_embed_type=None) == pytest.approx(0.7)

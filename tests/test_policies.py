@@ -313,6 +313,15 @@ def test_prefix_is_minimal(tau, tiles, seed):
         assert (torch.where(kept, 0.0, mass).amax(-1) <= lightest).all()
 
 
+@pytest.mark.parametrize("policy", [LSH(density=0.3), SpatialTemporal(density=0.25)], ids=str)
+def test_a_default_device_does_not_reach_the_draw(policy):
+    """Under torch.set_default_device("cuda") a draw that names no device cannot use the CPU's generator."""
+    tensors = video(RAGGED)[: len(policy.reads)]
+    expected = policy.select(RAGGED, *tensors)
+    with torch.device("meta"):
+        assert torch.equal(policy.select(RAGGED, *tensors), expected)
+
+
 def test_pooled_mass_is_true_where_tiles_are_flat():
     q, k, _ = video(RAGGED)
     real = (RAGGED.order()[: RAGGED.video_tiles] >= 0)[..., None]

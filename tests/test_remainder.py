@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import ops, remainder
 from fastdit.blockmask import BlockMask
@@ -140,6 +141,43 @@ def test_a_stripe_finds_the_one_heavy_key_that_the_tiles_missed():
     one = merge([part, remainder.stripes(q, k, v, mask, part[1], limit=1)])[0]
     assert relative_error(part[0], dense) > 0.1
     assert relative_error(one, dense) < relative_error(part[0], dense) / 3
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_stripes_of_some_heads_at_a_time(monkeypatch, kv_heads):
+    """The same to the bit; keys are brought to float32 once, and never those of all heads."""
+    q, k, v, kept = (x.bfloat16() if x.is_floating_point() else x for x in problem(5, heads=4, kv_heads=kv_heads))
+    mask = BlockMask.from_tile_map(kept, LAYOUT)
+    _, lse = ops.attention(q, k, v, mask)
+    monkeypatch.setattr(remainder, "GROUP", 2)
+    whole = remainder.stripes(q, k, v, mask, lse, limit=8)
+    share = k[:, 0].numel()
+    monkeypatch.setattr(remainder, "WIDE_BYTES", 4 * 4 // kv_heads * share)
+
+    class Wide(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            if func is torch.ops.aten._to_copy.default and out.dtype == torch.float32 and out.shape[2:] == k.shape[2:]:
+                assert out.numel() == 4 // kv_heads * share
+                self.made += out.numel()
+            return out
+
+    with Wide() as wide:
+        parts = remainder.stripes(q, k, v, mask, lse, limit=8)
+    assert wide.made == 4 * share  # each query head's keys once, whatever the groups of tiles
+    for found, expected in zip(parts, whole, strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_default_device_does_not_reach_the_draw():
+    q, k, v, kept = problem()
+    mask = BlockMask.from_tile_map(kept, LAYOUT)
+    expected = remainder.sampled(q, k, v, mask)
+    with torch.device("meta"):
+        found = remainder.sampled(q, k, v, mask)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 def test_stripes_are_monotone_in_theta_and_never_count_a_kept_key_twice():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import trim
 
@@ -29,6 +30,34 @@ def additive(mask, low, dtype=torch.float32):
 def test_masks_of_keys(mask):
     found = trim.read(mask, 2, LENGTH, LENGTH)
     assert found == trim.Keys(RUNS, square=False)
+
+
+@pytest.mark.parametrize("low", [None, float("-inf")], ids=["bool", "additive"])
+def test_what_is_only_repeated_is_looked_at_once(low):
+    """A mask of keys, expanded over heads and queries as SDPA wants it: nothing of N × N is computed."""
+    mask = VALID[:, None, None] if low is None else additive(VALID[:, None, None], low)
+
+    class Most(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != mask.untyped_storage().data_ptr():
+                self.seen = max(self.seen, out.numel())
+            return out
+
+    expanded = mask.expand(2, 3, LENGTH, LENGTH)
+    with Most() as most:
+        assert trim.read(expanded, 2, LENGTH, LENGTH) == trim.Keys(RUNS, square=False)
+    assert most.seen <= 2 * LENGTH
+
+
+def test_a_mask_that_was_changed_is_read_again():
+    """Also where PyTorch counts no change: of a compiled model's buffers, and in inference mode."""
+    mask = VALID[:, None, None].clone()
+    assert trim.read(mask, 2, LENGTH, LENGTH).kept == RUNS
+    mask.data[1] = VALID[0]
+    assert trim.read(mask, 2, LENGTH, LENGTH).kept == RUNS[:1] * 2
 
 
 def test_square_mask_hides_queries_too():

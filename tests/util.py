@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WORDS = ["a", "red", "green", "blue", "circle", "square", "triangle", "moving", "left", "right", "up", "down", "and"]
 
@@ -30,7 +32,6 @@ def word_tokenizer() -> Any:
 
 def tiny_flux_pipeline() -> Any:
     """A FluxPipeline of real classes; height and width must be multiples of 16 at its autoencoder's scale of 8."""
-    import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -70,7 +71,6 @@ def tiny_wan_pipeline(**denoiser: Any) -> Any:
 
     So height and width must be multiples of 16. proj_out is drawn too: it starts at zero, and nothing would be seen.
     """
-    import torch
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -118,6 +118,18 @@ def tiny_wan_pipeline(**denoiser: Any) -> Any:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class Largest(TorchDispatchMode):
+    """Within it, the most elements that an operation's answer in float32 had: `seen`."""
+
+    seen = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
+            self.seen = max(self.seen, out.numel())
+        return out
 
 
 def environment(**more: str) -> dict[str, str]:

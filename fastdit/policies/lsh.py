@@ -40,7 +40,8 @@ class LSH(Policy):
         if q is None or k is None:
             raise ValueError("lsh needs q and k")
         queries, keys = means(q, layout), means(k, layout)
-        planes = torch.randn(q.shape[-1], self.planes, generator=torch.Generator().manual_seed(self.seed)).to(q.device)
+        drawn = torch.Generator().manual_seed(self.seed)
+        planes = torch.randn(q.shape[-1], self.planes, generator=drawn, device="cpu").to(q.device)
         rows, columns = (
             buckets(x, planes).argsort(dim=-1, stable=True).argsort(-1) for x in (queries, keys - keys.mean(2, keepdim=True))
         )

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastdit import ops
 from fastdit.layout import Layout
+from fastdit.quant import Quant
 
 ROWS_BYTES = 64 << 20
 """Size of the logits that are held at a time."""
@@ -21,8 +23,19 @@ def means(x: Tensor, layout: Layout) -> Tensor:
 
 def pooled(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
     """softmax_j(q̄_i·k̄_j·D^-½ + log n_j): the mass of tiles whose tokens are all alike (SpargeAttn, arXiv 2502.18137 §3.2)."""
+    if q.is_cuda and ops.unsupported(q, Quant()) is None:  # in float32, q and k of a 14B model are 1.5 GB each
+        from fastdit.kernels import score
+
+        flat = _flat(layout, q.device)
+        return score.pooled(q.flatten(2, 3), k.flatten(2, 3), flat, flat)
     logits = (means(q, layout) @ means(k, layout).mT) * q.shape[-1] ** -0.5
     return (logits + layout.counts(q.device)[: layout.video_tiles].log()).softmax(-1)
+
+
+def _flat(layout: Layout, device: torch.device) -> Tensor:
+    """Where the token of each slot lies in tensors that are in tile order already, -1 for padding: int64 [tiles, tokens]."""
+    order = layout.order(device)[: layout.video_tiles]
+    return torch.arange(order.numel(), device=device).view_as(order).masked_fill(order < 0, -1)
 
 
 def antidiagonal(q: Tensor, k: Tensor, layout: Layout, stride: int) -> Tensor:
@@ -36,7 +49,7 @@ def antidiagonal(q: Tensor, k: Tensor, layout: Layout, stride: int) -> Tensor:
     if q.is_cuda:
         from fastdit.kernels import score
 
-        flat = torch.arange(order.numel(), device=q.device).view_as(order).masked_fill(order < 0, -1)
+        flat = _flat(layout, q.device)
         return score.antidiagonal(q.flatten(2, 3), k.flatten(2, 3), flat, flat, stride)
     pad = -order.shape[1] % stride
     cells = (order.shape[1] + pad) // stride

@@ -45,7 +45,8 @@ class SpatialTemporal(Policy):
         spatial, temporal = (x.to(q.device) for x in self.maps(layout))
         real = layout.order(q.device)[: layout.video_tiles].flatten() >= 0
         slots = real.nonzero().flatten()
-        drawn = torch.randperm(len(slots), generator=torch.Generator().manual_seed(self.seed))[: self.rows].to(q.device)
+        drawn = torch.randperm(len(slots), generator=torch.Generator().manual_seed(self.seed), device="cpu")
+        drawn = drawn[: self.rows].to(q.device)
         rows, tile = slots[drawn], slots[drawn] // layout.tile_tokens
         query, key, value = q.flatten(2, 3)[:, :, rows].float(), k.flatten(2, 3).float(), v.float()
         logits = (query @ key.mT * q.shape[-1] ** -0.5).masked_fill(~real, float("-inf"))
@@ -68,7 +69,7 @@ class SpatialTemporal(Policy):
         """The spatial and the temporal map, bool [video_tiles, video_tiles] each."""
         n = layout.video_tiles
         half = max(0, round(n * (1 - math.sqrt(1 - self.density))) - 1)
-        index = torch.arange(n)
+        index = torch.arange(n, device="cpu")
         band = (index[:, None] - index).abs() <= half
         rank = permute(layout)
         return band, band[rank[:, None], rank]
