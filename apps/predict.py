@@ -81,7 +81,8 @@ def predict(known: Facts, config: Config, frames: int, height: int, width: int, 
         if policy is not None and not isinstance(policy, Dense) and "statistics for" not in entry.what:
             density = density_of(policy, layout_of(config, grid), config.first_frame)
         if density is None:
-            why = f"{policy} has too many tiles there to count" if policy.static else "the policy decides while it draws"
+            static = policy is not None and policy.static
+            why = f"{policy} has too many tiles there to count" if static else "the policy decides while it draws"
             return Prediction(tokens, grid, None, None, why)
         densities.append(density if density <= config.max_density else 1.0)
         spent.append(densities[-1] * OVERHEAD if densities[-1] < 1 else 1.0)
