@@ -200,7 +200,7 @@ class _Call:
             held.block_mask, held.density = plan.block_mask, plan.density
             held.map_uses = 1 if known is None else held.map_uses + 1
         if self.at is not None and plan.block_mask is not None:
-            plan = replace(plan, block_mask=plan.block_mask.for_queries((self.at + roll) % k.shape[1]))
+            plan = replace(plan, block_mask=plan.block_mask.for_queries(self.at, roll))
         return plan, roll
 
     def rolled(self, q: Tensor, k: Tensor, v: Tensor, roll: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ itself and nobody pays for a permutation of the whole sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -44,8 +45,15 @@ class BlockMask:
         indices = torch.empty_like(rank).scatter_(-1, place.long(), column.expand_as(rank))
         return cls(rank[..., -1].contiguous(), indices, order, order, layout.length, layout.length)
 
-    def for_queries(self, at: Tensor) -> BlockMask:
-        """The same for some of the queries: at, int64 [n], says which token of the sequence each of them is."""
+    def for_queries(self, at: Tensor, roll: int = 0) -> BlockMask:
+        """The same for some of the queries: at, int64 [n], says which token of the sequence each of them is, before all were
+        rolled by `roll` places. The latest answer is kept: a ring asks the same at every site and step."""
+        latest = _latest.get(self)
+        if latest is None or latest[0] is not at or latest[1] != roll:
+            latest = _latest[self] = at, roll, self._for_queries((at + roll) % self.q_len)
+        return latest[2]
+
+    def _for_queries(self, at: Tensor) -> BlockMask:
         new = torch.full((self.q_len,), -1, dtype=torch.long, device=at.device)
         new[at] = torch.arange(len(at), device=at.device)
         order = torch.where(self.q_order >= 0, new[self.q_order.clamp(min=0)], -1)
@@ -63,6 +71,9 @@ class BlockMask:
     def density(self) -> float:
         """Attended / all (query, key) pairs, padding excluded, in [0, 1]."""
         return density(self.to_tile_map(), self.q_order, self.k_order)
+
+
+_latest: WeakKeyDictionary[BlockMask, tuple[Tensor, int, BlockMask]] = WeakKeyDictionary()
 
 
 def density(tile_map: Tensor, q_order: Tensor, k_order: Tensor) -> float:

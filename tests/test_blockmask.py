@@ -31,3 +31,19 @@ def test_round_trip_and_density(seed, share, shape):
 def test_a_map_that_does_not_fit_is_refused(bad):
     with pytest.raises(ValueError, match=r"bool \[b, h, 4, 4\]"):
         BlockMask.from_tile_map(bad, Layout((1, 4, 4), (1, 2, 2)))
+
+
+def test_some_of_the_queries():
+    """Of tokens 2, 3 and 7, all rolled by two: rows of the map of the tiles that 4, 5 and 1 lie in, asked once."""
+    layout = Layout((1, 2, 4), (1, 2, 2))
+    mask = BlockMask.from_tile_map(torch.eye(2, dtype=torch.bool)[None, None], layout)
+    at = torch.tensor([2, 3, 7])
+    some = mask.for_queries(at, 2)
+    order = layout.order().tolist()
+    tiles = [next(tile for tile, slots in enumerate(order) if token in slots) for token in (4, 5, 1)]
+    found = {int(slot): tile for tile, slots in enumerate(some.q_order) for slot in slots if slot >= 0}
+    rows = some.to_tile_map()[0, 0]
+    assert [rows[found[query]].nonzero().flatten().tolist() for query in range(3)] == [[tile] for tile in tiles]
+    assert mask.for_queries(at, 2) is some
+    assert mask.for_queries(at.clone(), 2) is not some
+    assert mask.for_queries(at, 0) is not some
