@@ -142,9 +142,10 @@ class _Call:
             out, how = memory.attention(
                 query, key_, value, plan, plan.reuse, held, self.scale,
                 lambda: self.original(*(x.transpose(1, 2) for x in (query, key_, value))).transpose(1, 2),  # noqa: B023
-                lambda device: sum(m.bytes(device) for site in self.handle.sites for m in site.memories.values()),
+                lambda device: sum(site.bytes(device) for site in self.handle.sites),
             )  # fmt: skip
-            self.site.most = max(self.site.most, sum(m.bytes() for m in self.site.memories.values()))
+            if how == "refresh":  # nothing else takes room
+                self.site.most = max(self.site.most, self.site.bytes())
             if self.handle.last:
                 held.drop()  # decoding, which comes next, needs the room
             error, why = self.fault(query, key_, value, out, how)

@@ -20,6 +20,7 @@ from fastdit.config import Config, Phase
 from fastdit.policies import Dense, Policy, Window
 from fastdit.quant import Quant
 from fastdit.reference import attention
+from fastdit.remainder import some_heads
 
 RUNGS = ("as configured", "denser", "denser, 16 bits", "dense")
 TOP = len(RUNGS) - 1
@@ -31,15 +32,9 @@ WIDE_BYTES = 64 << 20
 def probe(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None, rows: int = ROWS) -> float:
     """Relative L2 error of out on a few query rows, the same for every call of a length; q, k, v, out [B, H, N, D]."""
     drawn = _rows(q.shape[2], rows).to(q.device)
-    group = q.shape[1] // k.shape[1]
-    query, parts = q[:, :, drawn].float(), []
-    some = max(1, WIDE_BYTES // (4 * group * k[:, :1].numel()))
-    for head in range(0, k.shape[1], some):
-        keys, values = (x[:, head : head + some] for x in (k, v))
-        if group > 1:
-            keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-        parts.append(attention(query[:, head * group : (head + some) * group], keys, values, scale=scale)[0])
-    exact, found = torch.cat(parts, 1), out[:, :, drawn].float()
+    query, found = q[:, :, drawn].float(), out[:, :, drawn].float()
+    parts = some_heads(q.shape[1], k, v, WIDE_BYTES)
+    exact = torch.cat([attention(query[:, part], keys, values, scale=scale)[0] for part, keys, values in parts], 1)
     return float((found - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 

@@ -80,6 +80,10 @@ class Site:
             del self.memories[other]
         return self.memories.setdefault((phase, *key), Memory())
 
+    def bytes(self, device: torch.device | None = None) -> int:
+        """Of statistics, on a device; None: on all."""
+        return sum(memory.bytes(device) for memory in self.memories.values())
+
     def climb(self, why: str, rung: int) -> None:
         self.guarded, self.rung = f"guard: {why} at noise level {self.denoiser.sigma.item():.3f}", rung
         self.memories.clear()

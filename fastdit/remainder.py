@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def stripes(
     q, k, v [B, H, N, D] -> (out, lse [B, H, N]), 0 and −inf for queries without a stripe.
     """
     B, H, _, D = q.shape
-    group, length, order = H // k.shape[1], k.shape[2], block_mask.q_order
+    length, order = k.shape[2], block_mask.q_order
     real, q_slots = order >= 0, order.clamp(min=0)
     count = real.sum(-1).clamp(min=1)
     tokens, tile_of = order[real], torch.arange(len(order), device=order.device)[:, None].expand_as(order)[real]
@@ -106,10 +107,7 @@ def stripes(
     out, found = torch.zeros_like(q), torch.full_like(lse, float("-inf"))
     scaling = D**-0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
-    some = max(1, WIDE_BYTES // (4 * B * group * length * D))
-    for head in range(0, k.shape[1], some):
-        part, shared = slice(head * group, (head + some) * group), slice(head, head + some)
-        key, value = (x[:, shared] if group == 1 else x[:, shared].repeat_interleave(group, 1) for x in (k, v))
+    for part, key, value in some_heads(H, k, v, WIDE_BYTES):
         queries = (q[:, part, q_slots].to(wide) * real[..., None]).sum(3) / count[:, None]
         anchors = (lse[:, part, q_slots].masked_fill(~real, 0)).sum(3) / count
         wide_key, near = key.to(wide).mT, kept[:, part]
@@ -124,6 +122,18 @@ def stripes(
             mask = ~seen & (heaviest > -theta)[:, :, None]
             out[:, part, slots], found[:, part, slots] = exact(q[:, part, slots], keys, values, mask, scale)
     return out, found
+
+
+def some_heads(heads: int, k: Tensor, v: Tensor, most: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Which of the query heads, and the keys and values [B, h, N, D] of each, so many at a time that their keys take `most`
+    bytes in float32."""
+    group = heads // k.shape[1]
+    some = max(1, most // (4 * group * k[:, :1].numel()))
+    for head in range(0, k.shape[1], some):
+        keys, values = (x[:, head : head + some] for x in (k, v))
+        if group > 1:
+            keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+        yield slice(head * group, (head + some) * group), keys, values
 
 
 def _tiles(order: Tensor, length: int) -> Tensor:

@@ -44,13 +44,13 @@ class Stripe(Policy):
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         if q is None or k is None:
             raise ValueError("stripe needs q and k")
-        (t, _, _), near = places(layout, q.device), Window(size=self.window).select(layout)[0, 0].to(q.device)
-        first = t == 0
+        near = Window(size=self.window).select(layout)[0, 0]
+        wide = int(near.sum(-1).max())  # on the CPU still: nobody waits for a GPU
+        near, first = near.to(q.device), places(layout, q.device)[0] == 0
         real = layout.order(q.device)[: layout.video_tiles] >= 0
         minus = torch.zeros(real.shape, device=q.device).masked_fill(~real, float("-inf"))  # what hides padding
         queries, keys = q.float() * q.shape[-1] ** -0.5, k.float()
         pooled, start = means(queries, layout), keys[:, :, first].flatten(2, 3).mT
-        wide = int(near.sum(-1).max())
         local = near.int().argsort(dim=-1, descending=True, stable=True)[:, :wide]
         outside = minus[local].masked_fill(~near.gather(1, local)[..., None], float("-inf"))
         B, H, tiles, slots, _ = k.shape
