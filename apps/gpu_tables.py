@@ -78,6 +78,15 @@ def remembered(rows: list[dict[str, Any]]) -> str:
     ])  # fmt: skip
 
 
+def others(rows: list[dict[str, Any]]) -> str:
+    names = ("FlexAttention", "SageAttention", "SDPA cudnn")
+    return _table("density | format | fastdit | FlexAttention, same tiles | Sage 1, dense | cuDNN, dense", [
+        f"| {row['density']:.3f} | {FORMATS[row['quant']]} | {row['ms']:.2f} | "
+        + " | ".join(f"{row['baselines_ms'][name]:.2f}" if name in row["baselines_ms"] else "" for name in names) + " |"
+        for row in rows
+    ])  # fmt: skip
+
+
 def tests(rows: list[dict[str, Any]]) -> str:
     return _table("file | passed | skipped | failed", [
         f"| `{row['file']}` | {row['passed']} | {row['skipped']} | {row['failed']} |" for row in rows
@@ -85,4 +94,4 @@ def tests(rows: list[dict[str, Any]]) -> str:
 
 
 TABLES = {"tests": tests, "dense": attention, "sliding": attention, "video": video, "remembered": remembered,
-          "selection": selection, "int4": attention, "others": attention, "denoisers": denoisers}  # fmt: skip
+          "selection": selection, "int4": attention, "others": others, "denoisers": denoisers}  # fmt: skip

@@ -87,7 +87,7 @@ class Layout:
         order = self.order(x.device)
         tiled = x.index_select(2, order.clamp(min=0).flatten())
         if self.is_padded:
-            tiled = tiled.masked_fill((order < 0).view(-1, 1), 0)
+            tiled.index_fill_(2, _padding(self, str(x.device)), 0)
         return tiled.unflatten(2, (self.num_tiles, self.tile_tokens))
 
     def from_tiles(self, x: Tensor) -> Tensor:
@@ -113,6 +113,12 @@ def _order(layout: Layout, device: str) -> Tensor:
         video_start, text_start = (layout.text_len, 0) if layout.text_first else (0, layout.video_len)
         tiles = torch.cat([_shift(tiles, video_start), _shift(text, text_start).view(-1, layout.tile_tokens)])
     return tiles.contiguous().to(device)
+
+
+@lru_cache(maxsize=256)
+def _padding(layout: Layout, device: str) -> Tensor:
+    """int64 [n]: the slots, of those of all tiles, that hold no token."""
+    return (layout.order().flatten() < 0).nonzero().flatten().to(device)
 
 
 def _shift(index: Tensor, start: int) -> Tensor:

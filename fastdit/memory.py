@@ -83,8 +83,11 @@ class Stored:
         self.data[part] = x.to(self.data.dtype)  # on its device: fewer bytes have to travel
 
     def load(self, like: Tensor, part: Part = ...) -> Tensor:
-        x = self.data[part].to(like.device, non_blocking=True).to(torch.promote_types(like.dtype, torch.float32))
-        return x if self.scale is None else x * self.scale[part].to(like.device)
+        """On the device of `like`; wide only where it has a scale."""
+        x = self.data[part].to(like.device, non_blocking=True)
+        if self.scale is None:
+            return x
+        return x.to(torch.promote_types(like.dtype, torch.float32)) * self.scale[part].to(like.device)
 
 
 Part = EllipsisType | tuple[slice, slice]
@@ -128,15 +131,20 @@ def attention(
     if (memory.ratio is not None or memory.kept is not None) and memory.uses < reuse.refresh - 1:
         memory.uses += 1
         out = torch.empty_like(q) if reuse.kind == "broadcast" else sparse()[0]
-        for heads in _parts(q):
-            if reuse.kind == "broadcast":
-                assert memory.kept is not None
-                out[heads] = memory.kept.load(q, heads)
-                continue
-            part = out[heads].to(wide)
-            if memory.ratio is not None:
-                part = part * (memory.ratio[heads] + (memory.uses - 1) * reuse.ramp).clamp(max=1)[..., None]
-            out[heads] = part if memory.kept is None else part + memory.kept.load(q, heads)
+        kept, weight = memory.kept, None
+        if memory.ratio is not None:
+            weight = (memory.ratio + (memory.uses - 1) * reuse.ramp).clamp(max=1)[..., None]
+        in_place = kept is None or (kept.scale is None and kept.data.device == q.device)  # nothing wide is made on the way
+        for heads in (...,) if in_place else _parts(q):
+            part = out[heads]
+            if kept is None:
+                part.mul_(weight)
+            elif reuse.kind == "broadcast":
+                part.copy_(kept.load(q, heads))
+            elif weight is None:
+                part.add_(kept.load(q, heads))
+            else:
+                torch.addcmul(kept.load(q, heads), part, weight[heads], out=part)
         return out, "reuse"
     place = None if memory.kept is None else memory.kept.data.device  # what the last refresh leaves, this one takes
     memory.uses, memory.ratio, memory.kept = 0, None, None

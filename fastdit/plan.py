@@ -75,7 +75,7 @@ def make_plan(
     if isinstance(policy, Dense):
         if quant.is_none:
             return _dense(phase, "the phase is dense")
-        if q.is_cuda and config.min_tokens and tokens < configs.PAYS_FROM[quant.qk]:
+        if q.is_cuda and config.min_tokens and tokens < configs.pays_from(q.shape[-1], quant):
             return _dense(phase, f"{tokens} tokens: all of attention in {quant} is no faster there")
         return Plan(phase, 1.0, None, quant, None)
     if q.shape[2] != tokens and not policy.static:

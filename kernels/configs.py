@@ -56,9 +56,15 @@ def launch(dim: int, quant: Quant, capability: tuple[int, int], wide: bool = Fal
     return Launch(128, 64, 5) if dim <= 64 else Launch(64, 128, 5, local)
 
 
-PAYS_FROM = {"none": 0.0, "fp8": 16384, "int8": 16384, "int4": float("inf")}
-"""Tokens from which all of attention in a format of Q·Kᵀ beats the best dense kernel of 16 bits on an H200: the first length
-measured at which it did (FP8 .98 × at 8,192 and 1.14 × at 16,384, INT8 .89 and 1.10; INT4 .73-.88 at 32,768)."""
+NEVER = float("inf")
+PAYS_FROM = {"none": (0.0, 0.0), "fp8": (32768, 16384), "int8": (NEVER, 16384), "int4": (NEVER, NEVER)}
+"""Tokens from which all of attention in a format of Q·Kᵀ beats the best dense kernel of 16 bits on an H200, for heads of up to
+64 channels and of more: the first length measured at which it did. 128 channels: FP8 .99 × at 8,192 and 1.14 × at 16,384, INT8
+.90 and 1.10, INT4 .73-.89 at 32,768. 64 channels: FP8 1.00 × at 16,384 and 1.03 × at 32,768, INT8 .88-.96 to 65,536."""
+
+
+def pays_from(dim: int, quant: Quant) -> float:
+    return PAYS_FROM[quant.qk][dim > 64]
 
 
 GLUON_FROM = (3, 6)

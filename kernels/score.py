@@ -4,7 +4,7 @@
     antidiagonal (XAttention, arXiv 2503.16428 §3.1): cells of S consecutive tokens of a tile; the logit of cells a and b is the
         mean over s of scale · q[aS + S−1−s]·k[bS + s], one product for S² pairs; softmax over all key cells, summed by tiles
 
-Both return mass [B, H, q_tiles, k_tiles] in float32 whose rows sum to 1 (to 0 for a tile without tokens). Tokens that are not
+Both give mass [B, H, q_tiles, k_tiles] in float32 whose rows sum to 1 (to 0 for a tile without tokens). Tokens that are not
 there weigh nothing: a cell without any is no cell; in a cell that lacks some, they count as zero vectors.
 """
 
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fastdit.kernels.quantize import tile_means
 
+LSE_BYTES = 256 << 20
+"""Of the heads whose LSEs, one for each cell of queries and tile of keys, are held at a time."""
+
 
 def pooled(q: Tensor, k: Tensor, q_order: Tensor, k_order: Tensor, scale: float | None = None) -> Tensor:
     """q [B, H, Nq, D], k [B, H, Nk, D] in token order, orders [tiles, slots] as in `BlockMask`; scale: default D^-½."""
@@ -25,60 +28,57 @@ def pooled(q: Tensor, k: Tensor, q_order: Tensor, k_order: Tensor, scale: float 
     return logits.softmax(-1) * (q_order >= 0).any(-1, keepdim=True)
 
 
-def antidiagonal(q: Tensor, k: Tensor, q_order: Tensor, k_order: Tensor, stride: int = 8, scale: float | None = None) -> Tensor:
-    """The same arguments; stride: tokens of a cell. Costs 1/stride of the product of all queries and keys."""
-    B, H, _, D = q.shape
-    (queries, q_live), (keys, k_live) = (
-        _cells(x, order, stride, flip) for x, order, flip in ((q, q_order, True), (k, k_order, False))
-    )
-    cells, q_tiles, k_tiles = q_live.shape[1], len(q_order), len(k_order)
-    lse = q.new_empty(B * H, q_tiles * cells, k_tiles, dtype=torch.float32)
-    columns = k_live.shape[1]
-    tiles = max(1, 64 // columns)
-    grid = (triton.cdiv(q_tiles * cells, 64), triton.cdiv(k_tiles, tiles), B * H)
-    _cell_lse[grid](
-        queries, keys, k_live, lse, q_tiles * cells, k_tiles, stride * D, (D**-0.5 if scale is None else scale) / stride,
-        CELLS=columns, TILES=tiles, BM=64, BK=64, num_warps=4,
-    )  # fmt: skip
-    mass = lse.softmax(-1).view(B, H, q_tiles, cells, k_tiles) * q_live[..., None]
-    return mass.sum(3) / q_live.sum(1).clamp(min=1)[:, None]
-
-
-def _cells(x: Tensor, order: Tensor, stride: int, flip: bool) -> tuple[Tensor, Tensor]:
-    """[B, H, N, D] -> cells [B·H, tiles · cells, stride · D], zeros where no token is, and which have one [tiles, cells];
-    cells of a tile are padded to a power of two. flip: tokens of a cell in reverse."""
-    cells = triton.next_power_of_2(-(-order.shape[1] // stride))
-    order = torch.nn.functional.pad(order, (0, cells * stride - order.shape[1]), value=-1).view(len(order), cells, stride)
-    taken = order.flip(-1) if flip else order
-    x = x[:, :, taken.clamp(min=0)].masked_fill((taken < 0)[..., None], 0)
-    return x.view(x.shape[0] * x.shape[1], len(order) * cells, -1), (order >= 0).any(-1)
+def antidiagonal(q: Tensor, k: Tensor, real: Tensor, stride: int = 8, scale: float | None = None) -> Tensor:
+    """q and k [B, H, tiles, slots, D] in tile order with zeros where no token is; real: bool [tiles, slots], where one is;
+    stride: tokens of a cell. Costs 1/stride of the product of all queries and keys."""
+    B, H, tiles, slots, D = q.shape
+    cells = triton.next_power_of_2(-(-slots // stride))
+    pad = cells * stride - slots
+    q, k = (torch.nn.functional.pad(x, (0, 0, 0, pad)).flatten(2, 3) for x in (q, k))
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    live = torch.nn.functional.pad(real, (0, pad)).view(tiles, cells, stride).any(-1)
+    weight = (live / live.sum(1, keepdim=True).clamp(min=1))[:, None]
+    block = 128 if q.element_size() == 2 else 64
+    together = max(1, block // cells)
+    turn = max(1, LSE_BYTES // (4 * tiles * cells * tiles))
+    mass = q.new_empty(B * H, tiles, tiles, dtype=torch.float32)
+    for first in range(0, B * H, turn):
+        part = mass[first : first + turn]
+        lse = part.new_empty(len(part), tiles * cells, tiles)
+        grid = (triton.cdiv(tiles * cells, block), triton.cdiv(tiles, together), len(part))
+        _cell_lse[grid](
+            q, k, live, lse, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2), first, H, tiles,
+            (D**-0.5 if scale is None else scale) / stride, D=D, DP=max(16, triton.next_power_of_2(D)), STRIDE=stride,
+            CELLS=cells, TILES=together, BM=block, num_warps=block // 16, num_stages=3,
+        )  # fmt: skip
+        torch.matmul(weight, lse.softmax(-1).unflatten(1, (tiles, cells)), out=part.unsqueeze(2))
+    return mass.view(B, H, tiles, tiles)
 
 
 @triton.jit
 def _cell_lse(
-    Q, K, Live, Lse, q_cells, k_tiles, depth, scale,
-    CELLS: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    Q, K, Live, Lse, q_b, q_h, q_n, k_b, k_h, k_n, first, heads, tiles, scale,
+    D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr, CELLS: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """LSE of each query cell over the cells of each key tile: a matrix product whose answer is never stored."""
-    bh = tl.program_id(2).to(tl.int64)
+    bh = (first + tl.program_id(2)).to(tl.int64)
+    cells = tiles * CELLS
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     BN: tl.constexpr = TILES * CELLS
     column = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = column < k_tiles * CELLS
-    d = tl.arange(0, BK)
-    Q += (bh * q_cells + row[:, None]) * depth + d[None, :]
-    K += (bh * k_tiles * CELLS + column[:, None]) * depth + d[None, :]
+    d = tl.arange(0, DP)
+    Q += (bh // heads) * q_b + (bh % heads) * q_h + row.to(tl.int64)[:, None] * (STRIDE * q_n) + d[None, :]
+    K += (bh // heads) * k_b + (bh % heads) * k_h + column.to(tl.int64)[:, None] * (STRIDE * k_n) + d[None, :]
     s = tl.zeros((BM, BN), tl.float32)
-    for start in range(0, depth, BK):
-        left = (start + d < depth)[None, :]
-        q = tl.load(Q + start, mask=(row < q_cells)[:, None] & left, other=0.0)
-        k = tl.load(K + start, mask=inside[:, None] & left, other=0.0)
+    for at in range(STRIDE):
+        q = tl.load(Q + (STRIDE - 1 - at) * q_n, mask=(row < cells)[:, None] & (d < D)[None, :], other=0.0)
+        k = tl.load(K + at * k_n, mask=(column < cells)[:, None] & (d < D)[None, :], other=0.0)
         s = tl.dot(q, tl.trans(k), s, input_precision="tf32x3")
-    live = tl.load(Live + column, mask=inside, other=0) != 0
+    live = tl.load(Live + column, mask=column < cells, other=0) != 0
     s = tl.where(live[None, :], s * scale, -1e30)
     s = tl.reshape(s, (BM, TILES, CELLS))
     top = tl.max(s, 2)
     lse = top + tl.log(tl.sum(tl.exp(s - top[:, :, None]), 2))
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)
-    where = Lse + (bh * q_cells + row[:, None]) * k_tiles + tile[None, :]
-    tl.store(where, lse, mask=(row < q_cells)[:, None] & (tile < k_tiles)[None, :])
+    where = Lse + (tl.program_id(2).to(tl.int64) * cells + row[:, None]) * tiles + tile[None, :]
+    tl.store(where, lse, mask=(row < cells)[:, None] & (tile < tiles)[None, :])

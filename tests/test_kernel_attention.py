@@ -129,7 +129,9 @@ def test_dense_is_tiles_of_consecutive_tokens(quant):
     out, lse = dense_attention(q, k, v, 0.2, quant)
     expected, expected_lse = cpu.dense_attention(q, k, v, 0.2, quant)
     assert relative_error(out, expected) < {"none": 1e-5, "int8": 0.005, "fp8": 0.03}[quant.pv]  # P is rounded block by block
-    torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-5)
+    # An FP8 product on Hopper keeps some 13 bits of what it adds up: a few thousandths of logits of this size
+    imprecise = quant.qk == "fp8" and DEVICE == "cuda"
+    torch.testing.assert_close(lse, expected_lse, atol=4e-3 if imprecise else 1e-4, rtol=1e-5)
 
 
 def test_nan_is_not_hidden():

@@ -161,8 +161,9 @@ def test_fp8_on_hopper_keeps_within_560_instructions_a_tile():
 
 
 def test_mistakes_in_the_kernel_are_caught():
-    """Each mutant of the FP8 kernel on sm_90 goes over the 560 instructions, or spills."""
+    """Each mutant of the FP8 kernel on sm_90 is a twentieth longer than the kernel, or spills."""
     rows = run("controls")
     assert len(rows) == 5
     for row in rows:
-        assert faults(row, 560), row["control"]
+        kernel = TABLE.get((row["triton"], 90, 128, "fp8/fp8"), {"loop": 533})
+        assert faults(row, 1.05 * kernel["loop"]), row["control"]

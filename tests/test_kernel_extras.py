@@ -227,7 +227,7 @@ def brute_force(q, k, stride):
 @pytest.mark.parametrize("stride", [2, 4, 8])
 def test_antidiagonal_scores(stride):
     q, k, *_ = draw()
-    got = antidiagonal(q, k, LAYOUT.order(), LAYOUT.order(), stride, SCALE)
+    got = antidiagonal(LAYOUT.to_tiles(q), LAYOUT.to_tiles(k), LAYOUT.order() >= 0, stride, SCALE)
     torch.testing.assert_close(got, brute_force(q, k, stride).float(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(got.sum(-1), torch.ones(1, 2, LAYOUT.num_tiles))
 
@@ -282,4 +282,4 @@ def test_scores_find_a_planted_tile():
     k[0, 0, tiles[3, :8]] += 2 * direction
     k[0, 0, tiles[3, 8:]] -= 2 / 7 * direction
     assert pooled(q, k, tiles, tiles)[0, 0, 0, 3] < 0.5
-    assert antidiagonal(q, k, tiles, tiles, 8)[0, 0, 0, 3] > 0.9
+    assert antidiagonal(layout.to_tiles(q), layout.to_tiles(k), tiles >= 0, 8)[0, 0, 0, 3] > 0.9

@@ -170,7 +170,9 @@ def test_what_the_gpu_has_no_room_for_goes_to_the_host(monkeypatch):
         held = Memory()
         call(exactly(kind="residual", host=asked), held, q, k, v, replace(plan_of(), block_mask=kept))
         assert held.kept.data.device.type == expected
-        assert held.bytes(torch.device("cpu")) == (q.nbytes if expected == "cpu" else 0)
+        assert held.kept.data.is_pinned() == (expected == "cpu")
+        page_locked = 1 << (q.nbytes - 1).bit_length()  # what PyTorch takes for it
+        assert held.bytes(torch.device("cpu")) == (page_locked if expected == "cpu" else 0)
         out, how = call(exactly(kind="residual", host=asked), held, q, k, v, replace(plan_of(), block_mask=kept))
         assert how == "reuse"
         assert relative_error(out, attention(q, k, v)[0]) < 1e-3

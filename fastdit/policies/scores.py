@@ -49,8 +49,7 @@ def antidiagonal(q: Tensor, k: Tensor, layout: Layout, stride: int) -> Tensor:
     if q.is_cuda:
         from fastdit.kernels import score
 
-        flat = _flat(layout, q.device)
-        return score.antidiagonal(q.flatten(2, 3), k.flatten(2, 3), flat, flat, stride)
+        return score.antidiagonal(q, k, order >= 0, stride)
     pad = -order.shape[1] % stride
     cells = (order.shape[1] + pad) // stride
     live = torch.nn.functional.pad(order, (0, pad), value=-1).view(-1, cells, stride).ge(0).any(-1).flatten()

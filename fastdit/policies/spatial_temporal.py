@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -42,12 +43,8 @@ class SpatialTemporal(Policy):
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         if q is None or k is None or v is None:
             raise ValueError("spatial_temporal needs q, k and v")
-        spatial, temporal = (x.to(q.device) for x in self.maps(layout))
-        real = layout.order(q.device)[: layout.video_tiles].flatten() >= 0
-        slots = real.nonzero().flatten()
-        drawn = torch.randperm(len(slots), generator=torch.Generator().manual_seed(self.seed), device="cpu")
-        drawn = drawn[: self.rows].to(q.device)
-        rows, tile = slots[drawn], slots[drawn] // layout.tile_tokens
+        spatial, temporal, rows = _ready(self, layout, str(q.device))
+        real, tile = layout.order(q.device)[: layout.video_tiles].flatten() >= 0, rows // layout.tile_tokens
         query, key, value = q.flatten(2, 3)[:, :, rows].float(), k.flatten(2, 3).float(), v.float()
         logits = (query @ key.mT * q.shape[-1] ** -0.5).masked_fill(~real, float("-inf"))
         # values by frames of tiles: a product of 32 rows and all keys at once would keep a dozen of a GPU's cores busy
@@ -73,6 +70,15 @@ class SpatialTemporal(Policy):
         band = (index[:, None] - index).abs() <= half
         rank = permute(layout)
         return band, band[rank[:, None], rank]
+
+
+@lru_cache(maxsize=16)
+def _ready(policy: SpatialTemporal, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Both maps, and the slots of the drawn rows: the same in every call, so a GPU waits for them once."""
+    slots = (layout.order()[: layout.video_tiles].flatten() >= 0).nonzero().flatten()
+    drawn = torch.randperm(len(slots), generator=torch.Generator().manual_seed(policy.seed), device="cpu")
+    spatial, temporal = policy.maps(layout)
+    return spatial.to(device), temporal.to(device), slots[drawn[: policy.rows]].to(device)
 
 
 def permute(layout: Layout) -> Tensor:

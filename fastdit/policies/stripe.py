@@ -14,6 +14,7 @@ a window of one tile, that is no better than random tiles (docs/policies.md): th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -44,14 +45,11 @@ class Stripe(Policy):
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         if q is None or k is None:
             raise ValueError("stripe needs q and k")
-        near = Window(size=self.window).select(layout)[0, 0]
-        wide = int(near.sum(-1).max())  # on the CPU still: nobody waits for a GPU
-        near, first = near.to(q.device), places(layout, q.device)[0] == 0
+        near, first, local = _ready(self.window, layout, str(q.device))
         real = layout.order(q.device)[: layout.video_tiles] >= 0
         minus = torch.zeros(real.shape, device=q.device).masked_fill(~real, float("-inf"))  # what hides padding
         queries, keys = q.float() * q.shape[-1] ** -0.5, k.float()
         pooled, start = means(queries, layout), keys[:, :, first].flatten(2, 3).mT
-        local = near.int().argsort(dim=-1, descending=True, stable=True)[:, :wide]
         outside = minus[local].masked_fill(~near.gather(1, local)[..., None], float("-inf"))
         B, H, tiles, slots, _ = k.shape
         rows = max(1, ROWS_BYTES // (4 * B * H * tiles * slots))
@@ -59,7 +57,7 @@ class Stripe(Policy):
         for part in torch.arange(tiles, device=q.device).split(rows):
             mine = queries[:, :, part]
             top = (mine.flatten(2, 3) @ start + minus[first].flatten()).amax(-1).unflatten(-1, (-1, slots))
-            for each in range(wide):
+            for each in range(local.shape[1]):
                 logits = mine @ keys[:, :, local[part, each]].mT
                 top = top.maximum((logits + outside[part, each, None]).amax(-1))
             anchor = (top * real[part]).sum(-1) / real[part].sum(-1)
@@ -71,3 +69,11 @@ class Stripe(Policy):
             groups = found.split(self.group, 2)
             found = torch.cat([x.any(2, keepdim=True).expand_as(x) for x in groups], 2)
         return found | near | first
+
+
+@lru_cache(maxsize=16)
+def _ready(window: Grid, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tiles lie near each (bool, and as many numbers a tile as the largest window has) and which in the first frame."""
+    near = Window(size=window).select(layout)[0, 0]
+    local = near.int().argsort(dim=-1, descending=True, stable=True)[:, : int(near.sum(-1).max())]
+    return near.to(device), (places(layout)[0] == 0).to(device), local.to(device)
