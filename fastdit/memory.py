@@ -138,6 +138,7 @@ def attention(
         for heads in (...,) if in_place else _parts(q):
             part = out[heads]
             if kept is None:
+                assert weight is not None
                 part.mul_(weight)
             elif reuse.kind == "broadcast":
                 part.copy_(kept.load(q, heads))
