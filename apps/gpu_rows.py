@@ -2,12 +2,14 @@
 
 dense: all of attention, in each format and length. sliding: the setting of Sliding Tile Attention's own table (arXiv 2502.04507
 §4). video: Wan's 14B heads at 480p and 720p over densities and tiles. remembered: Re-ttention's epilogue (arXiv 2505.22918)
-beside its limits. int4: what it costs. others: FlexAttention and SageAttention on the same tensors.
+beside its limits. remainder: what pooled tiles cost. int4: what it costs. others: FlexAttention and SageAttention on the same
+tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from fastdit import Config, Phase, Quant, Reuse, Window, memory, ops
 from fastdit.apps.kernel_rows import baselines, inputs, measure, milliseconds
+from fastdit.blockmask import BlockMask
 from fastdit.layout import Grid, Layout
 from fastdit.plan import make_plan
 
@@ -76,6 +79,24 @@ def remembered(repeats: int) -> Rows:
                    "ratio": took[best] / took[kind], "density": plan.density, "tokens": q.shape[2]}  # fmt: skip
 
 
+def remainder(repeats: int) -> Rows:
+    """Wan 14B at 720p, a window of an eighth, with what it drops as pooled tiles and without."""
+    layout = Layout(VIDEO["720p"], (2, 8, 8))
+    q, k, v = inputs(layout, 40, 128, torch.bfloat16, "cuda")
+    mask = BlockMask.from_tile_map(Window(density=0.125).select(layout).cuda(), layout)
+    calls = {
+        (kind, str(quant)): partial(ops.attention, q, k, v, mask, quant, remainder=kind)
+        for quant in FORMATS for kind in ("none", "pooled")
+    }  # fmt: skip
+    lines = baselines(q, k, v)
+    took = milliseconds({" ".join(names): call for names, call in calls.items()} | lines, repeats, "cuda")
+    best = min(lines, key=lambda name: took[name])
+    for kind, quant in calls:
+        ms = took[f"{kind} {quant}"]
+        yield {"remainder": kind, "quant": quant, "ms": ms, "baseline": best, "baseline_ms": took[best],
+               "ratio": took[best] / ms, "density": mask.density(), "tokens": layout.length}  # fmt: skip
+
+
 def _step(q: Tensor, k: Tensor, v: Tensor, plan: Any, reuse: Reuse, held: memory.Memory, lines: dict[str, Any]) -> Any:
     """A call that reuses, its refresh already done."""
 
@@ -92,4 +113,5 @@ def _step(q: Tensor, k: Tensor, v: Tensor, plan: Any, reuse: Reuse, held: memory
     return call
 
 
-SECTIONS = {"dense": dense, "sliding": sliding, "video": video, "remembered": remembered, "int4": int4, "others": others}
+SECTIONS = {"dense": dense, "sliding": sliding, "video": video, "remembered": remembered, "remainder": remainder, "int4": int4,
+            "others": others}  # fmt: skip

@@ -12,9 +12,9 @@ FORMATS = {"none": "bf16", "fp8/fp8": "FP8", "int8/fp8+k": "INT8/FP8", "int4/fp8
 
 
 def tables(folder: Path) -> Iterator[tuple[str, str]]:
-    """(section, table) of every JSON file in a folder, the section's name as in `fastdit bench gpu --only`."""
+    """(name, table) of every JSON file in a folder; names are those of `fastdit bench gpu --only`, and `presets`."""
     for name, draw in TABLES.items():
-        path = folder / f"gpu_{name}.json"
+        path = folder / f"gpu_{'denoisers' if name == 'presets' else name}.json"
         if path.exists():
             measured = json.loads(path.read_text(encoding="utf-8"))
             where = f"{measured['device']}, torch {measured['torch']}, Triton {measured['triton']}, {measured['date']}."
@@ -70,6 +70,18 @@ def denoisers(rows: list[dict[str, Any]]) -> str:
     ])  # fmt: skip
 
 
+def presets(rows: list[dict[str, Any]]) -> str:
+    return denoisers([row for row in rows if row["config"].startswith("preset")])
+
+
+def remainder(rows: list[dict[str, Any]]) -> str:
+    return _table("remainder | format | density | dense | fastdit | ratio", [
+        f"| {row['remainder']} | {FORMATS[row['quant']]} | {row['density']:.3f} | {row['baseline_ms']:.1f} | {row['ms']:.1f} "
+        f"| {row['ratio']:.2f} × |"
+        for row in rows
+    ])  # fmt: skip
+
+
 def remembered(rows: list[dict[str, Any]]) -> str:
     return _table("statistics | format | density | dense | step that reuses | ratio", [
         f"| {row['remembered']} | {FORMATS[row['quant']]} | {row['density']:.3f} | {row['baseline_ms']:.1f} | {row['ms']:.1f} "
@@ -94,4 +106,5 @@ def tests(rows: list[dict[str, Any]]) -> str:
 
 
 TABLES = {"tests": tests, "dense": attention, "sliding": attention, "video": video, "remembered": remembered,
-          "selection": selection, "int4": attention, "others": others, "denoisers": denoisers}  # fmt: skip
+          "remainder": remainder, "selection": selection, "int4": attention, "others": others, "denoisers": denoisers,
+          "presets": presets}  # fmt: skip

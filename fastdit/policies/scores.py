@@ -23,13 +23,17 @@ def means(x: Tensor, layout: Layout) -> Tensor:
 
 def pooled(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
     """softmax_j(q̄_i·k̄_j·D^-½ + log n_j): the mass of tiles whose tokens are all alike (SpargeAttn, arXiv 2502.18137 §3.2)."""
-    if q.is_cuda and ops.unsupported(q, Quant()) is None:  # in float32, q and k of a 14B model are 1.5 GB each
+    if _has_kernel(q):  # in float32, q and k of a 14B model are 1.5 GB each
         from fastdit.kernels import score
 
         flat = _flat(layout, q.device)
         return score.pooled(q.flatten(2, 3), k.flatten(2, 3), flat, flat)
     logits = (means(q, layout) @ means(k, layout).mT) * q.shape[-1] ** -0.5
     return (logits + layout.counts(q.device)[: layout.video_tiles].log()).softmax(-1)
+
+
+def _has_kernel(q: Tensor) -> bool:
+    return q.is_cuda and ops.unsupported(q, Quant()) is None
 
 
 def _flat(layout: Layout, device: torch.device) -> Tensor:
@@ -46,7 +50,7 @@ def antidiagonal(q: Tensor, k: Tensor, layout: Layout, stride: int) -> Tensor:
     Cells of padding are no cells; in a cell that lacks tokens the missing ones count as zero vectors.
     """
     order = layout.order(q.device)[: layout.video_tiles]
-    if q.is_cuda:
+    if _has_kernel(q):
         from fastdit.kernels import score
 
         return score.antidiagonal(q, k, order >= 0, stride)
@@ -59,7 +63,7 @@ def antidiagonal(q: Tensor, k: Tensor, layout: Layout, stride: int) -> Tensor:
     keys = keys.flatten(3)
     queries = queries.flip(3).flatten(3) * (q.shape[-1] ** -0.5 / stride)
     rows = max(1, ROWS_BYTES // (4 * cells * keys.shape[0] * keys.shape[1] * keys.shape[2])) * cells
-    hidden = torch.zeros(len(live)).masked_fill(~live, float("-inf"))
+    hidden = torch.zeros(len(live), device=q.device).masked_fill(~live, float("-inf"))
     tiles = []
     for part, seen in zip(queries.split(rows, 2), live.split(rows), strict=True):
         mass = (part @ keys.mT).add_(hidden).softmax(-1).unflatten(-1, (-1, cells)).sum(-1)
