@@ -124,6 +124,23 @@ def compile_hopper(dim: int, quant: Quant, slots: int = 128, padded: bool = True
     }  # fmt: skip
 
 
+def compile_scores(arch: int, dim: int, wide: bool) -> dict[str, Any]:
+    """The kernel of antidiagonal scores, tiles of 64 tokens in cells of eight; wide: of float32, else of bfloat16."""
+    from fastdit.kernels.score import BLOCKS
+    from fastdit.kernels.score import _cell_lse as kernel
+
+    kinds = {"Q": "fp32" if wide else "bf16", "K": "fp32" if wide else "bf16", "Live": "i1", "Lse": "fp32"}
+    block = BLOCKS[4 if wide else 2]
+    constants = {"D": dim, "STRIDE": 8, "CELLS": 8, "TILES": block // 8, "BM": block, "BK": block}
+    signature = {name: f"*{kind}" for name, kind in kinds.items()} | {"scale": "fp32"}
+    signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    aligned = [*kinds, "q_b", "q_h", "q_n", "k_b", "k_h", "k_n"]
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    return {"arch": arch, "dim": dim, "wide": wide} | _facts(
+        ASTSource(kernel, signature, constants, attributes), arch, {"num_warps": 4}
+    )[0]
+
+
 def _facts(source: Any, arch: int, options: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[int, str]]]:
     """What ptxas and the compiler say of a kernel, and its instructions."""
     done, said = _compile(source, arch, options)

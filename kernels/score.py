@@ -17,6 +17,9 @@ from torch import Tensor
 
 from fastdit.kernels.quantize import tile_means
 
+BLOCKS = {2: 64, 4: 32}
+"""Of query cells, key cells and channels, by bytes of a number: neither spills on any GPU (tests/test_kernel_compile.py), and on
+an H200 64 is as fast as 128."""
 LSE_BYTES = 256 << 20
 """Of the heads whose LSEs, one for each cell of queries and tile of keys, are held at a time."""
 
@@ -34,11 +37,12 @@ def antidiagonal(q: Tensor, k: Tensor, real: Tensor, stride: int = 8, scale: flo
     B, H, tiles, slots, D = q.shape
     cells = triton.next_power_of_2(-(-slots // stride))
     pad = cells * stride - slots
-    q, k = (torch.nn.functional.pad(x, (0, 0, 0, pad)).flatten(2, 3) for x in (q, k))
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    live = torch.nn.functional.pad(real, (0, pad)).view(tiles, cells, stride).any(-1)
+    if pad:
+        q, k, real = (*(torch.nn.functional.pad(x, (0, 0, 0, pad)) for x in (q, k)), torch.nn.functional.pad(real, (0, pad)))
+    q, k = (x.flatten(2, 3) if x.stride(-1) == 1 else x.flatten(2, 3).contiguous() for x in (q, k))
+    live = real.view(tiles, cells, stride).any(-1)
     weight = (live / live.sum(1, keepdim=True).clamp(min=1))[:, None]
-    block = 128 if q.element_size() == 2 else 64
+    block = BLOCKS[q.element_size()]
     together = max(1, block // cells)
     turn = max(1, LSE_BYTES // (4 * tiles * cells * tiles))
     mass = q.new_empty(B * H, tiles, tiles, dtype=torch.float32)
@@ -48,8 +52,8 @@ def antidiagonal(q: Tensor, k: Tensor, real: Tensor, stride: int = 8, scale: flo
         grid = (triton.cdiv(tiles * cells, block), triton.cdiv(tiles, together), len(part))
         _cell_lse[grid](
             q, k, live, lse, q.stride(0), q.stride(1), q.stride(2), k.stride(0), k.stride(1), k.stride(2), first, H, tiles,
-            (D**-0.5 if scale is None else scale) / stride, D=D, DP=max(16, triton.next_power_of_2(D)), STRIDE=stride,
-            CELLS=cells, TILES=together, BM=block, num_warps=block // 16, num_stages=3,
+            (D**-0.5 if scale is None else scale) / stride,
+            D=D, STRIDE=stride, CELLS=cells, TILES=together, BM=block, BK=block, num_warps=4,
         )  # fmt: skip
         torch.matmul(weight, lse.softmax(-1).unflatten(1, (tiles, cells)), out=part.unsqueeze(2))
     return mass.view(B, H, tiles, tiles)
@@ -58,7 +62,7 @@ def antidiagonal(q: Tensor, k: Tensor, real: Tensor, stride: int = 8, scale: flo
 @triton.jit
 def _cell_lse(
     Q, K, Live, Lse, q_b, q_h, q_n, k_b, k_h, k_n, first, heads, tiles, scale,
-    D: tl.constexpr, DP: tl.constexpr, STRIDE: tl.constexpr, CELLS: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr,
+    D: tl.constexpr, STRIDE: tl.constexpr, CELLS: tl.constexpr, TILES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """LSE of each query cell over the cells of each key tile: a matrix product whose answer is never stored."""
     bh = (first + tl.program_id(2)).to(tl.int64)
@@ -66,13 +70,16 @@ def _cell_lse(
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     BN: tl.constexpr = TILES * CELLS
     column = tl.program_id(1) * BN + tl.arange(0, BN)
-    d = tl.arange(0, DP)
+    d = tl.arange(0, BK)
     Q += (bh // heads) * q_b + (bh % heads) * q_h + row.to(tl.int64)[:, None] * (STRIDE * q_n) + d[None, :]
     K += (bh // heads) * k_b + (bh % heads) * k_h + column.to(tl.int64)[:, None] * (STRIDE * k_n) + d[None, :]
     s = tl.zeros((BM, BN), tl.float32)
-    for at in range(STRIDE):
-        q = tl.load(Q + (STRIDE - 1 - at) * q_n, mask=(row < cells)[:, None] & (d < D)[None, :], other=0.0)
-        k = tl.load(K + at * k_n, mask=(column < cells)[:, None] & (d < D)[None, :], other=0.0)
+    PARTS: tl.constexpr = (D + BK - 1) // BK
+    for step in range(STRIDE * PARTS):
+        at, start = step // PARTS, step % PARTS * BK
+        left = (start + d < D)[None, :]
+        q = tl.load(Q + (STRIDE - 1 - at) * q_n + start, mask=(row < cells)[:, None] & left, other=0.0)
+        k = tl.load(K + at * k_n + start, mask=(column < cells)[:, None] & left, other=0.0)
         s = tl.dot(q, tl.trans(k), s, input_precision="tf32x3")
     live = tl.load(Live + column, mask=column < cells, other=0) != 0
     s = tl.where(live[None, :], s * scale, -1e30)

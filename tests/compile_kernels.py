@@ -2,7 +2,7 @@
 
 A program of its own: in the test process Triton is in interpreter mode. `controls`: each of `CONTROLS`; `options`: kernels with
 what can be asked for beside the format, and those of float32. `hopper DIM ...`: the warp-specialized kernel of sm_90 (a minute
-each on a slow machine); `hopper-short`: two of it.
+each on a slow machine); `hopper-short`: two of it. `scores`: antidiagonal scores.
 """
 
 import importlib.util
@@ -62,6 +62,10 @@ if __name__ == "__main__":
         elif sys.argv[1:] == ["hopper-short"]:
             for quant in HOPPER[:2]:
                 print(json.dumps({"slots": 128} | sass.compile_hopper(128, quant, padded=False)), flush=True)
+        elif sys.argv[1:] == ["scores"]:
+            for arch in sass.SHARED:
+                for wide in (False, True):
+                    print(json.dumps(sass.compile_scores(arch, 128, wide)), flush=True)
         elif sys.argv[1:] == ["options"]:
             whole = {"PADDED": True, "POOLED": True, "SPLIT": True}
             for arch in sass.SHARED:

@@ -119,6 +119,15 @@ def test_triton_3_6_too(tmp_path):
     check_hopper(run("hopper", "128", path=str(tmp_path)))
 
 
+def test_antidiagonal_scores_fit_every_gpu():
+    rows = run("scores")
+    assert len(rows) == 2 * len(SHARED)
+    for row in rows:
+        assert row["shared"] <= SHARED[row["arch"]], row
+        assert row["spills"] == 0, row
+        assert row["mma"], row
+
+
 def test_which_triton_has_the_gluon_of_the_hopper_kernel():
     """Older ones must go to the plain kernel: 3.3 has no Gluon, 3.4 and 3.5 another signature of `warp_specialize`."""
     for version in ("3.3.1", "3.4.0", "3.5.1", "3.5.0+git1a2b3c4"):
