@@ -72,11 +72,7 @@ def remembered(repeats: int) -> Rows:
             config = Config((Phase(policy=Window(density=0.125), quant=quant, reuse=reuse),), tile)
             plan = make_plan(config, 0.5, 0, 1, grid, 0, False, q, k, v)
             calls[reuse.kind] = _step(q, k, v, plan, reuse, memory.Memory(), lines)
-        took = milliseconds(calls | lines, repeats, "cuda")
-        best = min(lines, key=lambda name: took[name])
-        for kind in calls:
-            yield {"remembered": kind, "quant": str(quant), "ms": took[kind], "baseline": best, "baseline_ms": took[best],
-                   "ratio": took[best] / took[kind], "density": plan.density, "tokens": q.shape[2]}  # fmt: skip
+        yield from _kinds("remembered", calls, quant, lines, plan.density, q.shape[2], repeats)
 
 
 def remainder(repeats: int) -> Rows:
@@ -84,17 +80,21 @@ def remainder(repeats: int) -> Rows:
     layout = Layout(VIDEO["720p"], (2, 8, 8))
     q, k, v = inputs(layout, 40, 128, torch.bfloat16, "cuda")
     mask = BlockMask.from_tile_map(Window(density=0.125).select(layout).cuda(), layout)
-    calls = {
-        (kind, str(quant)): partial(ops.attention, q, k, v, mask, quant, remainder=kind)
-        for quant in FORMATS for kind in ("none", "pooled")
-    }  # fmt: skip
     lines = baselines(q, k, v)
-    took = milliseconds({" ".join(names): call for names, call in calls.items()} | lines, repeats, "cuda")
+    for quant in FORMATS:
+        calls = {kind: partial(ops.attention, q, k, v, mask, quant, remainder=kind) for kind in ("none", "pooled")}
+        yield from _kinds("remainder", calls, quant, lines, mask.density(), layout.length, repeats)
+
+
+def _kinds(
+    key: str, calls: dict[str, Any], quant: Quant, lines: dict[str, Any], density: float, tokens: int, repeats: int
+) -> Rows:
+    """A row a call, beside the fastest dense baseline of the same turns."""
+    took = milliseconds(calls | lines, repeats, "cuda")
     best = min(lines, key=lambda name: took[name])
-    for kind, quant in calls:
-        ms = took[f"{kind} {quant}"]
-        yield {"remainder": kind, "quant": quant, "ms": ms, "baseline": best, "baseline_ms": took[best],
-               "ratio": took[best] / ms, "density": mask.density(), "tokens": layout.length}  # fmt: skip
+    for kind in calls:
+        yield {key: kind, "quant": str(quant), "ms": took[kind], "baseline": best, "baseline_ms": took[best],
+               "ratio": took[best] / took[kind], "density": density, "tokens": tokens}  # fmt: skip
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, plan: Any, reuse: Reuse, held: memory.Memory, lines: dict[str, Any]) -> Any:

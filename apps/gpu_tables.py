@@ -30,14 +30,19 @@ def attention(rows: list[dict[str, Any]]) -> str:
     head = "tokens | heads × dim | format | density | cuDNN | flash | Sage 1 | kernel | packing | call | ratio | TFLOP/s"
     lines = []
     for row in rows:
-        base = row["baselines_ms"]
-        others = " | ".join(f"{base[x]:.2f}" if x in base else "" for x in ("SDPA cudnn", "SDPA flash", "SageAttention"))
         lines.append(
             f"| {row['tokens']:,} | {row['heads']} × {row['head_dim']} | {FORMATS[row['quant']]} | {row['density']:.3f} "
-            f"| {others} | {row['attention_ms']:.2f} | {row['packing_ms']:.2f} | {row['ms']:.2f} | {row['ratio']:.2f} × "
+            f"| {_baselines(row, 'SDPA cudnn', 'SDPA flash', 'SageAttention')} "
+            f"| {row['attention_ms']:.2f} | {row['packing_ms']:.2f} | {row['ms']:.2f} | {row['ratio']:.2f} × "
             f"| {_tflops(row)} |"
         )
     return _table(head, lines)
+
+
+def _baselines(row: dict[str, Any], *names: str) -> str:
+    """Cells with the milliseconds of these, empty where one was not there."""
+    took = row["baselines_ms"]
+    return " | ".join(f"{took[name]:.2f}" if name in took else "" for name in names)
 
 
 def _tflops(row: dict[str, Any]) -> str:
@@ -75,26 +80,25 @@ def presets(rows: list[dict[str, Any]]) -> str:
 
 
 def remainder(rows: list[dict[str, Any]]) -> str:
-    return _table("remainder | format | density | dense | fastdit | ratio", [
-        f"| {row['remainder']} | {FORMATS[row['quant']]} | {row['density']:.3f} | {row['baseline_ms']:.1f} | {row['ms']:.1f} "
-        f"| {row['ratio']:.2f} × |"
-        for row in rows
-    ])  # fmt: skip
+    return _kinds(rows, "remainder", "remainder | format | density | dense | fastdit | ratio")
 
 
 def remembered(rows: list[dict[str, Any]]) -> str:
-    return _table("statistics | format | density | dense | step that reuses | ratio", [
-        f"| {row['remembered']} | {FORMATS[row['quant']]} | {row['density']:.3f} | {row['baseline_ms']:.1f} | {row['ms']:.1f} "
+    return _kinds(rows, "remembered", "statistics | format | density | dense | step that reuses | ratio")
+
+
+def _kinds(rows: list[dict[str, Any]], key: str, head: str) -> str:
+    return _table(head, [
+        f"| {row[key]} | {FORMATS[row['quant']]} | {row['density']:.3f} | {row['baseline_ms']:.1f} | {row['ms']:.1f} "
         f"| {row['ratio']:.2f} × |"
         for row in rows
     ])  # fmt: skip
 
 
 def others(rows: list[dict[str, Any]]) -> str:
-    names = ("FlexAttention", "SageAttention", "SDPA cudnn")
     return _table("density | format | fastdit | FlexAttention, same tiles | Sage 1, dense | cuDNN, dense", [
-        f"| {row['density']:.3f} | {FORMATS[row['quant']]} | {row['ms']:.2f} | "
-        + " | ".join(f"{row['baselines_ms'][name]:.2f}" if name in row["baselines_ms"] else "" for name in names) + " |"
+        f"| {row['density']:.3f} | {FORMATS[row['quant']]} | {row['ms']:.2f} "
+        f"| {_baselines(row, 'FlexAttention', 'SageAttention', 'SDPA cudnn')} |"
         for row in rows
     ])  # fmt: skip
 

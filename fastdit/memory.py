@@ -127,7 +127,6 @@ def attention(
         return dense(), "dense"
     if reuse.kind == "none" or plan.block_mask is None:
         return sparse()[0], "sparse"
-    wide = torch.promote_types(q.dtype, torch.float32)
     if (memory.ratio is not None or memory.kept is not None) and memory.uses < reuse.refresh - 1:
         memory.uses += 1
         out = torch.empty_like(q) if reuse.kind == "broadcast" else sparse()[0]
@@ -163,6 +162,7 @@ def attention(
     if reuse.kind != "residual":
         memory.ratio = (lse - lse_full).exp().clamp(max=1)
     if reuse.kind != "ratio":
+        wide = torch.promote_types(q.dtype, torch.float32)
         memory.kept = Stored.empty(full, reuse.store, host)
         for heads in _parts(q):
             part = less[heads].to(wide)
