@@ -19,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastdit.blockmask import tile_map, version
+from fastdit.blockmask import version
 from fastdit.kernels import configs
+from fastdit.kernels import pooled as remainder
 from fastdit.kernels.forward import forward
-from fastdit.kernels.quantize import Packed, Rows, pack, pack_values
+from fastdit.kernels.quantize import Rows, pack, pack_values
 from fastdit.quant import BLOCK, LARGEST, Quant
 from fastdit.reference import merge
 
@@ -119,6 +120,11 @@ def block_sparse_attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     B, H, Nq, D = q.shape
     group = H // k.shape[1]
+    if pooled:
+        masks = kv_num_blocks, kv_indices, q_order, k_order
+        out, lse = block_sparse_attention(q, k, v, *masks, scale, quant, bias_q, bias_k, splits=splits)
+        remainder.add(q, k, v, *masks, scale, out, lse)
+        return out, lse
     if quant.smooth_q:
         turn = max(1, BIAS_BYTES // (4 * B * group * len(q_order) * k_order.numel())) * group
         if turn < H:
@@ -128,13 +134,13 @@ def block_sparse_attention(
                 left, right = (None if x is None else _heads(x, part) for x in (bias_q, bias_k))
                 masks = _heads(kv_num_blocks, part), _heads(kv_indices, part), q_order, k_order
                 heads = q[:, part], k[:, shared], v[:, shared]
-                done.append(block_sparse_attention(*heads, *masks, scale, quant, left, right, pooled))
+                done.append(block_sparse_attention(*heads, *masks, scale, quant, left, right))
             out, lse = (torch.cat(x, 1) for x in zip(*done, strict=True))
             return torch.empty_like(q).copy_(out), lse
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)  # the interpreter has none
     launch = configs.launch(D, quant, capability, q.dtype == torch.float32)
     hopper = None
-    if q.is_cuda and capability == (9, 0) and q.element_size() == 2 and bias_k is None and not pooled:
+    if q.is_cuda and capability == (9, 0) and q.element_size() == 2 and bias_k is None:
         hopper = configs.overlapped(D, quant, q_order.shape[1])
     if hopper is not None and (splits or configs.splits(len(q_order) * B * H, len(k_order), q.device)) == 1:
         launch = hopper
@@ -142,10 +148,9 @@ def block_sparse_attention(
     k_rows = Rows.of(k_order.shape[1], launch.block_k, launch.least)
     width = max(triton.next_power_of_2(D), 64 if quant.qk == "int4" else 32 if not quant.is_none else 16)
     q_tiles, k_tiles = len(q_order), len(k_order)
-    keys = pack(
-        k, k_order, k_rows, quant.qk, width, quant.smooth_k, False, pooled, quant.granularity, packed_int4=quant.qk == "int4"
-    )
-    values = pack_values(v, k_order, k_rows, quant, width, pooled)
+    packed_int4 = quant.qk == "int4"
+    keys = pack(k, k_order, k_rows, quant.qk, width, quant.smooth_k, granularity=quant.granularity, packed_int4=packed_int4)
+    values = pack_values(v, k_order, k_rows, quant, width)
     queries, tile_bias = None, None
     if quant.qk != "none":
         queries = pack(q, q_order, q_rows, quant.qk, width, centre_tile=quant.smooth_q, granularity=quant.granularity)
@@ -165,10 +170,6 @@ def block_sparse_attention(
         ragged = lists.count, kv_num_blocks, lists.whole, index, lists.schedule
         shape = q_rows, k_rows, width, quant, scale * LOG2_E, group, launch.stages, padded, (num_b, num_h)
         return attend(q, queries, keys, values, q_order, ragged, *shape)
-    pool: tuple[Tensor | None, ...] = (None,) * 4
-    if pooled:
-        kept = tile_map(kv_num_blocks, kv_indices)
-        pool = _pool(keys, values, lists.count, kept, min(64, k_rows.block), width, q.dtype)
     programs = q_tiles * q_rows.parts * B * H
     if splits is None:
         splits = configs.splits(programs, k_tiles * k_rows.parts, q.device)
@@ -177,14 +178,14 @@ def block_sparse_attention(
     forward[(programs, splits)](
         q if queries is None else queries.data, q, keys.data, values.data, out, lse,
         None if queries is None else queries.scale, keys.scale, values.scale, values.mean, tile_bias, factor_q, factor_k,
-        keys.mean, *pool, q_order, lists.count, kv_num_blocks, lists.whole,
+        keys.mean, q_order, lists.count, kv_num_blocks, lists.whole,
         index, lists.schedule,
         scale * LOG2_E, H, group, Nq, q_tiles, k_tiles, q_rows.slots, splits, q.stride(0), q.stride(1), q.stride(2),
         *out.stride()[:4], num_b, num_h, *((0, 0) if factor_q is None else _shared(factor_q)),
-        *((0, 0) if factor_k is None else _shared(factor_k, 1)), 0 if pool[0] is None else pool[0].shape[1],
+        *((0, 0) if factor_k is None else _shared(factor_k, 1)),
         D=D, DP=width, BM=q_rows.block, BN=k_rows.block, Q_PARTS=q_rows.parts, K_PARTS=k_rows.parts,
         QK=quant.qk, PV=quant.pv, PADDED=padded, TILE_BIAS=tile_bias is not None, RANK=rank,
-        KEY_BIAS=factor_k is not None and rank == 0, POOLED=pooled, CENTRED_K=keys.mean is not None, CENTRED_V=quant.smooth_v,
+        KEY_BIAS=factor_k is not None and rank == 0, CENTRED_K=keys.mean is not None, CENTRED_V=quant.smooth_v,
         P_SHIFT=math.log2(LARGEST[quant.pv]) if quant.pv != "none" else 0.0, LOCAL=launch.local,
         SPLIT=splits > 1, ASM=q.is_cuda, num_warps=launch.warps(q_rows.block, D), num_stages=launch.stages,
     )  # fmt: skip
@@ -240,17 +241,3 @@ def _factors(
     rank = max(16, triton.next_power_of_2(bias_q.shape[-1]))
     pad = (0, rank - bias_q.shape[-1])
     return F.pad(bias_q.float(), pad).contiguous(), F.pad(tiled, pad).contiguous(), rank
-
-
-def _pool(
-    keys: Packed, values: Packed, count: Tensor, kept: Tensor, block: int, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means of each tile's keys and values [B·Hkv, tiles, width], their log2 n, and which are kept; tiles padded to blocks.
-
-    Values are in units of their quantization scale, as the kernel's accumulator is; keys and values as smoothing left them.
-    """
-    assert keys.tile_mean is not None and values.tile_mean is not None  # noqa: PT018
-    pooled_v = values.tile_mean if values.scale is None else values.tile_mean / values.scale[:, None]
-    more = -len(count) % block
-    pooled = [F.pad(x, (0, width - x.shape[-1], 0, more)).to(dtype) for x in (keys.tile_mean, pooled_v)]
-    return pooled[0], pooled[1], F.pad(count.float().log2(), (0, more)), F.pad(kept.to(torch.uint8), (0, more), value=1)

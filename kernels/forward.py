@@ -22,13 +22,13 @@ FLOOR = tl.constexpr(-1e30)
 
 @triton.jit
 def forward(
-    Q, RawQ, K, V, Out, Lse, QScale, KScale, VScale, VMean, TileBias, BiasQ, BiasK, KMean, PoolK, PoolV, PoolSize, Kept,
+    Q, RawQ, K, V, Out, Lse, QScale, KScale, VScale, VMean, TileBias, BiasQ, BiasK, KMean,
     QOrder, KCount, Num, Whole, Index, Schedule,
     scale, heads, group, n_q, q_tiles, k_tiles, slots, parts, q_b, q_h, q_n, o_s, o_b, o_h, o_n, num_b, num_h, bq_b, bq_h,
-    bk_b, bk_h, pooled,
+    bk_b, bk_h,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr,
     QK: tl.constexpr, PV: tl.constexpr, PADDED: tl.constexpr, TILE_BIAS: tl.constexpr, RANK: tl.constexpr,
-    KEY_BIAS: tl.constexpr, POOLED: tl.constexpr, CENTRED_K: tl.constexpr, CENTRED_V: tl.constexpr,
+    KEY_BIAS: tl.constexpr, CENTRED_K: tl.constexpr, CENTRED_V: tl.constexpr,
     P_SHIFT: tl.constexpr, LOCAL: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -149,28 +149,6 @@ def forward(
                     row_sum *= share
                 acc = acc * keep[:, None] + part
             total = total * keep + row_sum
-            top = new
-
-    if POOLED:
-        # Dropped tiles: one key and value each, the means of its own, as heavy as all of them: log n on the logit.
-        if QK != "none":
-            q = tl.load(raw, mask=live[:, None] & inside[None, :], other=0.0)
-        PoolK += kv * pooled * DP
-        PoolV += kv * pooled * DP
-        Kept += lists * pooled
-        last = pooled if not SPLIT else tl.where(tl.program_id(1) == 0, pooled, 0)
-        FEW: tl.constexpr = BN if BN < 64 else 64
-        few = tl.arange(0, FEW)
-        for first in tl.range(0, last, FEW, num_stages=1):  # short, and in 16 bits: not worth shared memory of its own
-            k = tl.load(PoolK + first * DP + (few[:, None] * DP + d[None, :]))
-            weight = tl.where(tl.load(Kept + first + few) == 0, tl.load(PoolSize + first + few), float("-inf"))
-            s = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale + weight[None, :]
-            new = tl.maximum(top, tl.max(s, 1))
-            keep = tl.math.exp2(top - new)
-            p = tl.math.exp2(s + (P_SHIFT - new)[:, None])
-            v = tl.load(PoolV + first * DP + (few[:, None] * DP + d[None, :]))
-            acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="tf32x3")
-            total = total * keep + tl.sum(p, 1)
             top = new
 
     # The tokens are loaded again: kept through the loops, they and what is made of them would not fit the registers.

@@ -199,45 +199,44 @@ def statistics(x: Tensor, largest: float, centre: bool) -> tuple[Tensor, Tensor]
 
 def pack(
     x: Tensor, order: Tensor, rows: Rows, fmt: str, width: int, centre: bool = False, centre_tile: bool = False,
-    tile_mean: bool = False, granularity: str = "tile", packed_int4: bool = False,
+    granularity: str = "tile", packed_int4: bool = False,
 ) -> Packed:  # fmt: skip
     """Q or K [B, H, N, D] in token order (D contiguous) -> tile order, `width` channels of which D are real."""
     mean = statistics(x, 1.0, True)[0] if centre else None
     kind = "copy" if fmt == "none" else "int4" if packed_int4 else "int8" if fmt == "int4" else fmt
     work = (x, order, rows, kind, fmt, width, mean)
-    means = (centre_tile or tile_mean, centre_tile)
     if fmt == "none":
-        return _launch(*work, None, "none", *means)
+        return _launch(*work, None, "none", centre_tile=centre_tile)
     scale = x.new_empty(x.shape[0] * x.shape[1], len(order), dtype=torch.float32)
     if granularity == "tile":
-        return _launch(*work, scale, "tile", *means)
-    _launch(*work, scale, "measure", *means)
+        return _launch(*work, scale, "tile", centre_tile=centre_tile)
+    _launch(*work, scale, "measure", centre_tile=centre_tile)
     scale = scale.amax(1 if granularity == "head" else (0, 1), keepdim=True).expand_as(scale)
-    return _launch(*work, torch.where(scale == 0, 1.0, scale), "given", *means)
+    return _launch(*work, torch.where(scale == 0, 1.0, scale), "given", centre_tile=centre_tile)
 
 
-def pack_values(v: Tensor, order: Tensor, rows: Rows, quant: Quant, width: int, tile_mean: bool = False) -> Packed:
+def pack_values(v: Tensor, order: Tensor, rows: Rows, quant: Quant, width: int) -> Packed:
     """V [B, H, N, D] -> tile order; FP8 and INT8 with one scale a channel, transposed (their tensor cores want keys
     contiguous)."""
     if quant.pv == "none":
-        return _launch(v, order, rows, "copy", "none", width, None, None, "none", tile_mean)
+        return _launch(v, order, rows, "copy", "none", width, None, None, "none")
     mean, scale = statistics(v, LARGEST[quant.pv], quant.smooth_v)
-    return _launch(v, order, rows, quant.pv, quant.pv, width, mean if quant.smooth_v else None, scale, "channel", tile_mean,
+    return _launch(v, order, rows, quant.pv, quant.pv, width, mean if quant.smooth_v else None, scale, "channel",
                    transpose=True)  # fmt: skip
 
 
 def _launch(
     x: Tensor, order: Tensor, rows: Rows, kind: str, fmt: str, width: int, mean: Tensor | None, scale: Tensor | None,
-    scaling: str, tile_mean: bool, centre_tile: bool = False, transpose: bool = False,
+    scaling: str, tile_mean: bool = False, centre_tile: bool = False, transpose: bool = False,
 ) -> Packed:  # fmt: skip
     B, H, _, D = x.shape
     tiles, channels = len(order), width // 2 if kind == "int4" else width
-    means = x.new_empty(B * H, tiles, D, dtype=torch.float32) if tile_mean else None
+    means = x.new_empty(B * H, tiles, D, dtype=torch.float32) if tile_mean or centre_tile else None
     written = 0 if scaling == "measure" else tiles * rows.rows
     data = x.new_empty(B * H, written, channels, dtype=STORAGE.get(fmt, x.dtype))
     _pack[(tiles, B * H)](
         x, order, mean, means, scale, data, x.stride(0), x.stride(1), x.stride(2), H, rows.slots, LARGEST.get(fmt, 0.0),
-        D=D, DP=width, BLOCK=rows.block, PARTS=rows.parts, FORMAT=kind, CENTRE=mean is not None, TILE_MEAN=tile_mean,
+        D=D, DP=width, BLOCK=rows.block, PARTS=rows.parts, FORMAT=kind, CENTRE=mean is not None, TILE_MEAN=means is not None,
         CENTRE_TILE=centre_tile, SCALE=scaling, TRANSPOSE=transpose, num_warps=4,
     )  # fmt: skip
     return Packed(data, scale, mean, means)
@@ -246,7 +245,7 @@ def _launch(
 def tile_means(x: Tensor, order: Tensor) -> Tensor:
     """[B, H, N, D] in token order -> the mean of each tile's tokens, float32 [B, H, tiles, D]."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    rows = Rows.of(order.shape[1])
-    means = _launch(x, order, rows, "copy", "none", triton.next_power_of_2(x.shape[-1]), None, None, "measure", True).tile_mean
+    work = (x, order, Rows.of(order.shape[1]), "copy", "none", triton.next_power_of_2(x.shape[-1]), None, None)
+    means = _launch(*work, "measure", tile_mean=True).tile_mean
     assert means is not None
     return means.view(*x.shape[:2], len(order), -1)

@@ -58,7 +58,7 @@ def compile_forward(
     width = max(triton.next_power_of_2(dim), 64 if quant.qk == "int4" else 32 if not quant.is_none else 16)
     constants: dict[str, Any] = {
         "D": dim, "DP": width, "BM": block_q, "BN": block_k, "Q_PARTS": 1, "K_PARTS": 1, "QK": quant.qk, "PV": quant.pv,
-        "PADDED": False, "TILE_BIAS": quant.smooth_q, "RANK": 0, "KEY_BIAS": False, "POOLED": False,
+        "PADDED": False, "TILE_BIAS": quant.smooth_q, "RANK": 0, "KEY_BIAS": False,
         "CENTRED_K": quant.smooth_k, "CENTRED_V": quant.smooth_v, "P_SHIFT": LARGEST.get(quant.pv, 1.0),
         "LOCAL": launch.local, "SPLIT": False, "ASM": True,
     }  # fmt: skip
@@ -67,11 +67,8 @@ def compile_forward(
     plain = "fp32" if wide else "bf16"
     eight = {"none": plain, "fp8": "fp8e4nv", "int8": "i8", "int4": "i8"}
     kinds = {"Q": eight[quant.qk], "RawQ": plain, "K": eight[quant.qk], "V": eight[quant.pv], "Out": plain, "QOrder": "i64"}
-    kinds |= {"PoolK": plain, "PoolV": plain, "Kept": "u8"}
     kinds |= dict.fromkeys(("KCount", "Num", "Whole", "Index", "Schedule"), "i32")
-    kinds |= dict.fromkeys(
-        ("Lse", "QScale", "KScale", "VScale", "VMean", "TileBias", "BiasQ", "BiasK", "KMean", "PoolSize"), "fp32"
-    )
+    kinds |= dict.fromkeys(("Lse", "QScale", "KScale", "VScale", "VMean", "TileBias", "BiasQ", "BiasK", "KMean"), "fp32")
     signature = {name: f"*{kind}" for name, kind in kinds.items()} | {"scale": "fp32"}
     signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
     aligned = [*kinds, "q_b", "q_h", "q_n", "o_s", "o_b", "o_h", "o_n"]
@@ -124,6 +121,18 @@ def compile_hopper(dim: int, quant: Quant, slots: int = 128, padded: bool = True
     }  # fmt: skip
 
 
+def compile_pooled(arch: int, dim: int, wide: bool) -> dict[str, Any]:
+    """The kernel of the pooled remainder; wide: of float32, else of bfloat16."""
+    from fastdit.kernels.pooled import forward as kernel
+    from fastdit.kernels.pooled import settings
+
+    launch, plain = settings(dim, wide), "fp32" if wide else "bf16"
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+    kinds = dict.fromkeys(("Q", "K", "V", "Out"), plain) | {"Weight": "fp32", "QOrder": "i64", "Lse": "fp32"}
+    constants = launch | {"D": dim, "DP": triton.next_power_of_2(dim), "Q_PARTS": 1}
+    return {"arch": arch, "dim": dim, "wide": wide} | _with_strides(kernel, kinds, constants, arch, options)
+
+
 def compile_scores(arch: int, dim: int, wide: bool) -> dict[str, Any]:
     """The kernel of antidiagonal scores, tiles of 64 tokens in cells of eight; wide: of float32, else of bfloat16."""
     from fastdit.kernels.score import BLOCKS
@@ -132,13 +141,19 @@ def compile_scores(arch: int, dim: int, wide: bool) -> dict[str, Any]:
     kinds = {"Q": "fp32" if wide else "bf16", "K": "fp32" if wide else "bf16", "Live": "i1", "Lse": "fp32"}
     block = BLOCKS[4 if wide else 2]
     constants = {"D": dim, "STRIDE": 8, "CELLS": 8, "TILES": block // 8, "BM": block, "BK": block}
+    return {"arch": arch, "dim": dim, "wide": wide} | _with_strides(kernel, kinds, constants, arch, {"num_warps": 4})
+
+
+def _with_strides(
+    kernel: Any, kinds: dict[str, str], constants: dict[str, Any], arch: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Facts of a kernel whose pointers and strides of q, k and the answer are multiples of 16."""
     signature = {name: f"*{kind}" for name, kind in kinds.items()} | {"scale": "fp32"}
     signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    aligned = [*kinds, "q_b", "q_h", "q_n", "k_b", "k_h", "k_n"]
+    strides = {f"{x}_{axis}" for x in "qko" for axis in "bhn"}
+    aligned = [name for name in kernel.arg_names if name in kinds or name in strides or name == "tiles"]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    return {"arch": arch, "dim": dim, "wide": wide} | _facts(
-        ASTSource(kernel, signature, constants, attributes), arch, {"num_warps": 4}
-    )[0]
+    return _facts(ASTSource(kernel, signature, constants, attributes), arch, options)[0]
 
 
 def _facts(source: Any, arch: int, options: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[int, str]]]:

@@ -2,7 +2,7 @@
 
 A program of its own: in the test process Triton is in interpreter mode. `controls`: each of `CONTROLS`; `options`: kernels with
 what can be asked for beside the format, and those of float32. `hopper DIM ...`: the warp-specialized kernel of sm_90 (a minute
-each on a slow machine); `hopper-short`: two of it. `scores`: antidiagonal scores.
+each on a slow machine); `hopper-short`: two of it. `scores`: antidiagonal scores. `pooled`: the pooled remainder.
 """
 
 import importlib.util
@@ -66,11 +66,15 @@ if __name__ == "__main__":
             for arch in sass.SHARED:
                 for wide in (False, True):
                     print(json.dumps(sass.compile_scores(arch, 128, wide)), flush=True)
+        elif sys.argv[1:] == ["pooled"]:
+            for arch in sass.SHARED:
+                for dim, wide in ((64, False), (128, False), (256, False), (128, True)):
+                    print(json.dumps(sass.compile_pooled(arch, dim, wide)), flush=True)
         elif sys.argv[1:] == ["options"]:
-            whole = {"PADDED": True, "POOLED": True, "SPLIT": True}
+            whole = {"PADDED": True, "SPLIT": True}
             for arch in sass.SHARED:
                 for quant in (Quant(), Quant("int8", "none" if arch < 89 else "fp8", smooth_k=True)):
-                    for changes in (whole, whole | {"KEY_BIAS": True, "POOLED": False}, {"PADDED": True, "RANK": 16}):
+                    for changes in (whole, whole | {"KEY_BIAS": True}, {"PADDED": True, "RANK": 16}):
                         row = sass.compile_forward(arch, 128, quant, **changes)
                         print(json.dumps({"options": changes} | row), flush=True)
                 for dim in (64, 128):

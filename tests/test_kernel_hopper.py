@@ -7,9 +7,10 @@ from device import DEVICE
 from test_kernel_attention import block_sparse_attention, check, hurtful
 
 from fastdit.blockmask import BlockMask
-from fastdit.kernels import configs
+from fastdit.kernels import configs, cpu
 from fastdit.layout import Layout
 from fastdit.quant import Quant
+from fastdit.reference import relative_error
 
 pytestmark = pytest.mark.skipif(
     DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (H100, H200)"
@@ -56,6 +57,24 @@ def test_float16_and_grouped_heads(quant):
     spread = (x[:, :2].repeat_interleave(2, 1) for x in (k, v))
     for got, expected in zip(shared, block_sparse_attention(q, *spread, *masks, 0.1, quant, splits=1), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("quant", FORMATS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[1:4], ids=lambda layout: f"{layout.grid}{layout.tile}")
+def test_the_pooled_remainder_behind_it(layout, quant):
+    """Against the CPU's, on the same numbers."""
+    tile_map = torch.rand(1, 2, layout.num_tiles, layout.num_tiles, generator=torch.Generator().manual_seed(5)) < 0.2
+    inputs = [
+        torch.randn(1, 2, layout.length, 128, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in range(3)
+    ]
+    m = BlockMask.from_tile_map(tile_map, layout)
+    masks = m.kv_num_blocks, m.kv_indices, m.q_order, m.k_order
+    exact, exact_lse = cpu.block_sparse_attention(*inputs, *masks, 0.1, quant, pooled=True)
+    out, lse = block_sparse_attention(*inputs, *masks, 0.1, quant, pooled=True, splits=1)
+    kept, _ = block_sparse_attention(*inputs, *masks, 0.1, quant, splits=1)
+    allowed = 0.01 if quant.is_none else 0.05
+    assert relative_error(out, exact) < allowed < relative_error(kept, exact)
+    torch.testing.assert_close(lse, exact_lse, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("quant", FORMATS, ids=str)
