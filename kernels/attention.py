@@ -1,4 +1,4 @@
-"""Block-sparse attention on CUDA tensors: what `kernels/cpu.py` promises, by the kernels of `forward.py` and `hopper.py`.
+"""Block-sparse attention on CUDA tensors: what `kernels/cpu.py` promises, by the kernels beside this file.
 
 Here the inputs are brought into tile order and format, lists of tiles into the order the kernel wants, and the launch is
 sized. INT4 K is half the bytes of INT8 and no faster: Hopper and later have no INT4 unit, and Triton has no INT4 product.
