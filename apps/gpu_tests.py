@@ -90,11 +90,11 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     calls = 0
-    for dim in (64, 128):
+    for dim, heads in ((64, 2), (64, 10), (128, 2), (128, 10)):  # two heads: lists cut into parts; ten: Hopper's own kernel
         for tile in ((2, 8, 8), (1, 8, 8)):
             layout = Layout((3, 17, 20), tile, 9)
-            q, k, v = inputs(layout, 2, dim, torch.bfloat16, device)
-            some = torch.rand(1, 2, layout.num_tiles, layout.num_tiles, generator=torch.Generator().manual_seed(0)) < 0.5
+            q, k, v = inputs(layout, heads, dim, torch.bfloat16, device)
+            some = torch.rand(1, heads, layout.num_tiles, layout.num_tiles, generator=torch.Generator().manual_seed(0)) < 0.5
             mask = BlockMask.from_tile_map(some.to(device), layout)
             for quant in (*FORMATS, Quant("int4", "fp8", smooth_q=True, smooth_k=True)):
                 for remainder in ("none", "pooled"):

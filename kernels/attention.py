@@ -23,7 +23,7 @@ from fastdit.blockmask import version
 from fastdit.kernels import configs
 from fastdit.kernels import pooled as remainder
 from fastdit.kernels.forward import forward
-from fastdit.kernels.quantize import Rows, pack, pack_values
+from fastdit.kernels.quantize import Rows, pack, pack_values, strides
 from fastdit.quant import BLOCK, LARGEST, Quant
 from fastdit.reference import merge
 
@@ -162,7 +162,7 @@ def block_sparse_attention(
     padded = k_rows.rows * k_tiles != k.shape[2]
     kv_num_blocks, kv_indices = kv_num_blocks.contiguous(), kv_indices.contiguous()
     lists = lists_of(kv_num_blocks, kv_indices, k_order, k_rows.rows, B, H, padded)
-    num_b, num_h = _shared(kv_num_blocks)
+    num_b, num_h = strides(kv_num_blocks)
     index = kv_indices if lists.index is None else lists.index
     if launch is hopper:
         from fastdit.kernels.hopper import attend  # Gluon is imported where it runs
@@ -181,8 +181,8 @@ def block_sparse_attention(
         keys.mean, q_order, lists.count, kv_num_blocks, lists.whole,
         index, lists.schedule,
         scale * LOG2_E, H, group, Nq, q_tiles, k_tiles, q_rows.slots, splits, q.stride(0), q.stride(1), q.stride(2),
-        *out.stride()[:4], num_b, num_h, *((0, 0) if factor_q is None else _shared(factor_q)),
-        *((0, 0) if factor_k is None else _shared(factor_k, 1)),
+        *out.stride()[:4], num_b, num_h, *((0, 0) if factor_q is None else strides(factor_q)),
+        *((0, 0) if factor_k is None else strides(factor_k, 1)),
         D=D, DP=width, BM=q_rows.block, BN=k_rows.block, Q_PARTS=q_rows.parts, K_PARTS=k_rows.parts,
         QK=quant.qk, PV=quant.pv, PADDED=padded, TILE_BIAS=tile_bias is not None, RANK=rank,
         KEY_BIAS=factor_k is not None and rank == 0, CENTRED_K=keys.mean is not None, CENTRED_V=quant.smooth_v,
@@ -217,14 +217,6 @@ def _runs(length: int, device: str) -> Tensor:
 
 def _heads(x: Tensor, part: slice) -> Tensor:
     return x if x.shape[1] == 1 else x[:, part]
-
-
-def _shared(x: Tensor, unit: int | None = None) -> tuple[int, int]:
-    """Steps from one batch element and head of x to the next, 0 where all share one; in elements, or in `unit`s of a head."""
-    b, h = x.stride(0), x.stride(1)
-    if unit is not None:
-        b, h = x.shape[1] * unit, unit
-    return (b if x.shape[0] > 1 else 0), (h if x.shape[1] > 1 else 0)
 
 
 def _factors(

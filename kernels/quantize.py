@@ -33,7 +33,7 @@ class Rows:
     @classmethod
     def of(cls, slots: int, largest: int = 128, least: int = 32) -> Rows:
         """The block (`least` to `largest` rows) that pads least; of equals the larger, which the tensor cores like better."""
-        sizes = [size for size in (128, 64, 32) if least <= size <= largest]
+        sizes = [size for size in (128, 64, 32, 16) if least <= size <= largest]
         block = min(sizes, key=lambda size: (-(-slots // size) * size, -size))
         return cls(slots, block, -(-slots // block))
 
@@ -240,6 +240,14 @@ def _launch(
         CENTRE_TILE=centre_tile, SCALE=scaling, TRANSPOSE=transpose, num_warps=4,
     )  # fmt: skip
     return Packed(data, scale, mean, means)
+
+
+def strides(x: Tensor, unit: int | None = None) -> tuple[int, int]:
+    """Steps from one batch element and head of x to the next, 0 where all share one; in elements, or in `unit`s of a head."""
+    b, h = x.stride(0), x.stride(1)
+    if unit is not None:
+        b, h = x.shape[1] * unit, unit
+    return (b if x.shape[0] > 1 else 0), (h if x.shape[1] > 1 else 0)
 
 
 def tile_means(x: Tensor, order: Tensor) -> Tensor:

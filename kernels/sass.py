@@ -123,14 +123,14 @@ def compile_hopper(dim: int, quant: Quant, slots: int = 128, padded: bool = True
 
 def compile_pooled(arch: int, dim: int, wide: bool) -> dict[str, Any]:
     """The kernel of the pooled remainder; wide: of float32, else of bfloat16."""
-    from fastdit.kernels.pooled import forward as kernel
+    from fastdit.kernels.pooled import _add as kernel
     from fastdit.kernels.pooled import settings
 
     launch, plain = settings(dim, wide), "fp32" if wide else "bf16"
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
-    kinds = dict.fromkeys(("Q", "K", "V", "Out"), plain) | {"Weight": "fp32", "QOrder": "i64", "Lse": "fp32"}
+    kinds = dict.fromkeys(("Q", "K", "V", "Out"), plain) | {"Centre": "fp32", "Weight": "fp32", "QOrder": "i64", "Lse": "fp32"}
     constants = launch | {"D": dim, "DP": triton.next_power_of_2(dim), "Q_PARTS": 1}
-    return {"arch": arch, "dim": dim, "wide": wide} | _with_strides(kernel, kinds, constants, arch, options)
+    return {"arch": arch, "dim": dim, "wide": wide} | _with_strides(kernel, kinds, constants, arch, options, "tiles")
 
 
 def compile_scores(arch: int, dim: int, wide: bool) -> dict[str, Any]:
@@ -145,13 +145,13 @@ def compile_scores(arch: int, dim: int, wide: bool) -> dict[str, Any]:
 
 
 def _with_strides(
-    kernel: Any, kinds: dict[str, str], constants: dict[str, Any], arch: int, options: dict[str, Any]
+    kernel: Any, kinds: dict[str, str], constants: dict[str, Any], arch: int, options: dict[str, Any], *more: str
 ) -> dict[str, Any]:
-    """Facts of a kernel whose pointers and strides of q, k and the answer are multiples of 16."""
+    """Facts of a kernel whose pointers and strides of q, k and the answer are multiples of 16, and so is `more`."""
     signature = {name: f"*{kind}" for name, kind in kinds.items()} | {"scale": "fp32"}
     signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
     strides = {f"{x}_{axis}" for x in "qko" for axis in "bhn"}
-    aligned = [name for name in kernel.arg_names if name in kinds or name in strides or name == "tiles"]
+    aligned = [name for name in kernel.arg_names if name in kinds or name in strides or name in more]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return _facts(ASTSource(kernel, signature, constants, attributes), arch, options)[0]
 

@@ -19,7 +19,7 @@ from fastdit.kernels.quantize import tile_means
 
 BLOCKS = {2: 64, 4: 32}
 """Of query cells, key cells and channels, by bytes of a number: they spill on no GPU (tests/test_kernel_compile.py), and on an
-H200 blocks of 64 took 6.9 ms where 128 took 7.5 (docs/benchmarks.md)."""
+H200 blocks of 128 could not be told apart from them (docs/benchmarks.md)."""
 LSE_BYTES = 256 << 20
 """Of the heads whose LSEs, one for each cell of queries and tile of keys, are held at a time."""
 

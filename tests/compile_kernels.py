@@ -68,7 +68,7 @@ if __name__ == "__main__":
                     print(json.dumps(sass.compile_scores(arch, 128, wide)), flush=True)
         elif sys.argv[1:] == ["pooled"]:
             for arch in sass.SHARED:
-                for dim, wide in ((64, False), (128, False), (256, False), (128, True)):
+                for dim, wide in ((64, False), (128, False), (256, False), (128, True), (256, True)):
                     print(json.dumps(sass.compile_pooled(arch, dim, wide)), flush=True)
         elif sys.argv[1:] == ["options"]:
             whole = {"PADDED": True, "SPLIT": True}

