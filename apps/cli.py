@@ -108,6 +108,9 @@ def main() -> None:
     except Exception as error:
         # typer carries its own copy of click from 0.20 on: its usage errors are known by what they can do.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+            if type(error).__name__ == "NoArgsIsHelpError":  # since click 8.2 the help is an error's message
+                print(error.format_message(), file=sys.stderr)
+                raise SystemExit(error.exit_code) from None
             _fail(f"{error.format_message()} (see --help)", error.exit_code)
         raise
     if code == INTERRUPTED:  # newer typers turn Ctrl-C into this; older ones, and click, into Abort

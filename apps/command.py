@@ -87,7 +87,8 @@ def render(
     }  # fmt: skip
     base = {key: value for key, value in base.items() if value is not None}
     if (prompt is None) == (prompts is None):
-        raise UserError("say what to draw: a prompt, or --prompts FILE", 2)
+        both = "" if prompt is None else ", not both"
+        raise UserError(f"say what to draw: a prompt, or --prompts FILE{both}", 2)
     Settings(**{"prompt": "x"} | base).check()
     if compare and repeats < 2:
         raise UserError(f"--repeats must be at least 2 (two dense runs must agree), got {repeats}", 2)

@@ -111,6 +111,8 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "phases", tuple(self.phases))
+        if wrong := [phase for phase in self.phases if not isinstance(phase, Phase)]:
+            raise ValueError(f"config: phases must be Phase(...)s, got {wrong[0]!r}")
         if self.tile is not None:
             object.__setattr__(self, "tile", tuple(self.tile))
             if len(self.tile) != 3 or any(not isinstance(s, int) or s < 1 for s in self.tile):
@@ -120,8 +122,8 @@ class Config:
                 "config: tile_tokens >= 1, min_tokens >= 0 and 0 < max_density <= 1 must hold, got "
                 f"{self.tile_tokens}, {self.min_tokens} and {self.max_density}"
             )
-
-        if self.error_budget is not None and not self.error_budget > 0:
+        budget = self.error_budget
+        if budget is not None and not (isinstance(budget, (int, float)) and budget > 0):
             raise ValueError(f"config: error_budget must be above 0, or None, got {self.error_budget}")
 
     def at(self, sigma: float, layer: int = 0, layers: int = 1) -> int | None:

@@ -56,6 +56,13 @@ def test_nothing_heavy_is_imported_for_help() -> None:
     assert run.stdout.splitlines()[-1] == "[]", run.stderr
 
 
+@pytest.mark.parametrize("arguments", [[], ["show"]])
+def test_without_a_command_there_is_help(arguments, monkeypatch, capsys):
+    assert call(monkeypatch, *arguments) == 2
+    said = capsys.readouterr()
+    assert "\nCommands:\n" in said.out + said.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -70,6 +77,7 @@ def test_nothing_heavy_is_imported_for_help() -> None:
         (["a", "--steps", "many"], 2, "Invalid value for '--steps'"),
         (["a", "--sparkle"], 2, "No such option: --sparkle"),
         ([], 2, "say what to draw: a prompt, or --prompts FILE"),
+        (["a", "--prompts", "b.txt"], 2, "a prompt, or --prompts FILE, not both"),
         (["a", "--device", "abacus"], 2, "--device must be auto, cpu or cuda"),
         (["a", "--dtype", "int3"], 2, "--dtype auto, float32"),
         (["a", "--compare", "--repeats", 1], 2, "--repeats must be at least 2"),

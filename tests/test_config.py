@@ -62,6 +62,8 @@ def test_unknown_preset_lists_the_names():
         lambda: Phase(policy="window"),
         lambda: Phase(quant="fp8"),
         lambda: Phase(reuse="residual"),
+        lambda: Config("fast"),
+        lambda: Config(error_budget="a"),
         lambda: Config(tile=(1, 2)),
         lambda: Config(tile_tokens=0),
         lambda: Config(max_density=0),
