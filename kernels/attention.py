@@ -123,7 +123,7 @@ def block_sparse_attention(
     if pooled:
         masks = kv_num_blocks, kv_indices, q_order, k_order
         out, lse = block_sparse_attention(q, k, v, *masks, scale, quant, bias_q, bias_k, splits=splits)
-        remainder.add(q, k, v, *masks, scale, out, lse)
+        remainder.add(q, k, v, *masks, scale * LOG2_E, out, lse)
         return out, lse
     if quant.smooth_q:
         turn = max(1, BIAS_BYTES // (4 * B * group * len(q_order) * k_order.numel())) * group

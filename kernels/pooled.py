@@ -7,8 +7,6 @@ taken out before they are rounded and put back in float32: it is what channels o
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 import triton
 import triton.language as tl
@@ -40,7 +38,7 @@ def add(
 ) -> None:  # fmt: skip
     """Brings attention to the kept tiles, out [B, H, Nq, D] and lse [B, H, Nq], to attention to all of them, in place.
 
-    q, k, v and the mask as in `attention.block_sparse_attention`.
+    q, k, v and the mask as in `attention.block_sparse_attention`; scale in base 2.
     """
     B, H, N, D = q.shape
     launch = settings(D, q.element_size() == 4)
@@ -53,7 +51,7 @@ def add(
     weight = F.pad((k_order >= 0).sum(-1).float().log2(), (0, more)).where(~kept, float("-inf")).contiguous()
     _add[(len(q_order) * rows.parts, B * H)](
         q, *means, centre, weight, q_order, out, lse,
-        scale * math.log2(math.e), H, H // k.shape[1], N, weight.shape[-1], rows.slots, *q.stride()[:3],
+        scale, H, H // k.shape[1], N, weight.shape[-1], rows.slots, *q.stride()[:3],
         *out.stride()[:3], *strides(weight), D=D, DP=width, Q_PARTS=rows.parts, **launch | {"BM": rows.block},
     )  # fmt: skip
 

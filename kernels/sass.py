@@ -69,13 +69,9 @@ def compile_forward(
     kinds = {"Q": eight[quant.qk], "RawQ": plain, "K": eight[quant.qk], "V": eight[quant.pv], "Out": plain, "QOrder": "i64"}
     kinds |= dict.fromkeys(("KCount", "Num", "Whole", "Index", "Schedule"), "i32")
     kinds |= dict.fromkeys(("Lse", "QScale", "KScale", "VScale", "VMean", "TileBias", "BiasQ", "BiasK", "KMean"), "fp32")
-    signature = {name: f"*{kind}" for name, kind in kinds.items()} | {"scale": "fp32"}
-    signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    aligned = [*kinds, "q_b", "q_h", "q_n", "o_s", "o_b", "o_h", "o_n"]
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     row = {"arch": arch, "dim": dim, "quant": str(quant), "triton": triton.__version__, "block_q": block_q, "block_k": block_k}
     row |= {"warps": options["num_warps"], "stages": options["num_stages"]}
-    facts, code = _facts(ASTSource(kernel, signature, constants, attributes), arch, options)
+    facts, code = _facts(_source(kernel, kinds, constants, "o_s"), arch, options)
     loop = _inner_loop(code)
     return row | facts | {"loop": len(loop), "mix": _mix(loop)}
 
@@ -130,7 +126,7 @@ def compile_pooled(arch: int, dim: int, wide: bool) -> dict[str, Any]:
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
     kinds = dict.fromkeys(("Q", "K", "V", "Out"), plain) | {"Centre": "fp32", "Weight": "fp32", "QOrder": "i64", "Lse": "fp32"}
     constants = launch | {"D": dim, "DP": triton.next_power_of_2(dim), "Q_PARTS": 1}
-    return {"arch": arch, "dim": dim, "wide": wide} | _with_strides(kernel, kinds, constants, arch, options, "tiles")
+    return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(kernel, kinds, constants, "tiles"), arch, options)[0]
 
 
 def compile_scores(arch: int, dim: int, wide: bool) -> dict[str, Any]:
@@ -141,19 +137,17 @@ def compile_scores(arch: int, dim: int, wide: bool) -> dict[str, Any]:
     kinds = {"Q": "fp32" if wide else "bf16", "K": "fp32" if wide else "bf16", "Live": "i1", "Lse": "fp32"}
     block = BLOCKS[4 if wide else 2]
     constants = {"D": dim, "STRIDE": 8, "CELLS": 8, "TILES": block // 8, "BM": block, "BK": block}
-    return {"arch": arch, "dim": dim, "wide": wide} | _with_strides(kernel, kinds, constants, arch, {"num_warps": 4})
+    return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(kernel, kinds, constants), arch, {"num_warps": 4})[0]
 
 
-def _with_strides(
-    kernel: Any, kinds: dict[str, str], constants: dict[str, Any], arch: int, options: dict[str, Any], *more: str
-) -> dict[str, Any]:
-    """Facts of a kernel whose pointers and strides of q, k and the answer are multiples of 16, and so is `more`."""
+def _source(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], *more: str) -> ASTSource:
+    """A kernel whose pointers (to `kinds`) and strides of q, k and the answer are multiples of 16, and so is `more`."""
     signature = {name: f"*{kind}" for name, kind in kinds.items()} | {"scale": "fp32"}
     signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
     strides = {f"{x}_{axis}" for x in "qko" for axis in "bhn"}
     aligned = [name for name in kernel.arg_names if name in kinds or name in strides or name in more]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    return _facts(ASTSource(kernel, signature, constants, attributes), arch, options)[0]
+    return ASTSource(kernel, signature, constants, attributes)
 
 
 def _facts(source: Any, arch: int, options: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[int, str]]]:
