@@ -90,8 +90,8 @@ def gaps(runs: Runs, length: int) -> Runs:
 
 
 def take(x: Tensor, runs: Runs) -> Tensor:
-    """x [B, N, …] -> [B, kept, …]: a view where the tokens lie together."""
-    pieces = [x[:, a:b] for a, b in runs]
+    """x [B, N, …] -> [B, kept, …]: a view where the tokens lie together, [B, 0, …] of no runs."""
+    pieces = [x[:, a:b] for a, b in runs or ((0, 0),)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 

@@ -1,7 +1,10 @@
 """Masks of whole keys are recognised, and only those."""
 
+from itertools import product
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdit import trim
@@ -98,3 +101,59 @@ def test_take_and_put_are_inverse():
     assert torch.equal(out, x)
     assert trim.count(RUNS[1]) == 10
     assert trim.count(RUNS[1], 1, 5) == 2
+
+
+def test_no_runs_take_nothing():
+    """What a row without padding hides."""
+    x = torch.randn(2, LENGTH, 2, 4)
+    assert trim.gaps(((0, LENGTH),), LENGTH) == ()
+    nothing = trim.take(x, ())
+    assert nothing.shape == (2, 0, 2, 4)
+    assert (nothing.dtype, nothing.device) == (x.dtype, x.device)
+    out = x.clone()
+    trim.put(out, nothing, ())
+    assert torch.equal(out, x)
+    assert trim.count(()) == 0
+    assert trim.gaps((), LENGTH) == ((0, LENGTH),)
+
+
+PICTURE, TEXT = 6, 4
+USED = (0, 2, TEXT)
+"""Text tokens of a row: none (only the picture is left), some, all."""
+
+
+def trimmed(q, k, v, mask):
+    """Masked attention [B, N, H, D] row by row, by nothing but `trim` and dense attention."""
+
+    def dense(*qkv):
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+
+    keys = trim.read(mask, *q.shape[:2], k.shape[1])
+    out = torch.full_like(q, float("nan"))
+    for row, runs in enumerate(keys.kept):
+        query, key, value = (x[row : row + 1] for x in (q, k, v))
+        hidden = trim.gaps(runs, q.shape[1])
+        left = trim.take(key, runs), trim.take(value, runs)
+        trim.put(out[row : row + 1], dense(trim.take(query, runs), *left), runs)
+        others = trim.take(query, hidden)
+        trim.put(out[row : row + 1], torch.zeros_like(others) if keys.square else dense(others, *left), hidden)
+    return out
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("square", [False, True], ids=["keys", "square"])
+@pytest.mark.parametrize("text", ["behind", "before"])
+def test_every_combination_of_rows(batch, square, text):
+    """Prompts of any lengths in one batch, also without padding and without text, against the masked attention meant."""
+    generator = torch.Generator().manual_seed(batch)
+    length = PICTURE + TEXT
+    q, k, v = (torch.randn(batch, length, 2, 8, generator=generator) for _ in range(3))
+    for used in product(USED, repeat=batch):
+        words = torch.arange(TEXT) < torch.tensor(used)[:, None]
+        picture = torch.ones(batch, PICTURE, dtype=torch.bool)
+        valid = torch.cat([picture, words] if text == "behind" else [words, picture], 1)
+        mask = valid[:, None, None] & valid[:, None, :, None] if square else valid[:, None, None]
+        expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
+        if square:
+            expected = expected.masked_fill(~valid[..., None, None], 0)
+        assert torch.allclose(trimmed(q, k, v, mask), expected, atol=1e-6), used
