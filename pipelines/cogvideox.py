@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from fastdit.pipelines.family import Facts, Family, grid_of, length, noise_level
+from fastdit.pipelines.family import Facts, Family, grid_of, length
 
 
 class CogVideoX(Family):
@@ -17,4 +17,4 @@ class CogVideoX(Family):
         config = model.config
         patch = (getattr(config, "patch_size_t", None) or 1, config.patch_size, config.patch_size)
         grid = grid_of(call["hidden_states"], patch, frames=1)
-        return Facts(grid, noise_level(call["timestep"]), before=length(call["encoder_hidden_states"]))
+        return Facts(grid, self.noise(model, call), before=length(call.get("encoder_hidden_states")))

@@ -12,6 +12,8 @@ from fastdit.facts import REST, Facts
 from fastdit.layout import Grid
 
 TRAIN_TIMESTEPS = 1000
+LACKING = (KeyError, AttributeError, TypeError, IndexError, ValueError, RuntimeError)
+"""What reading an argument raises that is not there, or not what it usually is."""
 
 __all__ = ["REST", "Facts", "Family", "grid_of", "length", "noise_level"]
 
@@ -19,12 +21,17 @@ __all__ = ["REST", "Facts", "Family", "grid_of", "length", "noise_level"]
 class Family:
     """Facts of one model family; a subclass names the arguments it reads, and reads them.
 
-    names: leading positional parameters of the denoiser's forward. skips: parts of module names that are no sites, and why.
+    names: leading positional parameters of the denoiser's forward.
+    clock: the parameter that is the timestep, `full` in pure noise and 0 at the end; if it `rises`, the other way round.
+    skips: parts of module names that are no sites, and why.
     order: leading parts of module names in the order in which they run, where that is not the order of definition.
     text, mask, note: for the table in the docs.
     """
 
     names: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states", "timestep")
+    clock: ClassVar[str] = "timestep"
+    full: ClassVar[float] = TRAIN_TIMESTEPS
+    rises: ClassVar[bool] = False
     skips: ClassVar[dict[str, str]] = {"attn2": "cross-attention"}
     order: ClassVar[tuple[str, ...]] = ()
     text: ClassVar[str] = "apart (cross-attention)"
@@ -43,10 +50,28 @@ class Family:
                 yield name, why
 
     def facts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
-        return self.read(model, dict(zip(self.names, args, strict=False)) | kwargs)
+        """What `read` finds. Where it lacks something, the call stays dense, says why, and still has its noise level."""
+        named = dict(zip(self.names, args, strict=False)) | kwargs
+        call = {name: value for name, value in named.items() if value is not None}  # None is as good as not there
+        try:
+            return self.read(model, call)
+        except LACKING as error:
+            return Facts((0, 0, 0), self._level(model, call), missing=_lack(error))
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        """Facts of a call whose arguments are given by name, without those that are None. May raise any of `LACKING`."""
         raise NotImplementedError
+
+    def noise(self, model: Any, call: dict[str, Any]) -> Tensor:
+        """σ of a call, as in `Facts`."""
+        level = noise_level(call[self.clock], self.full)
+        return 1 - level if self.rises else level
+
+    def _level(self, model: Any, call: dict[str, Any]) -> Tensor:
+        try:
+            return self.noise(model, call)
+        except LACKING:
+            return torch.zeros((), dtype=torch.float32, device="cpu")
 
     def _why_not(self, name: str, module: nn.Module) -> str | None:
         for part in name.split("."):
@@ -62,6 +87,12 @@ def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if getattr(module, "processor", None) is not None:
             yield name, module
+
+
+def _lack(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"the call gives no {error.args[0]}"
+    return f"the call's arguments are not those of the model's own pipelines: {error}"
 
 
 def grid_of(x: Tensor, patch: tuple[int, int, int], frames: int | None = 2) -> Grid:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastdit.pipelines.family import REST, Facts, Family, length, noise_level
+from fastdit.pipelines.family import REST, Facts, Family, length
 
 
 class Flux(Family):
@@ -22,12 +22,11 @@ class Flux(Family):
     skips: ClassVar[dict[str, str]] = {}
     text = "before"
     full = 1.0
-    """timestep of pure noise."""
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         ids = call["img_ids"]
         grid = coordinates(ids[0] if ids.ndim == 3 else ids)
-        return Facts(grid, noise_level(call["timestep"], self.full), length(call["encoder_hidden_states"]), REST)
+        return Facts(grid, self.noise(model, call), length(call.get("encoder_hidden_states")), REST)
 
 
 def coordinates(ids: Tensor) -> Tensor:
@@ -43,10 +42,14 @@ class Chroma(Flux):
     names = ("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids", "attention_mask")
 
 
-class Flux2(Flux):
-    """img_ids [B, N, 4] = (picture, row, column, 0)."""
+class Unpooled(Flux):
+    """LongCat-Image and Ovis-Image: no pooled text."""
 
     names = ("hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids")
+
+
+class Flux2(Unpooled):
+    """img_ids [B, N, 4] = (picture, row, column, 0)."""
 
 
 class Bria(Flux):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from fastdit.pipelines.family import REST, Facts, Family, grid_of, noise_level
+from fastdit.pipelines.family import REST, Facts, Family, grid_of
 
 
 class HunyuanVideo(Family):
     """hidden_states [B, C, T, H, W]; text of any kind (prompt, glyphs, image embeddings) is what lies behind the video."""
 
-    names = ("hidden_states", "timestep", "encoder_hidden_states")
+    names: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep", "encoder_hidden_states")
     skips: ClassVar[dict[str, str]] = {"context_embedder": "text refiner", "context_embedder_2": "text refiner"}
     text = "behind"
     mask = "padded text, cut"
@@ -21,12 +21,17 @@ class HunyuanVideo(Family):
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         config = model.config
         grid = grid_of(call["hidden_states"], (config.patch_size_t, config.patch_size, config.patch_size))
-        return Facts(grid, noise_level(call["timestep"]), after=REST, unread=True)
+        return Facts(grid, self.noise(model, call), after=REST, unread=True)
 
 
 class FramePack(HunyuanVideo):
     """Earlier frames stand in front, at full, half and quarter size, with tokens of their own."""
 
+    names = (
+        "hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "image_embeds",
+        "indices_latents", "guidance", "latents_clean", "indices_latents_clean", "latents_history_2x",
+        "indices_latents_history_2x", "latents_history_4x", "indices_latents_history_4x",
+    )  # fmt: skip
     note = "earlier frames count as text"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
@@ -46,4 +51,4 @@ class HunyuanImage(HunyuanVideo):
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         x, patch = call["hidden_states"], model.config.patch_size
         grid = grid_of(x, (1, *patch), None) if x.ndim == 4 else grid_of(x, tuple(patch))
-        return Facts(grid, noise_level(call["timestep"]), after=REST, unread=True)
+        return Facts(grid, self.noise(model, call), after=REST, unread=True)

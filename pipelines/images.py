@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from fastdit.pipelines.family import REST, Facts, Family, grid_of, length, noise_level
+from fastdit.pipelines.family import REST, Facts, Family, grid_of, length
 
 
 def _grid(model: Any, call: dict[str, Any]) -> tuple[int, int, int]:
@@ -18,7 +18,7 @@ class PixArt(Family):
     mask = "of text, in cross-attention"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        return Facts(_grid(model, call), noise_level(call["timestep"]))
+        return Facts(_grid(model, call), self.noise(model, call))
 
 
 class DiT(PixArt):
@@ -35,7 +35,7 @@ class SD3(Family):
     text = "behind"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        return Facts(_grid(model, call), noise_level(call["timestep"]), after=length(call["encoder_hidden_states"]))
+        return Facts(_grid(model, call), self.noise(model, call), after=length(call.get("encoder_hidden_states")))
 
 
 class CogView(Family):
@@ -45,46 +45,56 @@ class CogView(Family):
     text = "before"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        return Facts(_grid(model, call), noise_level(call["timestep"]), before=length(call["encoder_hidden_states"]))
+        return Facts(_grid(model, call), self.noise(model, call), before=length(call.get("encoder_hidden_states")))
 
 
 class AuraFlow(CogView):
     """Text first, and eight learned tokens before it; timestep is σ already."""
 
+    full = 1.0
+
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        before = model.register_tokens.shape[1] + length(call["encoder_hidden_states"])
-        return Facts(_grid(model, call), noise_level(call["timestep"], 1.0), before=before)
+        before = model.register_tokens.shape[1] + length(call.get("encoder_hidden_states"))
+        return Facts(_grid(model, call), self.noise(model, call), before=before)
 
 
 class Lumina2(Family):
     """Each prompt's own text first, then the image, then padding, which is cut; timestep counts up: 1 − σ."""
 
     names = ("hidden_states", "timestep", "encoder_hidden_states")
+    full, rises = 1.0, True
     skips: ClassVar[dict[str, str]] = {"context_refiner": "text refiner"}
     order: ClassVar[tuple[str, ...]] = ("noise_refiner", "layers")
     text = "before"
     mask = "padding, cut"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        sigma = 1 - noise_level(call["timestep"], 1.0)
-        return Facts(_grid(model, call), sigma, before=length(call["encoder_hidden_states"]), ragged=True)
+        before = length(call.get("encoder_hidden_states"))
+        return Facts(_grid(model, call), self.noise(model, call), before=before, ragged=True)
 
 
 class HiDream(Family):
     """The image, then text of two encoders."""
 
     names = ("hidden_states", "timesteps")
+    clock = "timesteps"
     skips: ClassVar[dict[str, str]] = {}
     text = "behind"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        return Facts(_grid(model, call), noise_level(call["timesteps"]), after=REST)
+        if "hidden_states_masks" in call:
+            raise ValueError("the latents are packed already")
+        return Facts(_grid(model, call), self.noise(model, call), after=REST)
 
 
 class ZImage(Family):
     """x: a list of latents [C, T, H, W]; the image is padded to a multiple of 32 tokens, text follows; t counts up: 1 − σ."""
 
-    names = ("x", "t", "cap_feats")
+    names = (
+        "x", "t", "cap_feats", "return_dict", "controlnet_block_samples", "siglip_feats", "image_noise_mask", "patch_size",
+        "f_patch_size",
+    )  # fmt: skip
+    clock, full, rises = "t", 1.0, True
     skips: ClassVar[dict[str, str]] = {"context_refiner": "text refiner", "siglip_refiner": "image refiner"}
     order: ClassVar[tuple[str, ...]] = ("noise_refiner", "layers")
     text = "behind"
@@ -93,13 +103,14 @@ class ZImage(Family):
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         patch, frames = call.get("patch_size", 2), call.get("f_patch_size", 1)
         grid = grid_of(call["x"][0], (frames, patch, patch), 1)
-        return Facts(grid, 1 - noise_level(call["t"], 1.0), after=REST)
+        return Facts(grid, self.noise(model, call), after=REST)
 
 
 class QwenImage(Family):
     """Text first, then the picture, then reference pictures, each with its sides in `img_shapes`; timestep is σ already."""
 
     names = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes")
+    full = 1.0
     skips: ClassVar[dict[str, str]] = {}
     text = "before"
     mask = "padded text, cut"
@@ -107,5 +118,5 @@ class QwenImage(Family):
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         shapes = call["img_shapes"][0]
         t, h, w = shapes[0] if isinstance(shapes, (list, tuple)) and not isinstance(shapes[0], int) else shapes
-        before = length(call["encoder_hidden_states"])
-        return Facts((t, h, w), noise_level(call["timestep"], 1.0), before=before, after=REST, unread=True)
+        before = length(call.get("encoder_hidden_states"))
+        return Facts((t, h, w), self.noise(model, call), before=before, after=REST, unread=True)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastdit.facts import Adapter
 from fastdit.pipelines.adapter import ADAPTERS
@@ -25,8 +25,20 @@ class Own(Family):
         self.skips = dict(skip)  # type: ignore[misc]
         self.layout = layout
 
+    def facts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
+        """What the user's function says; where it fails, the call stays dense and says how."""
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        try:
+            return self.read(model, call)
+        except Exception as error:  # it is somebody else's code: it may raise anything
+            why = f"the layout function fails: {type(error).__name__}: {error}"
+            return Facts((0, 0, 0), self._level(model, call), missing=why)
+
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        return self.layout(call)
+        facts = self.layout(call)
+        if not isinstance(facts, Facts) or not isinstance(facts.sigma, Tensor) or len(facts.grid) != 3:
+            raise TypeError(f"it must give Facts with a grid of three sides and a tensor sigma, not {facts!r}")
+        return facts
 
 
 def adapter_of(model: nn.Module, layout: Description, skip: Mapping[str, str] = SKIP) -> Adapter:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from fastdit.pipelines.family import REST, Facts, Family, grid_of, length, noise_level
+from fastdit.pipelines.family import REST, Facts, Family, grid_of, length
 
 
 def _grid(model: Any, call: dict[str, Any]) -> tuple[int, int, int]:
@@ -17,12 +18,13 @@ def _grid(model: Any, call: dict[str, Any]) -> tuple[int, int, int]:
 class Mochi(Family):
     """The video, then the prompt's own tokens without their padding, one call a sample; timestep counts up: 1000 (1 − σ)."""
 
+    rises = True
     skips: ClassVar[dict[str, str]] = {}
     text = "behind"
     mask = "padded text, cut by the model"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        return Facts(_grid(model, call), 1 - noise_level(call["timestep"]), after=REST)
+        return Facts(_grid(model, call), self.noise(model, call), after=REST)
 
 
 class Allegro(Family):
@@ -31,7 +33,7 @@ class Allegro(Family):
     mask = "of text, in cross-attention"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        return Facts(_grid(model, call), noise_level(call["timestep"]))
+        return Facts(_grid(model, call), self.noise(model, call))
 
 
 class EasyAnimate(Family):
@@ -44,8 +46,8 @@ class EasyAnimate(Family):
     text = "before"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        before = length(call["encoder_hidden_states"]) + length(call.get("encoder_hidden_states_t5"))
-        return Facts(_grid(model, call), noise_level(call["timestep"]), before=before)
+        before = length(call.get("encoder_hidden_states")) + length(call.get("encoder_hidden_states_t5"))
+        return Facts(_grid(model, call), self.noise(model, call), before=before)
 
 
 class Cosmos(Family):
@@ -54,12 +56,14 @@ class Cosmos(Family):
     names = ("hidden_states", "timestep", "encoder_hidden_states")
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        return Facts(grid_of(call["hidden_states"], model.config.patch_size), self.noise(model, call))
+
+    def noise(self, model: Any, call: dict[str, Any]) -> Tensor:
         level = torch.as_tensor(call["timestep"], dtype=torch.float32)
         if level.ndim == 5:  # [B, 1, T, 1, 1]: frames that are given come first, and keep a level of their own to the end
             level = level[:, :, -1]
         # Falling in every step: calls of one level count as one step, and ln σ is negative in half of Cosmos 1's.
-        level = level.clamp(0, 1) if model.config.extra_pos_embed_type is None else (4 * level).sigmoid()
-        return Facts(grid_of(call["hidden_states"], model.config.patch_size), level)
+        return level.clamp(0, 1) if model.config.extra_pos_embed_type is None else (4 * level).sigmoid()
 
 
 class Latte(Family):
@@ -70,7 +74,7 @@ class Latte(Family):
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         patch = model.config.patch_size
-        return Facts(grid_of(call["hidden_states"], (1, patch, patch), None), noise_level(call["timestep"]))
+        return Facts(grid_of(call["hidden_states"], (1, patch, patch), None), self.noise(model, call))
 
 
 class Kandinsky(Family):
@@ -81,7 +85,7 @@ class Kandinsky(Family):
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         sides = zip(call["hidden_states"].shape[1:4], model.config.patch_size, strict=True)
         t, h, w = (side // patch for side, patch in sides)
-        return Facts((t, h, w), noise_level(call["timestep"]))
+        return Facts((t, h, w), self.noise(model, call))
 
 
 class Kandinsky6(Kandinsky):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from fastdit.pipelines.family import Facts, Family, grid_of, noise_level
+from fastdit.pipelines.family import Facts, Family, grid_of
 
 
 class Wan(Family):
@@ -19,7 +19,7 @@ class Wan(Family):
     order: ClassVar[tuple[str, ...]] = ("vace_blocks", "blocks")
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        return Facts(grid_of(call["hidden_states"], model.config.patch_size), noise_level(call["timestep"]))
+        return Facts(grid_of(call["hidden_states"], model.config.patch_size), self.noise(model, call))
 
 
 class AnyFlow(Wan):
@@ -27,4 +27,4 @@ class AnyFlow(Wan):
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         grid = grid_of(call["hidden_states"], model.config.patch_size, frames=1)
-        return Facts(grid, noise_level(call["timestep"]))
+        return Facts(grid, self.noise(model, call))

@@ -86,6 +86,11 @@ flux = HEADS | {
     "joint_attention_dim": 16,
     "axes_dims_rope": (8, 12, 12),
 }
+ltx = HEADS | {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 64, "num_layers": 2, "caption_channels": 16}
+ltx2 = ltx | {
+    "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2, "audio_attention_head_dim": 16,
+    "audio_cross_attention_dim": 32,
+}  # fmt: skip
 cogvideox = HEADS | {
     "in_channels": 4, "out_channels": 4, "time_embed_dim": 8, "text_embed_dim": 16, "num_layers": 2, "sample_width": 16,
     "sample_height": 16, "sample_frames": 9, "max_text_seq_length": 7,
@@ -104,6 +109,35 @@ def hunyuan_call(**more: Any) -> dict[str, Any]:
         "hidden_states": r(2, 4, 3, *LATENT), "timestep": step(), "encoder_hidden_states": r(2, 10, 16),
         "encoder_attention_mask": padded(2, 10, 6),
     } | more  # fmt: skip
+
+
+def ltx_coords(grid: Grid, frame: int = 0, size: int = 32) -> Tensor:
+    """Where tokens of LTX's latents begin, in pixels and seconds, [2, 3, N]; frame: of the clip, where these begin."""
+    t, h, w = torch.meshgrid(*(torch.arange(float(side)) for side in grid), indexing="ij")
+    begins = torch.stack([(8 * t - 7).clamp(min=0) + frame, size * h, size * w]).flatten(1)
+    return (begins / torch.tensor([25.0, 1, 1])[:, None]).expand(2, -1, -1)
+
+
+def ltx2_coords(grid: Grid, frame: int = 0, size: int = 32) -> Tensor:
+    """Of LTX-2, where they end as well, [2, 3, N, 2]; further frames are 8 long each, keyframes too."""
+    t, h, w = torch.meshgrid(*(torch.arange(float(side)) for side in grid), indexing="ij")
+    times = [8 * t + frame, 8 * t + 8 + frame] if frame else [(8 * t - 7).clamp(min=0), 8 * t + 1]
+    sides = [torch.stack([times[i] / 25, size * (h + i), size * (w + i)]).flatten(1) for i in (0, 1)]
+    return torch.stack(sides, -1).expand(2, -1, -1, -1)
+
+
+def ltx_call(*coords: Tensor) -> dict[str, Any]:
+    together = torch.cat(coords, 2)
+    hidden = r(2, together.shape[2], 4)
+    return wan_call(hidden_states=hidden, video_coords=together, encoder_attention_mask=padded(2, 7, 4))
+
+
+def ltx2_call(*coords: Tensor) -> dict[str, Any]:
+    together = torch.cat(coords, 2) if coords else None
+    return wan_call(
+        hidden_states=r(2, V if together is None else together.shape[2], 4), audio_hidden_states=r(2, 9, 4),
+        audio_encoder_hidden_states=r(2, 7, 16), num_frames=3, height=8, width=8, audio_num_frames=9, video_coords=together,
+    )  # fmt: skip
 
 
 def flux_call(columns: int = 3, **more: Any) -> dict[str, Any]:
@@ -187,22 +221,29 @@ CASES = [
         {V + 7: (VIDEO, 7, 0)}, 2, axes="BTCHW",
     ),
     Case(
-        "LTXVideoTransformer3DModel",
-        HEADS | {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 64, "num_layers": 2, "caption_channels": 16},
+        "LTXVideoTransformer3DModel", ltx,
         lambda: wan_call(hidden_states=r(2, V, 4), num_frames=3, height=8, width=8, encoder_attention_mask=padded(2, 7, 4)),
         {V: (VIDEO, 0, 0)}, 2, axes="BNC",
     ),
     Case(
-        "LTX2VideoTransformer3DModel",
-        HEADS | {
-            "in_channels": 4, "out_channels": 4, "cross_attention_dim": 64, "num_layers": 2, "caption_channels": 16,
-            "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2, "audio_attention_head_dim": 16,
-            "audio_cross_attention_dim": 32,
-        },
-        lambda: wan_call(
-            hidden_states=r(2, V, 4), audio_hidden_states=r(2, 9, 4), audio_encoder_hidden_states=r(2, 7, 16), num_frames=3,
-            height=8, width=8, audio_num_frames=9,
-        ), {V: (VIDEO, 0, 0)}, 2, axes="BNC",
+        "LTXVideoTransformer3DModel", ltx,  # as LTXConditionPipeline: two frames of conditions before the video
+        lambda: ltx_call(ltx_coords((1, 8, 8), 9), ltx_coords((1, 8, 8), 17), ltx_coords(VIDEO)),
+        {V + 128: (VIDEO, 128, 0)}, 2, axes="BNC",
+    ),
+    Case(
+        "LTXVideoTransformer3DModel", ltx,  # as LTXI2VLongMultiPromptPipeline: overlapping frames behind the video
+        lambda: ltx_call(ltx_coords(VIDEO), ltx_coords((2, 8, 8))) | {"num_frames": 1, "height": 1, "width": 1},
+        {V + 128: (VIDEO, 0, 128)}, 2, axes="BNC",
+    ),
+    Case("LTX2VideoTransformer3DModel", ltx2, ltx2_call, {V: (VIDEO, 0, 0)}, 2, axes="BNC"),
+    Case(
+        "LTX2VideoTransformer3DModel", ltx2,  # as LTX2ConditionPipeline: sides, and a keyframe behind the video
+        lambda: ltx2_call(ltx2_coords(VIDEO), ltx2_coords((1, 8, 8), 9)), {V + 64: (VIDEO, 0, 64)}, 2, axes="BNC",
+    ),
+    Case(
+        "LTX2VideoTransformer3DModel", ltx2,  # as LTX2DFRPipeline: no sides, a keyframe and a reference of half the size
+        lambda: ltx2_call(ltx2_coords(VIDEO), ltx2_coords((1, 8, 8), 16), ltx2_coords((3, 4, 4), size=64))
+        | dict.fromkeys(("num_frames", "height", "width")), {V + 112: (VIDEO, 0, 112)}, 2, axes="BNC",
     ),
     Case(
         "MochiTransformer3DModel",

@@ -1,6 +1,7 @@
 """Every family on its real class: exact is stock, sparse is masked dense attention, and the tokens sit where the facts say."""
 
 import contextlib
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -123,11 +124,12 @@ def test_tokens_sit_where_the_latents_are(case):
     for changed in (False, True):
         seen = []
         x = latents.clone()
-        grid, _, _ = next(iter(case.places.values()))
+        grid, front, _ = next(iter(case.places.values()))
         at = tuple(side - 2 if side > 1 else 0 for side in grid)
         if changed:
             if "N" in case.axes:
-                x[:, (at[0] * grid[1] + at[1]) * grid[2] + at[2]] += 1
+                others = front if x.shape[1] > math.prod(grid) else 0  # conditions, among the latents
+                x[:, others + (at[0] * grid[1] + at[1]) * grid[2] + at[2]] += 1
             else:
                 index = [slice(None)] * x.ndim
                 for axis, place, side in zip("THW", at, grid, strict=True):
