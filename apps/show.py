@@ -76,6 +76,8 @@ def show_schedule(
     for entry in entries:
         where = "" if entry.layers == (0, layers) else f"  layers {entry.layers[0]}-{entry.layers[1] - 1}"
         typer.echo(f"step {entry.step:3d}  noise level {entry.sigma:.3f}{where}  {entry.what}")
+    for high, low in config.gaps():
+        typer.echo(f"no phase names noise levels from {high:g} to {low:g}: attention is dense there")
     if out is not None:
         order = list(dict.fromkeys(entry.what for entry in entries))
         points = [(e.step, layer, float(order.index(e.what))) for e in entries for layer in range(*e.layers)]

@@ -97,7 +97,8 @@ class Config:
     costs more than it saves: on CPU, attention is under half of a denoiser's time below 2,300 tokens. first_frame: every tile
     attends the first latent frame as well, which many video models use as a sink.
     error_budget: relative L2 error that a site's output may have, measured on a few query rows of every call (`guard.py`);
-    None measures nothing. strict: raise where a site would be left dense for want of something, instead of reporting it.
+    None measures nothing. Given one without phases, those of the default preset are taken, and its tile if there is none.
+    strict: raise where a site would be left dense for want of something, instead of reporting it.
     """
 
     phases: tuple[Phase, ...] = ()
@@ -125,10 +126,24 @@ class Config:
         budget = self.error_budget
         if budget is not None and not (isinstance(budget, (int, float)) and budget > 0):
             raise ValueError(f"config: error_budget must be above 0, or None, got {self.error_budget}")
+        if budget is not None and not self.phases:
+            from fastdit.presets import DEFAULT, PRESETS  # presets are configurations, and import this file
+
+            object.__setattr__(self, "phases", PRESETS[DEFAULT].phases)
+            object.__setattr__(self, "tile", self.tile or PRESETS[DEFAULT].tile)
 
     def at(self, sigma: float, layer: int = 0, layers: int = 1) -> int | None:
         """Index of the phase that holds for a layer at a noise level; None: no phase, dense."""
         return next((i for i, phase in enumerate(self.phases) if phase.holds(sigma, layer, layers)), None)
+
+    def gaps(self) -> tuple[tuple[float, float], ...]:
+        """Noise levels (high, low), falling, that no phase names for any layer, in a configuration that has phases."""
+        found, low = [], 1.0
+        for phase in sorted(self.phases, key=lambda phase: phase.sigma, reverse=True):
+            if phase.sigma[0] < low:
+                found.append((low, float(phase.sigma[0])))
+            low = min(low, float(phase.sigma[1]))
+        return (*found, (low, 0.0)) if self.phases and low > 0 else tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -11,6 +12,7 @@ VIRIDIS = ((68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 
            (173, 220, 48), (253, 231, 37))  # fmt: skip
 """Nine samples of matplotlib's viridis, dark to light."""
 EMPTY = (225, 225, 225)
+MEASURES = ("density", "error", "seconds")
 CELL, EDGE, LEGEND, TITLE = 14, 56, 90, 270
 
 
@@ -21,6 +23,13 @@ def colour(share: float) -> tuple[int, int, int]:
     a, b = VIRIDIS[low], VIRIDIS[low + 1]
     r, g, blue = (round(x + (y - x) * (place - low)) for x, y in zip(a, b, strict=True))
     return r, g, blue
+
+
+def of_calls(calls: Iterable[tuple[int, Any]], what: str, sites: int) -> Image.Image:
+    """One of `MEASURES` of calls (site, `Ran`). Raises ValueError for what was not measured."""
+    if what not in MEASURES:
+        raise ValueError(f"a heatmap shows one of {', '.join(MEASURES)}, not {what!r}")
+    return draw([(ran.step, site, getattr(ran, what)) for site, ran in calls], what, sites)
 
 
 def draw(points: Sequence[tuple[int, int, float | None]], what: str, sites: int) -> Image.Image:

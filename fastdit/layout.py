@@ -102,14 +102,14 @@ class Layout:
 @lru_cache(maxsize=256)
 def _order(layout: Layout, device: str) -> Tensor:
     (T, H, W), (t, h, w), (nt, nh, nw) = layout.grid, layout.tile, layout.tile_grid
-    index = torch.full((nt * t, nh * h, nw * w), -1, dtype=torch.long)
-    index[:T, :H, :W] = torch.arange(T * H * W).view(T, H, W)
+    index = torch.full((nt * t, nh * h, nw * w), -1, dtype=torch.long, device="cpu")
+    index[:T, :H, :W] = torch.arange(T * H * W, device="cpu").view(T, H, W)
     tiles = index.view(nt, t, nh, h, nw, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, layout.tile_tokens)
     # Padding goes behind the tile's real tokens, so that a kernel needs only a count per tile.
     tiles = tiles.gather(1, (tiles < 0).to(torch.int8).argsort(dim=1, stable=True))
     if layout.text_len:
-        text = torch.full((layout.text_tiles * layout.tile_tokens,), -1, dtype=torch.long)
-        text[: layout.text_len] = torch.arange(layout.text_len)
+        text = torch.full((layout.text_tiles * layout.tile_tokens,), -1, dtype=torch.long, device="cpu")
+        text[: layout.text_len] = torch.arange(layout.text_len, device="cpu")
         video_start, text_start = (layout.text_len, 0) if layout.text_first else (0, layout.video_len)
         tiles = torch.cat([_shift(tiles, video_start), _shift(text, text_start).view(-1, layout.tile_tokens)])
     return tiles.contiguous().to(device)

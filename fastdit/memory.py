@@ -66,7 +66,7 @@ class Stored:
         """Room for a tensor; in the host's memory page-locked, which a GPU reads and writes several times faster."""
         there: dict[str, Any] = {"device": "cpu", "pin_memory": like.is_cuda} if host else {"device": like.device}
         data = torch.empty(like.shape, dtype=STORES[store], **there) if host else torch.empty_like(like, dtype=STORES[store])
-        return cls(data, torch.empty(*like.shape[:-1], 1, **there) if store == "fp8" else None)
+        return cls(data, torch.empty(*like.shape[:-1], 1, dtype=torch.float32, **there) if store == "fp8" else None)
 
     @classmethod
     def of(cls, x: Tensor, store: str, host: bool) -> Stored:

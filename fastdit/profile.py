@@ -39,7 +39,8 @@ class Seen:
         if self.layout not in (None, layout):
             raise ValueError(f"a profile is of one size: it was {self.layout}, and now {layout}")
         self.layout = layout
-        self.mass[layer] = self.mass.get(layer, torch.zeros(())) + tile_mass(q, k, layout).mean(0, keepdim=True).cpu()
+        mass = tile_mass(q, k, layout).mean(0, keepdim=True).cpu()
+        self.mass[layer] = self.mass[layer] + mass if layer in self.mass else mass
         self.calls[layer] = self.calls.get(layer, 0) + 1
 
 
@@ -55,7 +56,7 @@ class _Watch(Policy):
         assert q is not None
         assert k is not None
         self.seen.add(self.layer, layout, q, k)
-        return torch.ones(1, 1, layout.video_tiles, layout.video_tiles, dtype=torch.bool)
+        return torch.ones(1, 1, layout.video_tiles, layout.video_tiles, dtype=torch.bool, device=q.device)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "layer": self.layer}
@@ -75,7 +76,7 @@ def tile_mass(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
     """
     real = (layout.order(q.device)[: layout.video_tiles] >= 0).flatten()
     keys = k.flatten(2, 3).float()
-    hidden = torch.zeros(len(real), device=q.device).masked_fill(~real, float("-inf"))
+    hidden = torch.zeros(len(real), dtype=torch.float32, device=q.device).masked_fill(~real, float("-inf"))
     step = max(1, LOGITS_BYTES // (4 * keys.shape[0] * keys.shape[1] * len(real) * layout.tile_tokens))
     rows = []
     for part, live in zip(q.split(step, 2), real.view(-1, layout.tile_tokens).split(step), strict=True):

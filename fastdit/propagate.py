@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
@@ -123,7 +122,8 @@ class Propagation:
             self.reset()
             self.clock.observe(now)
             self.counts, self._schedule = Counts(), schedule
-            times = [] if schedule is None else [float(time) for time in torch.as_tensor(schedule).tolist()]
+            listed = [] if schedule is None else schedule.tolist() if hasattr(schedule, "tolist") else schedule
+            times = [float(time) for time in listed]
             self._levels = sorted(set(times), reverse=True)
             self._once = times.count(min(times, default=0)) == 1  # solvers of second order come twice
             if self._injection is not None:

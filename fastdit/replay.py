@@ -99,7 +99,10 @@ class DenoiserHook(WholeHook):
         ours.running = Running(branch, False, batch, len(times))
         if len(times) == 1:
             return self.forward(**call)
-        given = torch.as_tensor(call["timestep"])
+        given = call["timestep"]
+        if not isinstance(given, Tensor):  # as the models themselves make it a tensor
+            kind = torch.float64 if isinstance(given, float) else torch.int64
+            given = torch.tensor(given, dtype=kind, device=latents(call).device)
         several = repeated(call, batch, len(times)) | {
             "timestep": torch.tensor(times, dtype=given.dtype, device=given.device).repeat(batch)
         }

@@ -179,7 +179,7 @@ FORMATS = (
 def cases(archs: Iterable[int] = SHARED, dims: Iterable[int] = (64, 128, 256)) -> Iterator[tuple[int, int, Quant]]:
     """Every kernel an architecture is given."""
     for arch, dim, quant in itertools.product(archs, dims, FORMATS):
-        q = torch.empty(1, 1, 1, dim, dtype=torch.bfloat16)
+        q = torch.empty(1, 1, 1, dim, dtype=torch.bfloat16, device="cpu")
         if unsupported(q, quant, (arch // 10, arch % 10)) is None:
             yield arch, dim, quant
 

@@ -27,7 +27,7 @@ LSE_BYTES = 256 << 20
 def pooled(q: Tensor, k: Tensor, q_order: Tensor, k_order: Tensor, scale: float | None = None) -> Tensor:
     """q [B, H, Nq, D], k [B, H, Nk, D] in token order, orders [tiles, slots] as in `BlockMask`; scale: default D^-½."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    logits = (tile_means(q, q_order) @ tile_means(k, k_order).mT) * scale + (k_order >= 0).sum(-1).log()
+    logits = (tile_means(q, q_order) @ tile_means(k, k_order).mT) * scale + (k_order >= 0).sum(-1).float().log()
     return logits.softmax(-1) * (q_order >= 0).any(-1, keepdim=True)
 
 
@@ -41,7 +41,7 @@ def antidiagonal(q: Tensor, k: Tensor, real: Tensor, stride: int = 8, scale: flo
         q, k, real = (*(torch.nn.functional.pad(x, (0, 0, 0, pad)) for x in (q, k)), torch.nn.functional.pad(real, (0, pad)))
     q, k = (x.flatten(2, 3) if x.stride(-1) == 1 else x.flatten(2, 3).contiguous() for x in (q, k))
     live = real.view(tiles, cells, stride).any(-1)
-    weight = (live / live.sum(1, keepdim=True).clamp(min=1))[:, None]
+    weight = (live.float() / live.sum(1, keepdim=True).clamp(min=1))[:, None]
     block = BLOCKS[q.element_size()]
     together = max(1, block // cells)
     turn = max(1, LSE_BYTES // (4 * tiles * cells * tiles))

@@ -107,7 +107,9 @@ def noise_level(timestep: Any, full: float = TRAIN_TIMESTEPS) -> Tensor:
     For flow matching that is σ itself. For models trained on ᾱ (Stable Diffusion, CogVideoX, PixArt) it is the share of the
     training steps, which falls as monotonically and is what their schedules of steps go by.
     """
-    return torch.as_tensor(timestep, dtype=torch.float32) / full
+    if not isinstance(timestep, Tensor):
+        timestep = torch.tensor(timestep, dtype=torch.float32, device="cpu")
+    return timestep.to(torch.float32) / full
 
 
 def length(x: Tensor | None) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from fastdit.pipelines.family import REST, Facts, Family, grid_of, length
+from fastdit.pipelines.family import REST, Facts, Family, grid_of, length, noise_level
 
 
 def _grid(model: Any, call: dict[str, Any]) -> tuple[int, int, int]:
@@ -59,7 +58,7 @@ class Cosmos(Family):
         return Facts(grid_of(call["hidden_states"], model.config.patch_size), self.noise(model, call))
 
     def noise(self, model: Any, call: dict[str, Any]) -> Tensor:
-        level = torch.as_tensor(call["timestep"], dtype=torch.float32)
+        level = noise_level(call["timestep"], 1.0)
         if level.ndim == 5:  # [B, 1, T, 1, 1]: frames that are given come first, and keep a level of their own to the end
             level = level[:, :, -1]
         # Falling in every step: calls of one level count as one step, and ln σ is negative in half of Cosmos 1's.

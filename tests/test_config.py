@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -32,6 +33,42 @@ def test_the_first_phase_that_holds_wins(sigma, layer):
 @pytest.mark.parametrize("sigma", [1.0, 0.0, 1.001])
 def test_the_ends_of_the_noise_level_belong_to_a_phase(sigma):
     assert Config(phases=(Phase(),)).at(sigma) == 0
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "gaps"),
+    [
+        ([], ()),
+        ([(1.0, 0.0)], ()),
+        ([(1.0, 0.5), (0.5, 0.0)], ()),
+        ([(0.5, 0.0), (1.0, 0.5)], ()),
+        ([(1.0, 0.2), (0.9, 0.8)], ((0.2, 0.0),)),
+        ([(0.9, 0.5)], ((1.0, 0.9), (0.5, 0.0))),
+        ([(1, 0.9), (0.8, 0.5), (0.6, 0.3), (0.1, 0)], ((0.9, 0.8), (0.3, 0.1))),
+    ],
+)
+def test_gaps_between_phases(sigmas, gaps):
+    """An explicit dense phase is none, and no phases at all are a dense configuration."""
+    for layers in (None, (0, 2)):
+        config = Config(tuple(Phase(sigma, layers=layers) for sigma in sigmas))
+        assert config.gaps() == gaps
+    for high, low in gaps:
+        assert config.at((high + low) / 2) is None
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_no_preset_has_a_gap(name):
+    assert preset(name).gaps() == ()
+
+
+def test_an_error_budget_alone_takes_the_default_preset():
+    default = preset("balanced")
+    config = Config(error_budget=0.1)
+    assert config == replace(default, error_budget=0.1)
+    assert Config.from_dict(config.to_dict()) == config
+    assert Config(error_budget=0.1, tile=(2, 4, 4)).tile == (2, 4, 4)
+    assert Config(TWO.phases, error_budget=0.1).phases == TWO.phases
+    assert Config(strict=True).phases == ()  # dense, as ever
 
 
 @pytest.mark.parametrize("name", ["balanced", "fast"])

@@ -296,3 +296,25 @@ def test_scores_find_a_planted_tile():
     k[0, 0, tiles[3, 8:]] -= 2 / 7 * direction
     assert pooled(q, k, tiles, tiles)[0, 0, 0, 3] < 0.5
     assert antidiagonal(layout.to_tiles(q), layout.to_tiles(k), tiles >= 0, 8)[0, 0, 0, 3] > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_nothing_depends_on_the_default_dtype(dtype):
+    q, k, v, _, masks = draw()
+    tiled = [LAYOUT.to_tiles(x) for x in (q, k)]
+
+    def answers():
+        found = [pooled(q, k, LAYOUT.order(), LAYOUT.order()), antidiagonal(*tiled, LAYOUT.order() >= 0, 4)]
+        for quant in (FORMATS[2], Quant("fp8", "fp8", granularity="head")):
+            found += block_sparse_attention(q, k, v, *masks, SCALE, quant)
+        return [*found, *block_sparse_attention(q, k, v, *masks, SCALE, Quant(), pooled=True)]
+
+    expected = answers()
+    torch.set_default_dtype(dtype)
+    try:
+        found = answers()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x, y)

@@ -1,16 +1,19 @@
 """Pictures of policies, and the page of all of them, generated from what was measured."""
 
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from util import call
 
+from fastdit import Config, Dense, Phase
 from fastdit.apps import show
 from fastdit.apps.media import UserError
-from fastdit.heatmap import colour
+from fastdit.heatmap import MEASURES, colour, of_calls
 from fastdit.layout import Layout
 from fastdit.policies import POLICIES, Window
 
@@ -70,3 +73,22 @@ def test_page_without_markers_is_named(tmp_path):
     (tmp_path / "results").symlink_to(DOCS / "results")
     with pytest.raises(UserError, match="policies"):
         show.show_gallery(tmp_path)
+
+
+def test_schedule_says_where_no_phase_is(tmp_path, monkeypatch, capsys):
+    holes = Config((Phase((0.9, 0.5), Window(density=0.5)), Phase((0.3, 0.0), Dense())))
+    (tmp_path / "holes.json").write_text(json.dumps(holes.to_dict()))
+    assert call(monkeypatch, "show", "schedule", tmp_path / "holes.json") == 0
+    said = capsys.readouterr().out
+    assert "no phase names noise levels from 1 to 0.9: attention is dense there" in said
+    assert "no phase names noise levels from 0.5 to 0.3: attention is dense there" in said
+    assert call(monkeypatch, "show", "schedule", "balanced") == 0
+    assert "no phase names" not in capsys.readouterr().out
+
+
+def test_a_heatmap_of_what_is_not_measured():
+    ran = SimpleNamespace(step=0, density=0.5, error=None, seconds=0.1)
+    for what in MEASURES:
+        assert of_calls([(0, ran)], what, 1).width > 0
+    with pytest.raises(ValueError, match="one of density, error, seconds, not 'foo'"):
+        of_calls([(0, ran)], "foo", 1)

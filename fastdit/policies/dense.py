@@ -20,4 +20,4 @@ class Dense(Policy):
     reads: ClassVar[str] = ""
 
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-        return torch.ones(1, 1, layout.video_tiles, layout.video_tiles, dtype=torch.bool)
+        return torch.ones(1, 1, layout.video_tiles, layout.video_tiles, dtype=torch.bool, device="cpu")

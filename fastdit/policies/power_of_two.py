@@ -37,7 +37,7 @@ class PowerOfTwo(Policy):
             raise ValueError(f"power_of_two: along must be 'axes' or 'raster', got {self.along!r}")
 
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-        axes = places(layout) if self.along == "axes" else (torch.arange(layout.video_tiles),)
+        axes = places(layout) if self.along == "axes" else (torch.arange(layout.video_tiles, device="cpu"),)
         far = torch.stack([(x[:, None] - x).abs() for x in axes])
         power = (far & (far - 1)) == 0  # and zero
         reach = power.all(0) & ((far > 0).sum(0) <= 1)

@@ -48,7 +48,7 @@ class Radial(Policy):
 
 def _bands(layout: Layout, decay: float) -> Tensor:
     T, H, W = layout.tile_grid
-    kept = torch.zeros(T, H, W, T, H, W, dtype=torch.bool)
+    kept = torch.zeros(T, H, W, T, H, W, dtype=torch.bool, device="cpu")
     for d in range(T):
         frames = max(0, d * layout.tile[0] - layout.tile[0] + 1)  # between the nearest frames of two tiles
         share = min(1.0, decay / 2 ** frames.bit_length())

@@ -29,7 +29,7 @@ def pooled(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
         flat = _flat(layout, q.device)
         return score.pooled(q.flatten(2, 3), k.flatten(2, 3), flat, flat)
     logits = (means(q, layout) @ means(k, layout).mT) * q.shape[-1] ** -0.5
-    return (logits + layout.counts(q.device)[: layout.video_tiles].log()).softmax(-1)
+    return (logits + layout.counts(q.device)[: layout.video_tiles].float().log()).softmax(-1)
 
 
 def _has_kernel(q: Tensor) -> bool:
@@ -63,7 +63,7 @@ def antidiagonal(q: Tensor, k: Tensor, layout: Layout, stride: int) -> Tensor:
     keys = keys.flatten(3)
     queries = queries.flip(3).flatten(3) * (q.shape[-1] ** -0.5 / stride)
     rows = max(1, ROWS_BYTES // (4 * cells * keys.shape[0] * keys.shape[1] * keys.shape[2])) * cells
-    hidden = torch.zeros(len(live), device=q.device).masked_fill(~live, float("-inf"))
+    hidden = torch.zeros(len(live), dtype=torch.float32, device=q.device).masked_fill(~live, float("-inf"))
     tiles = []
     for part, seen in zip(queries.split(rows, 2), live.split(rows), strict=True):
         mass = (part @ keys.mT).add_(hidden).softmax(-1).unflatten(-1, (-1, cells)).sum(-1)

@@ -47,7 +47,8 @@ class Stripe(Policy):
             raise ValueError("stripe needs q and k")
         near, first, local = _ready(self.window, layout, str(q.device))
         real = layout.order(q.device)[: layout.video_tiles] >= 0
-        minus = torch.zeros(real.shape, device=q.device).masked_fill(~real, float("-inf"))  # what hides padding
+        # What hides padding
+        minus = torch.zeros(real.shape, dtype=torch.float32, device=q.device).masked_fill(~real, float("-inf"))
         queries, keys = q.float() * q.shape[-1] ** -0.5, k.float()
         pooled, start = means(queries, layout), keys[:, :, first].flatten(2, 3).mT
         outside = minus[local].masked_fill(~near.gather(1, local)[..., None], float("-inf"))

@@ -66,7 +66,7 @@ class Window(Policy):
 
 def near(tiles: int, window: int, border: str) -> Tensor:
     """One axis: bool [tiles, tiles], True where query tile (row) attends key tile (column)."""
-    i = torch.arange(tiles)
+    i = torch.arange(tiles, device="cpu")
     if border == "truncate":
         return (i[:, None] - i).abs() <= window // 2
     start = (i - window // 2).clamp(min=0).clamp(max=max(tiles - window, 0))
