@@ -44,15 +44,15 @@ class Stopwatch:
     """Seconds from its making to `stop`; on a GPU the two events between which they passed, so that nobody waits for them."""
 
     def __init__(self, like: Tensor) -> None:
-        self.cuda = like.is_cuda
+        self.device = like.device if like.is_cuda else None
         self.start = self._now()
 
     def _now(self) -> Any:
-        if not self.cuda:
+        if self.device is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # left out, it is the current device's
         return event
 
     def stop(self) -> Any:
-        return (self.start, self._now()) if self.cuda else self._now() - self.start
+        return (self.start, self._now()) if self.device is not None else self._now() - self.start

@@ -7,6 +7,7 @@ computed some other way: whoever calls decides what to do instead.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from typing import Any
 
@@ -55,6 +56,11 @@ def attention(
     )  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return _attention(q, k, v, *masks, str(quant), scale, remainder == "pooled", bias_q, bias_k)
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within it, kernels are launched on the GPU that a tensor lies on, whichever is the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def unsupported(q: Tensor, quant: Quant) -> str | None:
@@ -134,11 +140,12 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     fmt = Quant.parse(quant)
     kernels = _kernels(q)
-    if kv_num_blocks is None or kv_indices is None or q_order is None or k_order is None:
-        out, lse = kernels.dense_attention(q, k, v, scale, fmt, bias_q, bias_k)  # nothing is dropped: no remainder
-    else:
-        masks = (kv_num_blocks, kv_indices, q_order, k_order)
-        out, lse = kernels.block_sparse_attention(q, k, v, *masks, scale, fmt, bias_q, bias_k, pooled)
+    with on_device(q):
+        if kv_num_blocks is None or kv_indices is None or q_order is None or k_order is None:
+            out, lse = kernels.dense_attention(q, k, v, scale, fmt, bias_q, bias_k)  # nothing is dropped: no remainder
+        else:
+            masks = (kv_num_blocks, kv_indices, q_order, k_order)
+            out, lse = kernels.block_sparse_attention(q, k, v, *masks, scale, fmt, bias_q, bias_k, pooled)
     expected = torch.empty_like(q)  # the memory layout the fake kernel promised to the compiler
     return (out if out.stride() == expected.stride() else expected.copy_(out)), lse.contiguous()
 

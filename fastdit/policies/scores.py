@@ -27,7 +27,8 @@ def pooled(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
         from fastdit.kernels import score
 
         flat = _flat(layout, q.device)
-        return score.pooled(q.flatten(2, 3), k.flatten(2, 3), flat, flat)
+        with ops.on_device(q):
+            return score.pooled(q.flatten(2, 3), k.flatten(2, 3), flat, flat)
     logits = (means(q, layout) @ means(k, layout).mT) * q.shape[-1] ** -0.5
     return (logits + layout.counts(q.device)[: layout.video_tiles].float().log()).softmax(-1)
 
@@ -53,7 +54,8 @@ def antidiagonal(q: Tensor, k: Tensor, layout: Layout, stride: int) -> Tensor:
     if _has_kernel(q):
         from fastdit.kernels import score
 
-        return score.antidiagonal(q, k, order >= 0, stride)
+        with ops.on_device(q):
+            return score.antidiagonal(q, k, order >= 0, stride)
     pad = -order.shape[1] % stride
     cells = (order.shape[1] + pad) // stride
     live = torch.nn.functional.pad(order, (0, pad), value=-1).view(-1, cells, stride).ge(0).any(-1).flatten()
