@@ -56,8 +56,9 @@ def _joins(model: Any) -> Iterator[Join]:
             if type(resnet) is not ResnetBlock2D or resnet.upsample is not None or resnet.downsample is not None:
                 return  # another way of joining: what comes behind it is not known either
             channels = resnet.norm1.num_channels // resnet.norm1.num_groups
-            # A group of the normalization that holds one decoder channel varies as a whole.
-            yield Join(resnet.conv1, -(-width // channels) * channels)
+            varies = -(-width // channels) * channels  # a group of the normalization that holds one decoder channel: as a whole
+            if varies < resnet.norm1.num_channels:  # with one group, nothing stays the same
+                yield Join(resnet.conv1, varies)
             if resnet.conv_shortcut is not None:
                 yield Join(resnet.conv_shortcut, width)
             width = resnet.conv2.out_channels

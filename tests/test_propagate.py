@@ -1,6 +1,7 @@
 """Encoder propagation on the real model classes, in float64: what runs at which step, and that it is what the paper says."""
 
 import copy
+import dataclasses
 
 import diffusers
 import pytest
@@ -91,6 +92,22 @@ def test_steps_between_decode_what_the_key_step_encoded(family):
     assert (handle.counts.calls, handle.counts.encoder, handle.counts.decoder) == (5, 2, 5)
     assert state(model) == before
     assert all(map(torch.equal, run(model, call), stock))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 32])
+def test_any_number_of_normalization_groups(groups):
+    """One group: all channels that a convolution reads vary with the decoder, and nothing stays the same."""
+    case = BY_NAME["UNet2DCondition"]
+    model = dataclasses.replace(case, config=case.config | {"norm_num_groups": groups}).model().double()
+    _, call = tiny("UNet2DCondition")
+    stock, reference = run(model, call), expected(model, call, {0, 2, 4})
+    with fastdit.propagate_encoder(model, 1):
+        assert all(map(torch.equal, run(model, call), stock))
+    with fastdit.propagate_encoder(model, 2):
+        found = run(model, call)
+    assert all(map(torch.equal, found[::2], stock[::2]))
+    assert all(relative_error(ours, theirs) < 1e-12 for ours, theirs in zip(found, reference, strict=True))
+    assert relative_error(found[1], stock[1]) > 1e-3
 
 
 @pytest.mark.parametrize("family", UNETS + DITS)
