@@ -23,6 +23,8 @@ class Facts(NamedTuple):
     ragged: each batch element has its own number of tokens before the grid, and padding behind it.
     unread: nobody reads what becomes of tokens that a mask hides: all layers hide them, and the model's answer is without them.
     coarser: further grids, of the lower resolutions of a UNet; a site's number of tokens tells which is its own.
+    timestep: the scheduler's own number, where its scale tells more of the noise level than sigma does (`noise.py`).
+    missing: why the call must stay dense: what it lacks to tell where its tokens sit.
     """
 
     grid: Grid | Tensor
@@ -32,6 +34,8 @@ class Facts(NamedTuple):
     ragged: bool = False
     unread: bool = False
     coarser: tuple[Grid, ...] = ()
+    timestep: Tensor | None = None
+    missing: str | None = None
 
     @property
     def text_len(self) -> int:

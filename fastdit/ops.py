@@ -7,6 +7,7 @@ computed some other way: whoever calls decides what to do instead.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from typing import Any
 
@@ -55,6 +56,11 @@ def attention(
     )  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return _attention(q, k, v, *masks, str(quant), scale, remainder == "pooled", bias_q, bias_k)
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within it, kernels are launched on the GPU that a tensor lies on, whichever is the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def unsupported(q: Tensor, quant: Quant) -> str | None:
