@@ -14,8 +14,12 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from fastdit import scope
 from fastdit.config import Config
 from fastdit.handle import Handle
 from fastdit.pipelines import own
@@ -176,7 +180,7 @@ def report(target: Any) -> Report:
     """What ran in the latest run. Raises ValueError for a pipeline or model that is not accelerated."""
     for _, model in _denoisers(target):
         if (denoiser := installed(model)) is not None:
-            return Report.of(denoiser.handle)
+            return Report.of(denoiser.handle, target)
     raise ValueError(f"this {type(target).__name__} is not accelerated: call fastdit.accelerate(pipe) first")
 
 
@@ -189,7 +193,7 @@ def _config(config: str | Config) -> Config:
 
 
 def _denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
-    """(name, model), torch.compile's wrapper taken off."""
+    """(name, model), the wrappers of torch.compile and of data parallelism taken off."""
     if isinstance(target, nn.Module):
         found = [("model", target)]
     else:
@@ -197,7 +201,8 @@ def _denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
     if not found:
         raise ValueError(f"{type(target).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a model")
     for name, model in found:
-        yield name, getattr(model, "_orig_mod", model)
+        inner: nn.Module = getattr(model, "_orig_mod", model)
+        yield name, inner.module if isinstance(inner, DistributedDataParallel) else inner
 
 
 _set_on_model = AttentionMixin.set_attn_processor
@@ -223,6 +228,10 @@ def _pipeline_set_attn_processor(self: Any, processor: Any) -> None:
 
 
 def patch_diffusers() -> None:
-    """Make `set_attn_processor` of models and pipelines take a `FastAttnProcessor`. Done once, when fastdit is imported."""
+    """Make `set_attn_processor` of models and pipelines take a `FastAttnProcessor`, and pipelines tell where their denoising
+    loops begin and end, and what they call their models for. Done once, when fastdit is imported."""
     AttentionMixin.set_attn_processor = _model_set_attn_processor  # type: ignore[method-assign]
     DiffusionPipeline.set_attn_processor = _pipeline_set_attn_processor  # type: ignore[attr-defined]
+    for cls in (DiffusionPipeline, LoopSequentialPipelineBlocks):
+        scope.watch_loops(cls)
+    scope.watch_names(CacheMixin)

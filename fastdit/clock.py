@@ -35,6 +35,12 @@ class Clock:
         self.sigma = sigma
         return begins
 
+    def move(self, sigma: float) -> None:
+        """Take in the noise level of a call that is known to be of this run, whether the noise falls or rises in it."""
+        if self.step < 0 or abs(sigma - self.sigma) > RISE:
+            self.step += 1
+        self.sigma = sigma
+
     def restart(self) -> None:
         """Whatever noise level comes next begins a new run."""
         self.step = -1

@@ -1,165 +1,114 @@
-"""What fastdit knows about one accelerated pipeline: its denoisers, their attention sites, and what ran in them.
+"""What fastdit knows about one accelerated pipeline: its denoisers, their attention sites, and the runs that pass through them.
 
 Everything lives on the pipeline's own `Handle`, reached from the processors bound into its modules; nothing is global but a
-weak index, through which the opaque attention op finds the handle from the integer it was given.
+weak index, through which the opaque ops find the handle from the integer they are given. What belongs to one run, and may
+differ between threads, is in `runs.py`.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import nn
 
+from fastdit import scope
+from fastdit.branches import Call
+from fastdit.cache import ByteCache
 from fastdit.clock import Clock
 from fastdit.config import Config
-from fastdit.facts import Adapter
-from fastdit.layout import Grid
+from fastdit.facts import Adapter, Facts
 from fastdit.memory import Memory
+from fastdit.plan import MASK_BYTES
+from fastdit.runs import Forward, Ran, Run, SiteState
 
-MOST_CALLS = 64
-"""Calls of one site at one noise level, more than guidance, solvers and a batch taken one by one make: beyond it a new run."""
 _numbers = itertools.count()
 _handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
-
-
-class Ran(NamedTuple):
-    """What one call of a site did.
-
-    phase: as in `Plan`. density: of all query-key pairs. how: "dense", "sparse" (or quantized), "refresh" (dense, statistics
-    taken), "reuse" (sparse, completed by statistics). reason: why it was dense. step, sigma: of the run. quant: number format.
-    trimmed: padded keys cut. error: relative L2 on a few rows, None if not measured. rung: of the guard. seconds: of the
-    attention call, or a pair of CUDA events that will tell.
-    """
-
-    phase: int | None
-    density: float
-    how: str
-    reason: str | None = None
-    step: int = 0
-    sigma: float = 0.0
-    quant: str = "none"
-    trimmed: int = 0
-    error: float | None = None
-    rung: int = 0
-    seconds: Any = 0.0
 
 
 @dataclass(eq=False)
 class Site:
     """One attention module: its name in the denoiser, its index among all sites of the handle and of its denoiser.
 
-    ran: its calls in the latest run; memories: what it remembers by branch, phase, shape; rung: of `guard.RUNGS`.
+    refusal: why the last call went straight to the pipeline's own attention, as far as that is seen when a call is traced.
     """
 
     name: str
     index: int
     layer: int
     denoiser: Denoiser
-    ran: list[Ran] = field(default_factory=list)
     refusal: str | None = None
-    """Why the last call went straight to the pipeline's own attention, seen when the call was traced."""
-    memories: dict[tuple[Any, ...], Memory] = field(default_factory=dict)
-    most: int = 0
-    """Bytes of statistics, when they were most."""
-    rung: int = 0
-    guarded: str | None = None
-    """Why the guard last raised the rung."""
 
-    def memory(self, phase: int | None, *key: Hashable) -> Memory:
-        """What is remembered for a phase and branch, shape, …: new at first. What another phase left goes: the noise level
-        only falls, and a phase begins with statistics of its own."""
-        for other in [other for other in self.memories if other[0] != phase]:
-            del self.memories[other]
-        return self.memories.setdefault((phase, *key), Memory())
+    @property
+    def state(self) -> SiteState:
+        """In the latest run."""
+        return self.denoiser.handle.latest.sites[self.index]
+
+    @property
+    def ran(self) -> list[Ran]:
+        return self.state.ran
+
+    @property
+    def memories(self) -> dict[tuple[Any, ...], Memory]:
+        return self.state.memories
 
     def bytes(self, device: torch.device | None = None) -> int:
-        """Of statistics, on a device; None: on all."""
-        return sum(memory.bytes(device) for memory in self.memories.values())
-
-    def climb(self, why: str, rung: int) -> None:
-        self.guarded, self.rung = f"guard: {why} at noise level {self.denoiser.sigma.item():.3f}", rung
-        self.memories.clear()
+        """Of statistics in all runs, on a device; None: on all."""
+        return sum(run.sites[self.index].bytes(device) for run in self.denoiser.handle.live())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
-        """A copy remembers nothing."""
         twin = memo[id(self)] = copy.copy(self)
-        twin.forget()
         twin.denoiser = copy.deepcopy(self.denoiser, memo)
         return twin
-
-    def forget(self) -> None:
-        """Start anew: nothing of an earlier run must reach the next."""
-        self.ran, self.memories, self.most, self.rung, self.guarded = [], {}, 0, 0, None
 
 
 @dataclass(eq=False)
 class Denoiser:
-    """One model: its sites, and the facts of the call that it is in."""
+    """One model and its sites. number: among the handle's. names: of its forward's parameters. left: attention modules that are
+    no sites, counted by the reason. call: this thread's running call: `.token`, int64 [1] on the CPU, the number of its
+    `Forward`, and `.facts`, as the adapter read them."""
 
     name: str
     adapter: Adapter
     handle: Handle
+    model: weakref.ref[nn.Module]
+    number: int = 0
+    names: tuple[str, ...] = ()
     sites: list[Site] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)
-    """Attention modules that are no sites, counted by the reason why."""
-    grid: Grid = (0, 0, 0)
-    coarser: tuple[Grid, ...] = ()
-    before: int = 0
-    after: int = 0
-    ragged: bool = False
-    unread: bool = False
-    where: Tensor | None = None
-    """The grid, on the CPU, where it is only known when the call runs."""
-    sigma: Tensor = field(default_factory=lambda: torch.zeros(()))
-    """On the CPU: the op reads it at every site, and only one transfer a call may wait for the GPU."""
-    branch: Hashable = 0
-    """Which of several calls at one noise level this is (conditional, unconditional, …; some processors call once a sample)."""
-    contexts: Callable[[], str | None] = field(default=lambda: None)
-    """The name that the pipeline gives to the branch (diffusers' `cache_context`), where a step cache keeps one."""
-    splits_text: Callable[[], bool] = field(default=lambda: False)
-    """Whether text is split over processes beside the picture (`hooked.splits_text`)."""
-    _at: tuple[float, int, int] = (-1.0, 0, 0)
-    _name: str | None = None
-    _seen: Counter[tuple[str | None, int]] = field(default_factory=Counter)
-    """Calls at this noise level, by the pipeline's name for the branch and by layer."""
+    call: threading.local = field(default_factory=threading.local)
+    attentions: list[weakref.ref[nn.Module]] = field(default_factory=list)
+    """The sites' modules."""
+
+    def modules(self) -> list[nn.Module | None]:
+        """The sites' attention modules."""
+        if not self.attentions and (model := self.model()) is not None:  # of a copy
+            self.attentions = [weakref.ref(module) for _, module in self.adapter.sites(model)]
+        return [reference() for reference in self.attentions]
+
+    def unserved(self) -> list[tuple[Site, str]]:
+        """Sites whose processor was exchanged one by one, which nobody tells fastdit."""
+        return [
+            (site, f"its processor was exchanged for {type(processor).__name__} since")
+            for site, module in zip(self.sites, self.modules(), strict=True)
+            if getattr(processor := getattr(module, "processor", None), "site", None) is not site
+        ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
         twin = memo[id(self)] = copy.copy(self)
+        model = self.model()
+        # its own is being copied; where only a part of it is, there is none
+        twin.model = weakref.ref(memo.get(id(model), model)) if model is not None else self.model
+        twin.call, twin.attentions = threading.local(), []
         twin.handle, twin.sites = copy.deepcopy((self.handle, self.sites), memo)
-        twin._seen = Counter()
-        twin.contexts, twin.splits_text = lambda: None, lambda: False  # its own are those of the model it was copied from
         return twin
-
-    def count(self, sigma: float, layer: int, begins: bool) -> None:
-        """Tell calls of one noise level apart: layers run in order, so one that does not come later begins another call.
-
-        Where the pipeline names them, a step cache may skip a whole call of one branch: there only the calls of this layer
-        under this name are counted.
-        """
-        before, last, call = self._at
-        if begins or sigma != before:
-            self._seen.clear()
-            call, new = 0, True
-        else:
-            new = layer <= last
-            call += new
-        self._at = (sigma, layer, call)
-        if new:
-            self._name = self.contexts()
-        self.branch = call if self._name is None else (self._name, self._seen[self._name, layer])
-        self._seen[self._name, layer] += 1
-
-    def overrun(self, sigma: float, layer: int) -> bool:
-        """Whether there were so many calls at this noise level that they must be those of several runs."""
-        return sigma == self._at[0] and self._seen[self._name, layer] >= MOST_CALLS
 
 
 class Handle:
@@ -167,21 +116,31 @@ class Handle:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.clock = Clock()
         self.denoisers: list[Denoiser] = []
         self.restore: Any = None
         self.pipeline: weakref.ref[Any] | None = None
-        self._timesteps: Any = None
-        self._levels = 0
-        self._register()
+        self._begin()
 
-    def _register(self) -> None:
+    def _begin(self) -> None:
+        self.masks = ByteCache(MASK_BYTES)
+        self.runs = 0
+        self.latest = Run(0)
+        self._live: WeakSet[Run] = WeakSet()
+        self._by_loop: WeakKeyDictionary[scope.Loop, Run] = WeakKeyDictionary()
+        self._by_pipeline: list[Run] = []
+        self._by_hand = threading.local()
+        self._lock = threading.Lock()
         self.number = next(_numbers)
         _handles[self.number] = self
 
     @property
     def sites(self) -> list[Site]:
         return [site for denoiser in self.denoisers for site in denoiser.sites]
+
+    @property
+    def clock(self) -> Clock:
+        """Of the latest run."""
+        return self.latest.clock
 
     @staticmethod
     def find(number: int) -> Handle:
@@ -190,44 +149,72 @@ class Handle:
             raise RuntimeError("this attention belongs to a pipeline that fastdit no longer accelerates: compile it again")
         return handle
 
-    def begin_call(self, sigma: float, site: Site) -> None:
-        """Note where the run is. Whatever was remembered goes when a new run begins, also after one that was interrupted."""
-        timesteps = self.timesteps()
-        if timesteps is not self._timesteps or site.denoiser.overrun(sigma, site.layer):
-            self.clock.restart()
-        begins = self.clock.observe(sigma)
-        if begins:
-            self._timesteps = timesteps
-            self._levels = 0 if timesteps is None else len(set(torch.as_tensor(timesteps).tolist()))
-            for each in self.sites:
-                each.forget()
-        site.denoiser.count(sigma, site.layer, begins)
+    def enter(self, sigma: float, timestep: float | None, call: Call, facts: Facts) -> Forward:
+        """Take in one call of a denoiser: the run of this thread that it belongs to, or a new one. Whatever an older run of the
+        thread remembered goes then, also after one that was interrupted."""
+        loop, unserved = scope.loop(), {site.index: why for site, why in self.denoisers[call.model].unserved()}
+        run = getattr(self._by_hand, "run", None) if loop is None else self._by_loop.get(loop)
+        if run is None or run.finished or run.is_over(run.level(sigma, timestep), call, unserved):
+            if run is not None:
+                run.finish()
+            run = self._start(loop)
+        for index, why in unserved.items():
+            run.sites[index].lost = self.lacking(self.sites[index], why)
+        forward = run.enter(run.level(sigma, timestep), call, facts)
+        self.latest = run
+        return forward
+
+    def _start(self, loop: scope.Loop | None) -> Run:
+        pipeline = None if loop is None else loop.pipeline
+        if not hasattr(pipeline, "scheduler"):  # a modular pipeline's block, or a model called by hand
+            pipeline = None if self.pipeline is None else self.pipeline()
+        run = Run(len(self.sites), pipeline, by_hand=loop is None)
+        with self._lock:
+            self.runs += 1
+            self._live.add(run)
+            self._by_pipeline = [
+                other for other in self._by_pipeline if other.pipeline is not None and other.pipeline is not pipeline
+            ] + [run]
+            if loop is not None:
+                self._by_loop[loop] = run
+        if loop is None:
+            self._by_hand.run = run
+        else:
+            loop.at_end(run.finish)
+        for site in self.sites:
+            site.refusal = None
+        return run
+
+    def lacking(self, site: Site, reason: str) -> str:
+        """The reason why a site is not served, which a strict configuration does not accept. Raises RuntimeError then."""
+        if self.config.strict:
+            raise RuntimeError(f"{site.name}: {reason} (strict: attention may not fall back to dense)")
+        return reason
+
+    def live(self) -> list[Run]:
+        """Runs that may remember something."""
+        with self._lock:
+            return [run for run in self._live if not run.finished]
+
+    def run_of(self, pipeline: Any) -> Run:
+        """The latest run of a pipeline that shares a model with others, or the latest of all."""
+        return next((run for run in reversed(self._by_pipeline) if run.pipeline is pipeline), self.latest)
 
     def reset(self) -> None:
         """Forget what ran and what was remembered. It happens by itself when a pipeline runs anew, and when the noise level
         rises; a model on its own that is called again and again at one noise level (one-step models) needs it between runs."""
-        self.clock.restart()
-        for site in self.sites:
-            site.forget()
-
-    @property
-    def last(self) -> bool:
-        """Whether this is the last step of a run of the whole schedule: what is remembered serves nobody any more."""
-        return 0 < self._levels <= self.clock.step + 1
-
-    def timesteps(self) -> Any:
-        """The scheduler's list of timesteps, a new object in each run; None for a model without a pipeline."""
-        pipe = None if self.pipeline is None else self.pipeline()
-        return getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+        for run in self.live():
+            run.finish()
+        self.latest = Run(len(self.sites))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        """A copied pipeline has a handle, a clock and counts of its own."""
+        """A copied pipeline has a handle and runs of its own."""
         twin = Handle.__new__(Handle)
         memo[id(self)] = twin
-        twin.config, twin.clock, twin.restore = self.config, Clock(), None
-        twin.pipeline, twin._timesteps, twin._levels = None, None, 0
+        twin.config, twin.restore, twin.pipeline = self.config, None, None
+        twin._begin()
         twin.denoisers = copy.deepcopy(self.denoisers, memo)
-        twin._register()
+        twin.latest = Run(len(twin.sites))
         return twin
 
     def __enter__(self) -> Handle:

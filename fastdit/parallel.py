@@ -20,6 +20,7 @@ import torch.distributed as dist
 from diffusers.models.attention_dispatch import _templated_context_parallel_attention
 from torch import Tensor
 
+from fastdit import hooked
 from fastdit.attend import attend
 from fastdit.facts import REST
 from fastdit.handle import Denoiser
@@ -32,7 +33,8 @@ def refusal(denoiser: Denoiser, config: Any, mask: Tensor | None) -> str | None:
         return "split over processes by ring and Ulysses at once"
     if parallel.ring_degree > 1 and mask is not None:
         return "split over processes by a ring, with a mask"
-    if (denoiser.before or denoiser.after) and not denoiser.splits_text():
+    facts = getattr(denoiser.call, "facts", None)
+    if facts is not None and (facts.before or facts.after) and not hooked.splits_text(denoiser.model()):
         return "split over processes, and not text and picture apart"
     return None
 
@@ -74,10 +76,11 @@ def attention(
 def tokens(denoiser: Denoiser, length: int, ranks: int, device: torch.device) -> tuple[Tensor, Tensor] | tuple[None, None]:
     """int64 [length] each: the token of the sequence that lies at each place of the gathered one, and the place of each token.
     None where that is the same, as it is without text."""
-    if denoiser.before == denoiser.after == 0:
+    facts = getattr(denoiser.call, "facts", None)
+    if facts is None or facts.before == facts.after == 0:
         return None, None
-    video = math.prod(denoiser.grid)
-    first = denoiser.before or video
+    video = 0 if isinstance(facts.grid, Tensor) else math.prod(facts.grid)
+    first = facts.before or video
     if first == REST:
         first = length - video
     return _interleaved(first, length - first, ranks, device)

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from fastdit import ops
 from fastdit.blockmask import BlockMask, density
+from fastdit.cache import ByteCache
 from fastdit.config import Config
 from fastdit.kernels import configs
 from fastdit.layout import Grid, Layout, fit_tile
 from fastdit.policies import Dense, Policy
 from fastdit.quant import Quant
 from fastdit.reuse import Reuse
+
+MASK_BYTES = 256 << 20
+"""Of static policies' block masks that one pipeline keeps: some 40 of a 14B model's at 720p."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +61,11 @@ def make_plan(
     k: Tensor,
     v: Tensor,
     known: tuple[BlockMask, float] | None = None,
+    masks: ByteCache | None = None,
 ) -> Plan:
     """Resolve one call. q, k and v: [B, H, N, D] in token order (q may have fewer tokens than the sequence); layer: index
     among the denoiser's `layers` sites; known: block mask and density that a dynamic policy chose in an earlier step and that
-    shall serve on."""
+    shall serve on; masks: where static policies' are kept."""
     phase = config.at(sigma, layer, layers)
     if phase is None:
         none = f"no phase for noise level {sigma:.3f} and layer {layer} of {layers}"
@@ -84,7 +88,8 @@ def make_plan(
     if known is not None:
         block_mask, share = known
     elif policy.static:
-        block_mask, share = _static(policy, layout, config.first_frame, str(q.device))
+        where = (policy, layout, config.first_frame, str(q.device))
+        block_mask, share = _static(*where) if masks is None else masks.get(where, lambda: _static(*where))
     elif ops.unsupported(q, quant) is not None:
         return Plan(phase, 1.0, None, quant, None)  # nobody will run it (`attend` says why): to choose would be for nothing
     else:
@@ -112,12 +117,6 @@ def _dense(phase: int | None, reason: str) -> Plan:
     return Plan(phase, 1.0, None, Quant(), reason)
 
 
-def forget() -> None:
-    """Let go of the block masks of static policies, which lie on the GPU that they were made for."""
-    _static.cache_clear()
-
-
-@lru_cache(maxsize=256)
 def _static(policy: Policy, layout: Layout, first_frame: bool, device: str) -> tuple[BlockMask, float]:
     return _listed(complete(policy.select(layout).to(device), layout, first_frame), layout)
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastdit import guard
 from fastdit.config import Config, Phase
-from fastdit.handle import Handle, Ran, Site
+from fastdit.handle import Handle, Site
+from fastdit.runs import Ran, SiteState
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,16 +68,21 @@ class Report:
     """(why, how many) of the attention modules that are no self-attention of the picture and were not touched."""
 
     @classmethod
-    def of(cls, handle: Handle) -> Report:
-        config = handle.config
-        timed = [[_timed(ran) for ran in site.ran] for site in handle.sites]
+    def of(cls, handle: Handle, pipeline: Any = None) -> Report:
+        """Of the latest run, a pipeline's where several share a model."""
+        config, run = handle.config, handle.run_of(pipeline)
+        timed = [[_timed(ran) for ran in state.ran] for state in run.sites]
         calls = [(site.index, ran) for site, rans in zip(handle.sites, timed, strict=True) for ran in rans]
         calls.sort(key=lambda call: call[1].step)
         total = [ran for _, ran in calls]
         phases = [_phase(phase, [ran for ran in total if ran.phase == i]) for i, phase in enumerate(config.phases)]
         if outside := [ran for ran in total if ran.phase is None]:  # noise levels and layers that no phase names
             phases.append(_phase(Phase(), outside))
-        sites = tuple(map(_site, handle.sites, timed))
+        unserved = {site.index: why for denoiser in handle.denoisers for site, why in denoiser.unserved()}
+        sites = tuple(
+            _site(site, state, rans, unserved.get(site.index))
+            for site, state, rans in zip(handle.sites, run.sites, timed, strict=True)
+        )
         left = sum((denoiser.left for denoiser in handle.denoisers), Counter())
         memory = sum(site.memory for site in sites)
         return cls(config, _density(total), tuple(phases), sites, memory, tuple(calls), tuple(left.most_common()))
@@ -159,24 +165,24 @@ def _density(ran: Sequence[Ran]) -> float:
     return sum(r.density for r in ran) / len(ran) if ran else 1.0
 
 
-def _site(site: Site, timed: Sequence[Ran]) -> SiteReport:
+def _site(site: Site, state: SiteState, timed: Sequence[Ran], unserved: str | None) -> SiteReport:
+    lost = state.lost or site.refusal or unserved
     if not timed:
-        reason = site.refusal or "not called yet"
-        ran = "dense" if site.refusal else "never"
-        return SiteReport(site.name, ran, 1.0, "none", reason, 0.0, None, guard.RUNGS[site.rung], 0, 0)
+        ran = "dense" if lost else "never"
+        return SiteReport(site.name, ran, 1.0, "none", lost or "not called yet", 0.0, None, guard.RUNGS[state.rung], 0, 0)
     dense = sum(r.how == "dense" for r in timed)
     reasons = Counter(r.reason for r in timed if r.reason is not None)
     return SiteReport(
         site.name,
-        "sparse" if not dense else "dense" if dense == len(timed) else "mixed",
+        "dense" if dense == len(timed) else "mixed" if dense or lost else "sparse",
         _density(timed),
         Counter(r.quant for r in timed).most_common(1)[0][0],
-        reasons.most_common(1)[0][0] if reasons else None,
+        lost or (reasons.most_common(1)[0][0] if reasons else None),
         sum(r.seconds for r in timed),
         max((r.error for r in timed if r.error is not None), default=None),
-        guard.RUNGS[site.rung],
+        guard.RUNGS[state.rung],
         sum(r.how == "reuse" for r in timed),
-        site.most,
+        state.most,
     )
 
 

@@ -78,6 +78,14 @@ def _runs(valid: Tensor) -> Runs:
     return tuple(zip(edges[::2], edges[1::2], strict=True))
 
 
+def alike(kept: tuple[Runs, ...]) -> dict[Runs, list[int]]:
+    """Which batch elements keep the same tokens."""
+    found: dict[Runs, list[int]] = {}
+    for row, runs in enumerate(kept):
+        found.setdefault(runs, []).append(row)
+    return found
+
+
 def count(runs: Runs, start: int = 0, stop: int | None = None) -> int:
     """Tokens of these runs within [start, stop)."""
     return sum(max(0, min(b, stop if stop is not None else b) - max(a, start)) for a, b in runs)

@@ -42,8 +42,9 @@ _FAMILIES: dict[Family, tuple[str, ...]] = {
     images.HiDream(): ("HiDreamImageTransformer2DModel",),
     images.ZImage(): ("ZImageTransformer2DModel",),
     images.QwenImage(): ("QwenImageTransformer2DModel",),
-    unet.UNet(): ("UNet2DConditionModel", "UNetMotionModel", "UNet3DConditionModel"),
-    unet.SVD(): ("UNetSpatioTemporalConditionModel",),
+    unet.UNet(): (
+        "UNet2DConditionModel", "UNetMotionModel", "UNet3DConditionModel", "UNetSpatioTemporalConditionModel",
+    ),
 }  # fmt: skip
 
 ADAPTERS: dict[str, Adapter] = {name: family for family, names in _FAMILIES.items() for name in names}

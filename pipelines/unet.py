@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from fastdit.layout import Grid
 from fastdit.pipelines.family import Facts, Family, noise_level
@@ -27,10 +28,12 @@ class UNet(Family):
     order: ClassVar[tuple[str, ...]] = ("down_blocks", "mid_block", "up_blocks")
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        return Facts(self._levels(model, call)[0], self.level(call["timestep"]), coarser=self._levels(model, call)[1:])
-
-    def level(self, timestep: Any) -> torch.Tensor:
-        return noise_level(timestep)
+        finest, *coarser = self._levels(model, call)
+        timestep = call["timestep"]
+        if not isinstance(timestep, Tensor):
+            kind = torch.float32 if isinstance(timestep, float) else None
+            timestep = torch.tensor(timestep, dtype=kind, device="cpu")
+        return Facts(finest, noise_level(timestep), coarser=tuple(coarser), timestep=timestep)
 
     def _levels(self, model: Any, call: dict[str, Any]) -> tuple[Grid, ...]:
         h, w = call["sample"].shape[-2:]
@@ -39,11 +42,3 @@ class UNet(Family):
             grids.append((1, h, w))
             h, w = (h + 1) // 2, (w + 1) // 2
         return tuple(grids)
-
-
-class SVD(UNet):
-    """timestep = ln σ / 4, and σ in [.002, 700] compares the noise with a picture of size 1."""
-
-    def level(self, timestep: Any) -> torch.Tensor:
-        sigma = (4 * torch.as_tensor(timestep, dtype=torch.float32)).exp()
-        return sigma / (1 + sigma)

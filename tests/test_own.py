@@ -11,6 +11,7 @@ import fastdit
 from fastdit import Config, Facts, Phase
 from fastdit.processor import BoundProcessor, installed
 from fastdit.reference import relative_error
+from fastdit.runs import Forward
 
 GRID, TEXT = (3, 8, 8), 5
 
@@ -74,7 +75,8 @@ def test_phases_and_text_follow_the_call(mine):
     for percent, ran in ((80.0, "dense"), (20.0, "mixed")):
         mine(*given(percent))
         assert fastdit.report(mine).sites[0].ran == ran
-    assert (installed(mine).grid, installed(mine).before) == (GRID, TEXT)
+    call = Forward.find(int(installed(mine).call.token))
+    assert (call.grids, call.before) == ([GRID], TEXT)
 
 
 def test_compiled_it_is_one_graph(mine):

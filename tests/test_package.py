@@ -10,10 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "layout": 0, "quant": 0, "reference": 0, "blockmask": 0,
+    "layout": 0, "quant": 0, "reference": 0, "blockmask": 0, "cache": 0,
     "ops": 1, "kernels": 1,
     "policies": 2, "plan": 2, "remainder": 2, "profile": 2, "config": 2, "reuse": 2, "memory": 2, "guard": 2, "trim": 2,
     "place": 2, "facts": 2, "heatmap": 2, "schedule": 2, "room": 2, "presets": 2,
+    "noise": 2, "fingerprint": 2, "branches": 2, "runs": 3, "scope": 3, "graphs": 3, "seam": 3,
     "handle": 3, "observe": 3, "processor": 3, "parallel": 3, "hooked": 3, "attend": 3, "clock": 3, "report": 3,
     "propagate": 3, "replay": 3, "features": 3, "inject": 3,
     "api": 4, "pipelines": 4, "": 4,

@@ -15,6 +15,7 @@ from util import environment
 import fastdit
 from fastdit import ops
 from fastdit.blockmask import BlockMask
+from fastdit.facts import Facts
 from fastdit.handle import Denoiser
 from fastdit.layout import Layout
 from fastdit.parallel import _interleaved, _own, _taken, refusal, tokens
@@ -82,7 +83,7 @@ def test_what_stays_with_diffusers(split, mask, text, why):
     model = BY_NAME["HunyuanVideo"].model()
     fastdit.accelerate(model, SPARSE)
     denoiser = installed(model)
-    denoiser.after = text
+    denoiser.call.facts = Facts((2, 2, 2), torch.tensor(0.5), after=text)
     config = ParallelConfig(context_parallel_config=ContextParallelConfig(**split))
     assert why in refusal(denoiser, config, mask)
 
@@ -96,13 +97,14 @@ def test_gathered_places():
 
 def test_nothing_is_moved_where_nothing_is_out_of_order():
     """A model without text in its sequence: no gather of q, k, v and out; with it the places are made once, on the device."""
-    denoiser = Denoiser("model", None, None, grid=(2, 3, 4))
+    denoiser = Denoiser("model", None, None, lambda: None)
+    facts = denoiser.call.facts = Facts((2, 3, 4), torch.tensor(0.5))
     cpu = torch.device("cpu")
     assert tokens(denoiser, 24, 2, cpu) == (None, None)
     x = torch.zeros(1, 24, 2, 8)
     assert _taken(x, None) is x
     assert _own(None, 12, 12, cpu).tolist() == list(range(12, 24))
-    denoiser.before = 4
+    denoiser.call.facts = facts._replace(before=4)
     token, order = tokens(denoiser, 28, 2, cpu)
     again = tokens(denoiser, 28, 2, cpu)
     assert again[0] is token

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fastdit import ops
+from fastdit.cache import ByteCache
 from fastdit.config import Config, Phase
 from fastdit.layout import Layout
 from fastdit.plan import complete, layout_of, make_plan
@@ -9,9 +10,9 @@ from fastdit.policies import Dense, HeadProfile, Policy, SpatialTemporal, Window
 from fastdit.quant import Quant
 
 
-def plan(config, sigma=0.5, grid=(2, 8, 8), layer=0, text=0, text_first=False, tokens=None):
+def plan(config, sigma=0.5, grid=(2, 8, 8), layer=0, text=0, text_first=False, tokens=None, masks=None):
     q = torch.zeros(1, 1, tokens or grid[0] * grid[1] * grid[2] + text, 8)
-    return make_plan(config, sigma, layer, 4, grid, text, text_first, q, q, q)
+    return make_plan(config, sigma, layer, 4, grid, text, text_first, q, q, q, masks=masks)
 
 
 def windowed(**overrides):
@@ -19,11 +20,13 @@ def windowed(**overrides):
 
 
 def test_sparse():
-    got = plan(windowed())
+    masks = ByteCache(1 << 20)
+    got = plan(windowed(), masks=masks)
     assert got.reason is None
     assert got.block_mask is not None
     assert got.density == pytest.approx(1 / 8)
-    assert plan(windowed()).block_mask is got.block_mask  # made once per layout
+    assert plan(windowed(), masks=masks).block_mask is got.block_mask  # made once per layout
+    assert plan(windowed()).block_mask is not got.block_mask
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -10,13 +11,16 @@ from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import Attention
 from models import wan, wan_inputs
 from torch._dynamo.testing import CompileCounterWithBackend
+from util import enter
 
 import fastdit
 from fastdit import Config, Phase, Window
 from fastdit.facts import Facts
-from fastdit.handle import Denoiser, Handle
-from fastdit.processor import BoundProcessor, _bound_class, installed
+from fastdit.handle import Denoiser, Handle, Site
+from fastdit.processor import BoundProcessor, installed
 from fastdit.reference import relative_error
+from fastdit.runs import Forward
+from fastdit.seam import bound_class
 
 SPARSE = Config(
     phases=(Phase((1.0, 0.9)), Phase((0.9, 0.0), Window(size=(1, 1, 3)))), tile=(1, 4, 4), min_tokens=0, max_density=1
@@ -107,7 +111,7 @@ def test_the_grid_follows_the_call(model):
     fastdit.accelerate(model, SPARSE)
     for grid in ((3, 8, 8), (1, 5, 7), (4, 4, 12)):
         run(model, grid=grid)
-        assert installed(model).grid == grid
+        assert Forward.find(int(installed(model).call.token)).grids == [grid]
         assert fastdit.report(model).sites[0].ran == "sparse"
 
 
@@ -127,13 +131,14 @@ def test_the_original_backend_serves_dense_phases(model):
 def test_what_is_not_ours_goes_to_the_original_and_is_reported(model):
     fastdit.accelerate(model, SPARSE)
     attn, hidden = model.blocks[0].attn1, torch.randn(1, 192, 128)
-    installed(model).grid = (3, 8, 8)
+    forward = enter(installed(model), (3, 8, 8))
     mask = torch.rand(1, 1, 192, 192) < 0.5
     with torch.no_grad():
         got = attn.processor(attn, hidden, attention_mask=mask)
         expected = attn.processor.inner(attn, hidden, attention_mask=mask)
     assert torch.equal(got, expected)
     assert fastdit.report(model).sites[0].reason == "the mask hides more than whole keys"
+    assert forward.seen[0] == 1
 
 
 def test_processors_that_call_sdpa_themselves():
@@ -141,18 +146,20 @@ def test_processors_that_call_sdpa_themselves():
     torch.manual_seed(0)
     attn = Attention(query_dim=128, heads=2, dim_head=64).eval().requires_grad_(False)
     handle = Handle(SPARSE)
-    denoiser = Denoiser("unet", None, handle, grid=(3, 8, 8), sigma=torch.tensor(0.5))
+    denoiser = Denoiser("unet", None, handle, weakref.ref(attn))
     handle.denoisers.append(denoiser)
-    from fastdit.handle import Site
-
+    denoiser.attentions.append(weakref.ref(attn))
     denoiser.sites.append(Site("attn1", 0, 0, denoiser))
+    forward = enter(denoiser, (3, 8, 8))
     hidden = torch.randn(2, 192, 128)
     stock, inner = attn(hidden), attn.processor
-    attn.set_processor(_bound_class(type(inner))(inner, denoiser.sites[0]))
+    attn.set_processor(bound_class(type(inner))(inner, denoiser.sites[0]))
     assert inspect.signature(type(attn.processor).__call__) == inspect.signature(type(inner).__call__)
     assert 1e-4 < relative_error(attn(hidden), stock) < 1
-    denoiser.sigma = torch.tensor(0.95)
+    assert forward.seen[0] == 1
+    forward = enter(denoiser, (3, 8, 8), sigma=0.95)
     assert torch.equal(attn(hidden), stock)
+    assert forward.seen[0] == 1
 
 
 def test_training_is_refused(model):
@@ -169,8 +176,7 @@ def test_a_copy_has_a_handle_of_its_own(model):
     other = installed(twin).handle
     assert other is not handle
     assert other.number != handle.number
-    assert handle.clock.run == 0
-    assert other.clock.run == 1
+    assert (handle.runs, other.runs) == (0, 1)
     fastdit.restore(twin)
     assert fastdit.report(model).sites[0].ran == "never"
 
@@ -199,4 +205,4 @@ def test_tokens_that_are_not_the_grid_stay_dense(model):
 
 def test_sdpa_is_untouched_outside():
     assert F.scaled_dot_product_attention is torch.nn.functional.scaled_dot_product_attention
-    assert F.scaled_dot_product_attention.__module__ != "fastdit.processor"
+    assert F.scaled_dot_product_attention.__module__ != "fastdit.seam"

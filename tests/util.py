@@ -179,3 +179,19 @@ def call(monkeypatch: Any, *arguments: object) -> int:
         cli.main()
     assert isinstance(exited.value.code, int)
     return exited.value.code
+
+
+def enter(
+    denoiser: Any, grid: tuple[int, int, int], sigma: float = 0.5, before: int = 0, after: int = 0, latents: Any = None
+) -> Any:
+    """Begin a call of an installed denoiser by hand, so that its sites can be called by themselves; keep what it returns."""
+    import torch
+
+    from fastdit.branches import Call
+    from fastdit.facts import Facts
+
+    facts = Facts(grid, torch.tensor(sigma), before, after)
+    call = Call(denoiser.number, None, b"", (), torch.zeros(0) if latents is None else latents)
+    forward = denoiser.handle.enter(sigma, None, call, facts)
+    denoiser.call.token, denoiser.call.facts = torch.tensor([forward.number]), facts
+    return forward
