@@ -14,6 +14,7 @@ from fastdit import Config, Phase, Quant, Reuse, Window, memory, ops, profile
 from fastdit.blockmask import BlockMask
 from fastdit.layout import Layout
 from fastdit.memory import Memory
+from fastdit.pipelines.adapter import ADAPTERS
 from fastdit.pipelines.family import noise_level
 from fastdit.plan import Plan, complete
 from fastdit.policies import LSH, Antidiagonal, Dense, PowerOfTwo, Radial, SpatialTemporal, Stripe, TopMass
@@ -133,6 +134,14 @@ def test_profiles(other):
 @pytest.mark.parametrize("timestep", [501, 500.7, torch.tensor(500.7), torch.tensor([501]), [500.7, 500.7]], ids=str)
 def test_noise_levels(other, timestep):
     assert equal(*twice(other, lambda: [noise_level(timestep)]))
+
+
+@defaults
+@pytest.mark.parametrize("timestep", [501, 0.3717], ids=str)
+def test_timesteps_of_unets(other, timestep):
+    case = next(case for case in CASES if case.cls == "UNet2DConditionModel")
+    model, call = case.model(), case.call() | {"timestep": timestep}
+    assert equal(*twice(other, lambda: [(facts := ADAPTERS[case.cls].facts(model, (), call)).sigma, facts.timestep]))
 
 
 @pytest.mark.parametrize("other", ["bfloat16", "float16", "float64"])

@@ -1,5 +1,6 @@
 """No adapter takes a run down: what a call lacks leaves it dense, with the reason."""
 
+import dataclasses
 import inspect
 
 import diffusers
@@ -180,8 +181,10 @@ def broken(call):
 )
 def test_an_own_layout_that_fails(mine, how, why):  # noqa: F811
     stock = mine(*given())
-    handle = fastdit.install(mine, how, SPARSE)
+    fastdit.install(mine, how, SPARSE)
     assert torch.equal(mine(*given()), stock)
-    missing = handle.sites[0].denoiser.adapter.facts(mine, given(), {}).missing
-    assert missing.startswith("the layout function fails: ")
-    assert why in missing
+    for site in fastdit.report(mine).sites:
+        assert site.reason.startswith(f"the layout function fails: {why}")
+    fastdit.install(mine, how, dataclasses.replace(SPARSE, strict=True))
+    with pytest.raises(RuntimeError, match="the layout function fails"):
+        mine(*given())
