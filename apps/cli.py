@@ -7,6 +7,7 @@ Whatever a user can mend ends in one line on standard error. Exit status: 0 done
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from importlib import import_module
@@ -94,6 +95,8 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
 def main() -> None:
     """Run the command line and exit."""
     signal.signal(signal.SIGTERM, _terminated)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a prompt that cannot be shown here ends no batch
     try:
         code = app(standalone_mode=False)
     except UserError as problem:

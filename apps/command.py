@@ -15,6 +15,7 @@ import typer
 
 from fastdit.apps.media import UserError
 from fastdit.apps.settings import FORMATS, OFFLOADS, Settings
+from fastdit.apps.text import decode
 
 INTERRUPTED = 130
 Text = str | None
@@ -163,7 +164,7 @@ class Talk:
     def done(self, record: dict[str, Any], said: str) -> None:
         self.bar.update()
         if self.as_json:
-            typer.echo(json.dumps(record, ensure_ascii=False))
+            typer.echo(json.dumps(record))
         elif self.single and not self.quiet:
             typer.echo(said)
             for name in (f"{record['name']}.json", *record["files"]):
@@ -172,7 +173,7 @@ class Talk:
     def failed(self, record: dict[str, Any]) -> None:
         self.bar.update()
         if self.as_json:
-            typer.echo(json.dumps(record, ensure_ascii=False))
+            typer.echo(json.dumps(record))
         self.bar.write(f"fastdit: {record['where']}: {record['error']}", file=sys.stderr)
 
     def close(self) -> None:
@@ -220,7 +221,7 @@ def read_config(path: Path) -> Any:
     from fastdit import Config
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = decode(path.read_bytes())
         if path.suffix == ".toml":
             fields = tomllib.loads(text)
         elif path.suffix in (".yaml", ".yml"):

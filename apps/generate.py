@@ -8,12 +8,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdit.apps.media import UserError
 from fastdit.apps.models import denoisers
-from fastdit.apps.settings import Settings
+from fastdit.apps.settings import Settings, local
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,7 +114,7 @@ def arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
         from diffusers.utils import load_image
 
         try:
-            call["image"] = load_image(str(Path(settings.image).expanduser())).resize((settings.width, settings.height))
+            call["image"] = load_image(str(local(settings.image))).resize((settings.width, settings.height))
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read the image {settings.image} ({error})") from None
     return {name: value for name, value in call.items() if name in takes}

@@ -1,24 +1,21 @@
-"""What is to be rendered: jobs, read from a prompt or a file of prompts, each with its seed, its name and its hash.
+"""What is to be rendered: jobs, made of a prompt or of the lines of a file, each with its seed, its name and its hash.
 
-A file is plain text (a prompt a line), csv, jsonl, yaml or standard input; a line may override any setting. Lines that are
-wrong become errors with their number, and the others are rendered.
+A line may override any setting. Lines that are wrong become errors with their number, and the others are rendered.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from fastdit.apps.media import UserError, digest, slug
+from fastdit.apps.prompts import read as read
 from fastdit.apps.settings import Settings, content, split_lora
+from fastdit.apps.text import half_pair
 
 NAME = "{index:04d}-{slug}-s{seed}"
 ALIASES = {
@@ -35,6 +32,7 @@ KINDS: dict[str, type] = {
 NOT_THE_CLIP = ("device", "cpu_offload", "compile", "vae_tiling", "ulysses", "ring")
 """Settings that change how fast a clip is made and not what it shows: jobs that differ in these alone are one."""
 
+MARK = "\ufeff"  # of byte order: the shell's $(cat FILE), a cell and the clipboard pass it on
 LONGEST_NAME = 200  # bytes, of the 255 that most file systems allow
 
 
@@ -118,7 +116,7 @@ def parse(said: Any) -> dict[str, Any]:
     if isinstance(said, UserError):
         raise said
     if isinstance(said, str):
-        return {"prompt": said}
+        return {"prompt": said.lstrip(MARK)}
     if not isinstance(said, dict):
         raise UserError(f"expected a prompt or a mapping of settings, got {str(said)[:80]!r}")
     given: dict[str, Any] = {}
@@ -133,7 +131,7 @@ def parse(said: Any) -> dict[str, Any]:
         given[ours] = _as(KINDS[ours], key, value)
     if "prompt" not in given:
         raise UserError("there is no prompt")
-    return given
+    return given | {"prompt": given["prompt"].lstrip(MARK)}
 
 
 def _as(kind: type, key: str, value: Any) -> Any:
@@ -155,69 +153,6 @@ def _as(kind: type, key: str, value: Any) -> Any:
         raise UserError(f"{key} must be a {'whole ' if kind is int else ''}number, got {str(value)[:80]!r}") from None
 
 
-def read(source: str, stream: Any = None) -> list[tuple[str, Any]]:
-    """(where, what it says) of every line of a file, or of standard input if it is "-" (text, or JSON in braces).
-
-    Raises UserError for a file that cannot be read as a whole.
-    """
-    path = Path(source).expanduser()
-    try:
-        text = stream.read() if source == "-" else path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"--prompts: cannot read {source} ({getattr(error, 'strerror', None) or 'not UTF-8'})", 2) from None
-    readers = {".csv": _csv, ".jsonl": _jsonl, ".ndjson": _jsonl, ".yaml": _yaml, ".yml": _yaml, ".txt": _text, "": _text}
-    if source == "-":
-        lines = list(_jsonl("line", text) if text.lstrip().startswith("{") else _text("line", text))
-    elif path.suffix.lower() not in readers:
-        raise UserError(f"--prompts: {path.name} is neither txt, csv, jsonl nor yaml", 2)
-    else:
-        lines = list(readers[path.suffix.lower()](f"{path.name} line", text))
-    if not lines:
-        raise UserError(f"--prompts: {source} is empty", 2)
-    return lines
-
-
-def _text(where: str, text: str) -> Iterator[tuple[str, Any]]:
-    """A prompt a line; empty lines, and such as begin with #, are no prompts."""
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip() and not line.startswith("#"):
-            yield f"{where} {number}", line.strip()
-
-
-def _jsonl(where: str, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"{where} {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"{where} {number}", UserError(f"not JSON ({error})")
-
-
-def _csv(where: str, text: str) -> Iterator[tuple[str, Any]]:
-    rows = csv.DictReader(io.StringIO(text), strict=True)
-    if "prompt" not in (rows.fieldnames or ()):
-        raise UserError("--prompts: the first line of a csv names its columns, one of them `prompt`", 2)
-    try:
-        for row in rows:
-            extra = row.pop(None, None)
-            yield f"{where} {rows.line_num}", UserError("more cells than columns") if extra else row
-    except csv.Error as error:
-        yield f"{where} {rows.line_num}", UserError(f"not csv ({error}): what follows was not read")
-
-
-def _yaml(where: str, text: str) -> Iterator[tuple[str, Any]]:
-    import yaml
-
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if not isinstance(node, yaml.SequenceNode):
-            raise UserError("--prompts: a yaml file must be a list, of prompts or of mappings", 2)
-        for each, said in zip(node.value, yaml.safe_load(text), strict=True):
-            yield f"{where} {each.start_mark.line + 1}", said
-    except yaml.YAMLError as error:
-        raise UserError(f"--prompts: not yaml ({' '.join(str(error).split())[:200]})", 2) from None
-
-
 def check_name(template: str) -> None:
     """Raises UserError for a --name that has unknown fields or would leave the folder."""
     example = Job(0, {"prompt": "a", "seed": 0})
@@ -228,7 +163,7 @@ def check_name(template: str) -> None:
         name = template.format(**_fields(example))
     except (ValueError, IndexError, KeyError) as error:
         raise UserError(f"--name {template!r} is not a name such as {NAME!r} ({error})", 2) from None
-    if not name.strip() or name.startswith(".") or any(c in "/\\:\0" or ord(c) < 32 for c in name):
+    if not name.strip() or name.startswith(".") or half_pair(name) or any(c in "/\\:\0" or ord(c) < 32 for c in name):
         raise UserError(f"--name {template!r} must be a plain file name: no / \\ : and no dot in front", 2)
 
 

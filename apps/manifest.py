@@ -24,7 +24,8 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
     """The last record of every job, oldest job first; empty where there is no manifest. Broken lines are skipped."""
     records: dict[str, dict[str, Any]] = {}
     try:
-        lines = (folder / FILE).read_text(encoding="utf-8", errors="replace").split("\n")
+        # -sig: an editor that somebody looked at it with may have put a mark of byte order in front
+        lines = (folder / FILE).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     except OSError:
         return {}
     for line in lines:
@@ -136,7 +137,7 @@ class Manifest:
 
     def _sidecar(self, name: str) -> dict[str, Any] | None:
         try:
-            found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            found = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8-sig"))
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None

@@ -34,7 +34,8 @@ class UserError(Exception):
 
 def slug(text: str, length: int = SLUG_LENGTH) -> str:
     """A readable file name of at most `length` characters: words in ASCII letters and digits, joined by hyphens."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    spaced = re.sub(r"\s", " ", text)  # U+2028 and others part words too, and are not ASCII
+    plain = unicodedata.normalize("NFKD", spaced).encode("ascii", "ignore").decode().lower()
     name = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
     if len(name) > length:
         name = name[: length + 1].rpartition("-")[0] or name[:length]

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdit.apps.media import UserError
-from fastdit.apps.settings import Settings, split_lora
+from fastdit.apps.settings import Settings, here, hub_id, local, split_lora
 
 if TYPE_CHECKING:
     from torch import nn
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+WEIGHTS = (".safetensors", ".bin", ".pt")  # files of a LoRA; no repository is called so
 LEAST_PIXELS = 16  # SSIM's window and H.264 need a few
 
 
@@ -85,12 +83,16 @@ def _prepare(pipe: Any, settings: Settings, device: str) -> Any:
 
     if settings.lora:
         path, weight = split_lora(settings.lora)
-        folder = Path(path).expanduser()
+        if not here(path) and (not hub_id(path) or path.endswith(WEIGHTS)):
+            raise UserError(
+                f"cannot load the LoRA {settings.lora} (no file or folder {path}, nor is that a Hub id owner/name)", 2
+            )
         try:
-            pipe.load_lora_weights(str(folder) if folder.exists() else path, adapter_name="lora")
+            pipe.load_lora_weights(str(local(path)) if here(path) else path, adapter_name="lora")
             pipe.set_adapters(["lora"], [float(weight)])
         except Exception as error:  # peft missing, no such file, weights of another model, not a number
-            raise UserError(f"cannot load the LoRA {settings.lora} ({str(error).splitlines()[0][:200]})") from error
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"cannot load the LoRA {settings.lora} ({cause[:200]})") from error
     if settings.vae_tiling:
         if not hasattr(getattr(pipe, "vae", None), "enable_tiling"):
             raise UserError(f"--vae-tiling: the autoencoder of {type(pipe).__name__} cannot work in tiles")
@@ -137,8 +139,8 @@ def makes_video(pipe: Any) -> bool:
 
 def _locate(model: str, embedded: bool) -> tuple[str, bool]:
     """(path or Hub id, whether it is local)."""
-    folder = Path(model).expanduser()
-    if not folder.exists() and HUB_ID.fullmatch(model) and not model.startswith("."):
+    folder = local(model)
+    if not here(model) and hub_id(model):
         return model, False
     remedy = (
         "train it with fastdit.apps.tiny.train, or reinstall fastdit"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastdit.apps.media import UserError
+from fastdit.apps.text import blank, control, half_pair
 
 if TYPE_CHECKING:
     from fastdit import Config
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 LONGEST_PROMPT = 4000  # characters; no text encoder of diffusers' models reads half of that
 OFFLOADS = ("none", "model", "group")
 FORMATS = ("mp4", "webp", "gif", "png")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class Settings:
     """All that decides a clip and how it is run; where nothing is said, what suits the embedded model.
 
     model: folder or Hub id, None: embedded. custom: replaces the preset. height, width: pixels; fps: frames a second; image: a
-    file to start from; lora: folder, file or Hub id, with @scale if it is not 1. format, crf: of the video file. What follows
-    changes speed and memory only; ulysses, ring: processes that share a video.
+    file to start from; lora: folder, file or Hub id, with @scale if it is not 1 (`split_lora`). format, crf: of the video file.
+    What follows changes speed and memory only; ulysses, ring: processes that share a video.
     """
 
     prompt: str
@@ -65,8 +69,14 @@ class Settings:
 
     def check(self) -> None:
         """Everything that can be told without the model. Raises UserError."""
+        for name, said in vars(self).items():
+            if isinstance(said, str):
+                # a prompt may have any character that JSON can say, as in the pipeline's own call; no name of a file has those
+                odd = half_pair(said) or (None if name in ("prompt", "negative") else control(said))
+                if odd is not None:
+                    raise UserError(f"the {name} has {odd!r} in it: leave that out", 2)
         self.config()
-        if not self.prompt.strip():
+        if blank(self.prompt):
             raise UserError('the prompt is empty: say what to draw, such as "a red circle moving right"', 2)
         if self.steps < 1:
             raise UserError(f"--steps must be at least 1, got {self.steps}", 2)
@@ -89,7 +99,7 @@ class Settings:
             raise UserError(f"--crf must be from 0 (lossless) to 51, got {self.crf}", 2)
         if self.cpu_offload not in OFFLOADS:
             raise UserError(f"--cpu-offload must be one of {', '.join(OFFLOADS)}, got {self.cpu_offload!r}", 2)
-        if self.image is not None and not Path(self.image).expanduser().is_file():
+        if self.image is not None and not os.path.isfile(local(self.image)):
             raise UserError(f"--image: no file {self.image}", 2)
         if not math.isfinite(self.guidance) or self.guidance < 0:
             raise UserError(f"--guidance must be a number of at least 0 (1 and below: off), got {self.guidance}", 2)
@@ -117,10 +127,36 @@ class Settings:
         )
 
 
+def local(path: str) -> Path:
+    """~ is home, as in the shell; of a user who is none it is a name like any other."""
+    return Path(os.path.expanduser(path))
+
+
+def here(path: str) -> bool:
+    """Whether that is a file or folder; a path that cannot be one (too long) is none."""
+    return os.path.exists(local(path))
+
+
+def hub_id(said: str) -> bool:
+    """Whether it can be an id of the Hub, owner/name."""
+    return bool(HUB_ID.fullmatch(said)) and not said.startswith(".")
+
+
 def split_lora(said: str) -> tuple[str, str]:
-    """PATH@SCALE or PATH -> where it is, and its scale as it was written."""
-    path, at, scale = said.rpartition("@")
-    return (path, scale) if at else (scale, "1")
+    """PATH@SCALE or PATH -> where it is, and its scale as it was written.
+
+    What is a file or folder by its whole name is that, whatever is in the name; elsewhere a number behind the last @ is the
+    scale, and anything else there is part of the path.
+    """
+    path, _, scale = said.rpartition("@")
+    return (path, scale) if path and _finite(scale) and not here(said) else (said, "1")
+
+
+def _finite(said: str) -> bool:
+    try:
+        return math.isfinite(float(said))
+    except ValueError:
+        return False
 
 
 def content(path: str) -> str:
@@ -129,8 +165,8 @@ def content(path: str) -> str:
     Raises UserError for a file that cannot be read.
     """
     try:
-        file = Path(path).expanduser()
-        if not file.is_file():
+        file = local(path)
+        if not os.path.isfile(file):
             return path
         found = file.stat()
         return _sha256(str(file), found.st_mtime_ns, found.st_size)

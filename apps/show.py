@@ -13,6 +13,7 @@ import typer
 from fastdit.apps.bench import around_block, write_block
 from fastdit.apps.media import UserError
 from fastdit.apps.presets import about
+from fastdit.apps.text import decode
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,7 +66,7 @@ def show_schedule(
 
     try:
         file = Path(name)
-        config = Config.from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.suffix == ".json" else preset(name)
+        config = Config.from_dict(json.loads(decode(file.read_bytes()))) if file.suffix == ".json" else preset(name)
         if layers < 1:
             raise ValueError(f"--layers must be at least 1, got {layers}")
         entries = schedule(config, noise_levels(steps, shift), layers)

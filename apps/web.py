@@ -15,6 +15,7 @@ import typer
 
 from fastdit.apps.media import UserError
 from fastdit.apps.settings import Settings
+from fastdit.apps.text import decode
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PAUSE = 1.0
@@ -146,7 +147,7 @@ def loopback(host: str) -> bool:
 def read_users(path: Path) -> dict[str, str]:
     """{name: password} of a file. Raises UserError; no password is ever repeated."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in decode(path.read_bytes()).split("\n")]
     except (OSError, UnicodeError) as error:
         raise UserError(f"--auth: cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'})", 2) from None
     users: dict[str, str] = {}

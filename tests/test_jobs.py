@@ -149,6 +149,11 @@ def test_hash_is_of_what_names_stand_for(tmp_path: Path, monkeypatch: pytest.Mon
     assert hash_of(lora=f"{lora}@0.5") != weighed
     assert hash_of(lora=str(tmp_path)) != hash_of(lora="somebody/style")  # a folder, an id: by their names
 
+    marked = tmp_path / "a@2"  # a file, and no scale of 2
+    marked.write_bytes(b"another")
+    assert hash_of(lora=str(marked)) == hash_of(lora=str(lora))
+    assert hash_of(lora=f"{marked}@0.5") == hash_of(lora=f"{lora}@0.5")
+
 
 def test_a_file_is_read_once_for_many_jobs(tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
@@ -182,6 +187,7 @@ def test_a_line_may_leave_the_configuration_for_a_preset() -> None:
         "a\nb",
         "{seed.real}",
         "{index:z}",
+        "\udce2{slug}",
         "c:{slug}",
     ],
 )

@@ -55,6 +55,21 @@ def test_broken_lines_are_skipped(tmp_path: Path) -> None:
     assert list(read(tmp_path)) == ["a"]
 
 
+def test_a_mark_of_byte_order_hides_no_record(tmp_path: Path) -> None:
+    """As an editor on Windows leaves it: what is done stays done, by the manifest and by the file beside a clip."""
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / FILE).write_bytes(
+        mark + json.dumps(done("a", settings={"prompt": "x\u2028y"}), ensure_ascii=False).encode() + b"\r\n"
+    )
+    (tmp_path / "clip.json").write_bytes(mark + FILES[".json"].replace(b'"a"', b'"b"'))
+    for name in ("a.mp4", "clip.mp4"):
+        (tmp_path / name).write_bytes(b"film")
+    assert read(tmp_path)["a"]["settings"]["prompt"] == "x\u2028y"
+    with Manifest(tmp_path) as manifest:
+        assert manifest.finished("a", "a") == manifest.records["a"]
+        assert manifest.finished("b", "clip") == {"job": "b", "file": "clip.mp4", "state": "done"}
+
+
 def test_nothing_done_leaves_nothing(tmp_path: Path) -> None:
     with Manifest(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / FILE).exists()

@@ -105,6 +105,7 @@ def test_sheet_shows_time_order_and_settings(tmp_path: Path) -> None:
         ("A red circle, moving RIGHT!", "a-red-circle-moving-right"),
         ("Ünïcode café", "unicode-cafe"),
         ("../../etc/passwd", "etc-passwd"),
+        ("a red circle\u2028moving\x85right", "a-red-circle-moving-right"),
         ("北京", "clip"),
         ("   ", "clip"),
         ("x" * 10_000, "x" * SLUG_LENGTH),

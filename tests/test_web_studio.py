@@ -237,6 +237,8 @@ def test_who_may_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     users = tmp_path / "users"
     users.write_text("# who\nada:pass:word\n\ncy:x\n")
     assert read_users(users) == {"ada": "pass:word", "cy": "x"}
+    users.write_bytes("\ufeffada:pass\u2028word\r\ncy:x\x0cy\r\n".encode())
+    assert read_users(users) == {"ada": "pass\u2028word", "cy": "x\x0cy"}
     for wrong in ("../x:pass", "ada", "ada:", ""):
         users.write_text(wrong)
         with pytest.raises(UserError) as refused:
