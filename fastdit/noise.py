@@ -2,8 +2,8 @@
 
 Most count a thousand training steps down. EDM's (arXiv 2206.00364 table 1: c_noise = ln σ / 4; Playground v2.5, SVD) give the
 logarithm of a σ that compares the noise with a picture of size 1, consistency models a thousand times that, IPNDM, cosine DPM
-and score SDEs a number from 1 to 0. The noise level is the share σ / (1 + σ) for EDM's, and the timestep's share of its range
-for the others.
+and score SDEs a number from 1 to 0, SCM an angle from π/2. The noise
+level is the share σ / (1 + σ) for EDM's, and the timestep's share of its range for the others.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ class Scale:
         return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
     @classmethod
-    def of(cls, scheduler: Any, first: float) -> Scale:
+    def of(cls, scheduler: Any, first: int | float) -> Scale:
         """Of a scheduler (None: unknown) with its timesteps set, for a run whose first timestep is `first`: the largest, but
-        for an inversion from 0."""
+        for an inversion from 0. Whole numbers count the training's steps, unless the scheduler says otherwise."""
         listed = getattr(scheduler, "timesteps", None)
-        times = (
-            [first or TRAIN_TIMESTEPS]
-            if listed is None or len(listed) == 0
-            else torch.as_tensor(listed).flatten().double().tolist()
-        )
+        if listed is None or len(listed) == 0:
+            if isinstance(first, int):
+                return cls()
+            listed = [first or TRAIN_TIMESTEPS]
+        times = torch.as_tensor(listed).flatten().double().tolist()
         most, least = max(times), min(times)
         if least < 0 or most > 1.001 * TRAIN_TIMESTEPS or 1 < most <= EDM_MOST:
             return cls("log", 1.0 if most <= EDM_MOST else TRAIN_TIMESTEPS)
-        if most <= 1:
-            return cls("share", 1.0)
-        if scheduler is not None and most < FEW and not hasattr(getattr(scheduler, "config", None), "num_train_timesteps"):
+        if most < 2:
+            return cls("share", max(1.0, most))
+        if most < FEW and not hasattr(getattr(scheduler, "config", None), "num_train_timesteps"):
             return cls("share", most)
         return cls()

@@ -67,8 +67,6 @@ def _begin_forward(
     number, model = ids.tolist()
     handle = Handle.find(number)
     denoiser = handle.denoisers[model]
-    if timestep is not None and not timestep.is_floating_point():
-        timestep = None  # whole numbers count the training's steps, as sigma does
     given = [sigma.amax()] + ([] if timestep is None else [timestep.amax()]) + ([] if where is None else list(where.unbind()))
     pieces = [fingerprint.summed(each) for each in conditioning] + ([] if latents is None else [fingerprint.sampled(latents)])
     read = _to_host([*given, *pieces])
@@ -87,7 +85,8 @@ def _begin_forward(
         () if latents is None else tuple(latents.shape), sample,
     )  # fmt: skip
     facts = Facts(grids[0], sigma, before, after, bool(ragged), bool(unread), tuple(grids[1:]), missing=missing)
-    forward = handle.enter(numbers[0], None if timestep is None else numbers[1], call, facts)
+    time = None if timestep is None else numbers[1] if timestep.is_floating_point() else round(numbers[1])
+    forward = handle.enter(numbers[0], time, call, facts)
     return torch.tensor([forward.number], dtype=torch.int64, device="cpu")
 
 
