@@ -17,6 +17,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from fastdit.cache import byte_cache
+
 Grid = tuple[int, int, int]
 
 
@@ -99,7 +101,11 @@ class Layout:
         return x.flatten(2, 3).index_select(2, slot)
 
 
-@lru_cache(maxsize=256)
+ORDER_BYTES = 64 << 20
+"""Of all layouts' orders: one of 75,600 tokens takes 600 KB."""
+
+
+@byte_cache(ORDER_BYTES)
 def _order(layout: Layout, device: str) -> Tensor:
     (T, H, W), (t, h, w), (nt, nh, nw) = layout.grid, layout.tile, layout.tile_grid
     index = torch.full((nt * t, nh * h, nw * w), -1, dtype=torch.long, device="cpu")
@@ -115,7 +121,7 @@ def _order(layout: Layout, device: str) -> Tensor:
     return tiles.contiguous().to(device)
 
 
-@lru_cache(maxsize=256)
+@byte_cache(ORDER_BYTES)
 def _padding(layout: Layout, device: str) -> Tensor:
     """int64 [n]: the slots, of those of all tiles, that hold no token."""
     return (layout.order().flatten() < 0).nonzero().flatten().to(device)

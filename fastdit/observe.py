@@ -79,7 +79,7 @@ def _begin_forward(
             missing = missing or "the tokens' coordinates are not those of one image"
         grids.insert(0, (t, h, w))
     read = read[len(given) :]
-    sample = torch.zeros(0) if latents is None else read.pop()
+    sample = torch.zeros(0, dtype=torch.float32) if latents is None else read.pop()
     call = Call(
         model, scope.name_of(denoiser.model()), b"".join(piece.numpy().tobytes() for piece in read),
         () if latents is None else tuple(latents.shape), sample,

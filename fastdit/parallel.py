@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastdit import hooked
 from fastdit.attend import attend
+from fastdit.cache import byte_cache
 from fastdit.facts import REST
 from fastdit.handle import Denoiser
 
@@ -86,7 +87,7 @@ def tokens(denoiser: Denoiser, length: int, ranks: int, device: torch.device) ->
     return _interleaved(first, length - first, ranks, device)
 
 
-@lru_cache(maxsize=64)
+@byte_cache(16 << 20)
 def _interleaved(first: int, second: int, ranks: int, device: torch.device) -> tuple[Tensor, Tensor]:
     both = torch.arange(first + second, device=device)
     pieces = (both[:first].tensor_split(ranks), both[first:].tensor_split(ranks))

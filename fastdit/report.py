@@ -106,10 +106,10 @@ class Report:
         return sum(ran.trimmed for _, ran in self.calls)
 
     def heatmap(self, what: str = "density") -> Image:
-        """A picture over steps (x) and sites (y) of "density", "error" or "seconds"."""
-        from fastdit.heatmap import draw
+        """A picture over steps (x) and sites (y) of "density", "error" or "seconds". Raises ValueError for anything else."""
+        from fastdit.heatmap import of_calls
 
-        return draw([(ran.step, site, getattr(ran, what)) for site, ran in self.calls], what, len(self.sites))
+        return of_calls(self.calls, what, len(self.sites))
 
     def __str__(self) -> str:
         rows = [("noise level", "policy", "quant", "remainder", "reuse", "density", "error", "seconds", "calls", "reused")]
@@ -126,6 +126,9 @@ class Report:
             for (ran, reason, rung), count in sites.items()
         ]
         notes += [f"{count} modules left alone ({why})" for why, count in self.left]
+        if gaps := self.config.gaps():
+            named = ", ".join(f"{high:g} … {low:g}" for high, low in gaps)
+            notes.append(f"no phase names the noise levels {named}: dense there")
         if self.trimmed:
             notes.append(f"padded text cut: {self.trimmed / len(self.calls):.0f} keys a call")
         if self.memory:

@@ -190,7 +190,7 @@ class Run:
         if not self.by_hand or self._timesteps is None:
             return False
         if self._steps is None:
-            listed = torch.as_tensor(self._timesteps).flatten().double()
+            listed = torch.as_tensor(self._timesteps, dtype=torch.float64).flatten()
             moved = listed.diff().abs() > RISE * max(1.0, float(listed.abs().amax())) if len(listed) else listed
             self._steps = int(moved.sum()) + (len(listed) > 0)  # as the clock counts them
         return 0 < self._steps <= self.clock.step + 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastdit.blockmask import version
+from fastdit.cache import byte_cache
 from fastdit.kernels import configs
 from fastdit.kernels import pooled as remainder
 from fastdit.kernels.forward import forward
@@ -202,7 +202,7 @@ def dense_attention(
     return block_sparse_attention(q, k, v, *_everything(q.shape[2], k.shape[2], str(q.device)), scale, quant, bias_q, bias_k)
 
 
-@lru_cache(maxsize=32)
+@byte_cache(64 << 20)
 def _everything(q_len: int, k_len: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Block mask of a full tile map: lists and orders."""
     q_order, k_order = (_runs(length, device) for length in (q_len, k_len))

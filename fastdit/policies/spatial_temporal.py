@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastdit.cache import byte_cache
 from fastdit.layout import Layout
 from fastdit.policies.base import Policy, check_share
 from fastdit.policies.scores import places
@@ -72,7 +72,7 @@ class SpatialTemporal(Policy):
         return band, band[rank[:, None], rank]
 
 
-@lru_cache(maxsize=16)
+@byte_cache(64 << 20)
 def _ready(policy: SpatialTemporal, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Both maps, and the slots of the drawn rows: the same in every call, so a GPU waits for them once."""
     slots = (layout.order()[: layout.video_tiles].flatten() >= 0).nonzero().flatten()

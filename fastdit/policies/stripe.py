@@ -14,12 +14,12 @@ a window of one tile, that is no better than random tiles (docs/policies.md): th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastdit.cache import byte_cache
 from fastdit.layout import Grid, Layout
 from fastdit.policies.base import Policy
 from fastdit.policies.scores import ROWS_BYTES, means, places
@@ -72,7 +72,7 @@ class Stripe(Policy):
         return found | near | first
 
 
-@lru_cache(maxsize=16)
+@byte_cache(64 << 20)
 def _ready(window: Grid, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Which tiles lie near each (bool, and as many numbers a tile as the largest window has) and which in the first frame."""
     near = Window(size=window).select(layout)[0, 0]

@@ -1,0 +1,81 @@
+"""Denoising loops and names of calls, by thread."""
+
+import gc
+import threading
+
+import pytest
+from diffusers import DiffusionPipeline
+from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks
+from models import wan
+
+from fastdit import scope
+
+
+class Pipe(DiffusionPipeline):
+    def __init__(self, quiet=False):
+        super().__init__()
+        self.set_progress_bar_config(disable=quiet)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_loop_lasts_as_long_as_its_bar(quiet):
+    pipe, ended = Pipe(quiet), []
+    assert scope.loop() is None
+    with pipe.progress_bar(total=3) as bar:
+        assert scope.loop().pipeline is pipe
+        scope.loop().at_end(lambda: ended.append(1))
+        bar.update()
+    assert (scope.loop(), ended) == (None, [1])
+    bar.close()
+    assert ended == [1]
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+@pytest.mark.parametrize("left", ["ends", "break", "raises"])
+def test_iterated(quiet, left):
+    ended = []
+
+    def walk():
+        for i in Pipe(quiet).progress_bar(range(3)):
+            scope.loop().at_end(lambda: ended.append(1))
+            if i == 1 and left == "break":
+                break
+            if i == 1 and left == "raises":
+                raise InterruptedError
+
+    try:
+        walk()
+    except InterruptedError:
+        pass
+    gc.collect()
+    assert scope.loop() is None
+    assert ended
+
+
+def test_the_innermost_loop_counts_and_threads_do_not_meet():
+    outer, inner, seen = Pipe(True), Pipe(True), []
+    with outer.progress_bar(total=1):
+        with inner.progress_bar(total=1):
+            assert scope.loop().pipeline is inner
+            other = threading.Thread(target=lambda: seen.append(scope.loop()))
+            other.start()
+            other.join()
+        assert scope.loop().pipeline is outer
+    assert seen == [None]
+
+
+def test_blocks_of_modular_pipelines_have_loops():
+    assert LoopSequentialPipelineBlocks.progress_bar.__wrapped__.__qualname__ == "LoopSequentialPipelineBlocks.progress_bar"
+
+
+def test_names_are_those_of_the_running_call():
+    model, other = wan(), wan()
+    assert scope.name_of(model) is None
+    with model.cache_context("cond"):
+        assert (scope.name_of(model), scope.name_of(other)) == ("cond", None)
+        with other.cache_context("uncond"), model.cache_context("inner"):
+            assert (scope.name_of(model), scope.name_of(other)) == ("inner", "uncond")
+        assert scope.name_of(model) == "cond"
+    with pytest.raises(InterruptedError), model.cache_context("cond"):
+        raise InterruptedError
+    assert scope.name_of(model) is None
