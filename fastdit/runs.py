@@ -157,7 +157,8 @@ class Run:
             return False
         anew = self.timesteps() is not self._timesteps  # several schedulers may take turns
         if sigma < self.clock.sigma - RISE:
-            return anew and not self.branches.goes_on(sigma, call)
+            turns = self._rises and self.clock.step > 0
+            return (anew or turns) and not self.branches.goes_on(sigma, call)
         return (anew and self.branches.seen(call)) or (self.clock.step == 0 and self._calls[call.model] >= MOST_CALLS)
 
     def enter(self, sigma: float, call: Call, facts: Facts) -> Forward:

@@ -1,5 +1,6 @@
 """Denoising loops and names of calls, by thread."""
 
+import contextlib
 import gc
 import threading
 
@@ -43,10 +44,8 @@ def test_iterated(quiet, left):
             if i == 1 and left == "raises":
                 raise InterruptedError
 
-    try:
+    with contextlib.suppress(InterruptedError):
         walk()
-    except InterruptedError:
-        pass
     gc.collect()
     assert scope.loop() is None
     assert ended
