@@ -3,14 +3,15 @@
 Every pixel is the mean of `GRID` rays in a rotated grid. A ray meets at most one surface of the solids (`solids.py`), the
 floor with its pattern, or the backdrop: a sky, or a round wall around the scene. Shadows are soft: how near a ray from
 the floor to the light passes by a solid, in units of the way there, gives the share of the light that arrives. Solids
-are grouped by their form, so that each form's code runs only where it is needed; a `Renderer` may compile it.
+are grouped by their form, so that each form's code runs only where it is needed. On a GPU `render_gpu.py` draws the same
+in one kernel; the truth is always drawn here.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ View = tuple[Tensor, ...]
 HALF = 0.306  # tangent of half the angle of view along the shorter side
 DISTANCE_TO = 7.0  # of the camera from the middle of the scene, along the floor
 LOOK_AT, PITCH = 0.75, 0.192  # height looked at, radians downwards
-HEIGHT = LOOK_AT + DISTANCE_TO * 0.1944  # of the camera; tan(PITCH) = 0.1944
+SIN, COS = math.sin(PITCH), math.cos(PITCH)
+HEIGHT = LOOK_AT + DISTANCE_TO * SIN / COS  # of the camera
 LIGHT = (-0.451, 0.803, -0.391)  # towards the light, length 1
 AMBIENT, DIFFUSE, GLOSS = 0.58, 0.46, 0.3
 WALL = 6.0  # radius
@@ -52,9 +54,8 @@ def camera(scene: Tensor, frames: int) -> View:
 
 def rays(u: Tensor, v: Tensor, sin: Tensor, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Directions of rays through the points (u right, v up; 1 is half the shorter side), for cameras of that yaw."""
-    sp, cp = torch.sin(torch.tensor(PITCH)).item(), torch.cos(torch.tensor(PITCH)).item()
     x, y = u * HALF, v * HALF
-    up, forward = cp * y - sp, cp + sp * y
+    up, forward = COS * y - SIN, COS + SIN * y
     return cos * x + sin * forward, up + torch.zeros_like(x), cos * forward - sin * x
 
 
@@ -160,17 +161,15 @@ def _background(view: View, u: Tensor, v: Tensor, floor: Tensor, wall: Tensor, p
 class Renderer:
     """`renderer(rows, frames, height, width)`: packed scenes [B, 4, 13] -> float32 [B, 3, F, H, W] in [-1, 1]."""
 
-    def __init__(self, device: torch.device | str = "cpu", compile: bool = False) -> None:
-        def fast(f: Any) -> Any:
-            return torch.compile(f, dynamic=True) if compile else f
-
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        self.draw = [fast(partial(_draw, meet)) for meet in MEET]
-        self.shade = [fast(partial(_shade, far)) for far in DISTANCE]
-        self.background, self.merge = fast(_background), fast(_merge)
 
     @torch.no_grad()
     def __call__(self, rows: Tensor, frames: int, height: int, width: int) -> Tensor:
+        if self.device.type == "cuda":
+            from fastdit.apps.tiny.world import render_gpu
+
+            return render_gpu.draw(rows.to(self.device, non_blocking=True), frames, height, width)
         return self._render(rows, frames, height, width, None)
 
     @torch.no_grad()
@@ -199,7 +198,6 @@ class Renderer:
         for k in range(len(MEET)):
             index = [i for i, kind in enumerate(kinds) if kind == k]
             if index:
-                index = index * 2 if len(index) == 1 else index  # a batch of one would be compiled anew
                 at = torch.tensor(index).to(self.device, non_blocking=True)
                 chosen = things[at]
                 pose = tuple(c[:, :, None] for c in motion(chosen, frames))
@@ -207,7 +205,7 @@ class Renderer:
         u, v = self._points(height, width, 0.5, 0.5)
         shade = torch.ones(B * 3, frames, P, device=self.device)
         for k, at, seen, pose, r in groups:
-            shade[at] = self.shade[k](seen, pose, u, v, r)
+            shade[at] = _shade(DISTANCE[k], seen, pose, u, v, r)
         shade = shade.view(B, 3, frames, P).prod(1)
         floor, wall = scene[:, 0].view(-1, 1, 1), scene[:, 1].view(-1, 1, 1)
         pixel = torch.full((1,), 2 / min(height, width), device=self.device)
@@ -218,10 +216,10 @@ class Renderer:
         shape = (B, 3, frames, P)
         for ox, oy in GRID:
             u, v = self._points(height, width, ox, oy)
-            back = self.background(view, u, v, floor, wall, pixel, shade)
+            back = _background(view, u, v, floor, wall, pixel, shade)
             for k, at, seen, pose, r in groups:
-                t[at], light[at], gloss[at] = self.draw[k](seen, pose, u, v, r)
-            total = self.merge(total, back, t.view(shape), light.view(shape), gloss.view(shape), color)
+                t[at], light[at], gloss[at] = _draw(MEET[k], seen, pose, u, v, r)
+            total = _merge(total, back, t.view(shape), light.view(shape), gloss.view(shape), color)
             if truth is not None:
                 depth = t.view(B, 3, frames, height, width)
                 truth[1].add_(depth < FAR, alpha=1 / len(GRID))
@@ -249,7 +247,6 @@ def middle(things: Tensor, scene: Tensor, frames: int, height: int, width: int) 
 def project(x: Tensor, y: Tensor, z: Tensor, sin: Tensor, cos: Tensor, height: int, width: int) -> Tensor:
     """Pixels (x, y), stacked last, of points given relative to cameras of that yaw."""
     side, ahead = cos * x - sin * z, sin * x + cos * z
-    sp, cp = torch.sin(torch.tensor(PITCH)).item(), torch.cos(torch.tensor(PITCH)).item()
-    depth, up = cp * ahead - sp * y, cp * y + sp * ahead
+    depth, up = COS * ahead - SIN * y, COS * y + SIN * ahead
     scale = min(height, width) / 2 / HALF
     return torch.stack([width / 2 + scale * side / depth, height / 2 - scale * up / depth], -1)

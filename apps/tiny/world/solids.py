@@ -66,7 +66,7 @@ def _cylinder(ox: Tensor, oy: Tensor, oz: Tensor, dx: Tensor, dy: Tensor, dz: Te
 
 
 def _cone(ox: Tensor, oy: Tensor, oz: Tensor, dx: Tensor, dy: Tensor, dz: Tensor, r: Tensor) -> Hit:
-    R, h = CONE[0] * r, CONE[1] * r
+    h = CONE[1] * r
     k = CONE[0] / CONE[1]
     y = h - oy  # measured down from the tip; the cone is x² + z² = (k y)²
     a = dx * dx + dz * dz - k * k * dy * dy

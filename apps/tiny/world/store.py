@@ -42,8 +42,8 @@ def read_light(folder: Path, name: str) -> dict[str, Any]:
     if not pieces:
         raise FileNotFoundError(f"no checkpoint {name}.0 in {folder}")
     state = torch.load(io.BytesIO(b"".join(p.read_bytes() for p in pieces)), map_location="cpu", weights_only=True)
-    for key in ("ema", "models"):
-        if key in state:
-            state[key] = {k: {n: t.float() if t.is_floating_point() else t for n, t in s.items()} for k, s in state[key].items()}
+    for key in {"ema", "models"} & state.keys():
+        for weights in state[key].values():
+            weights.update({n: t.float() for n, t in weights.items() if t.is_floating_point()})
     state.setdefault("models", state["ema"])
     return state

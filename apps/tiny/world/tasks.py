@@ -7,6 +7,7 @@ resumed run repeats an uninterrupted one and processes never see the same clip. 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -71,7 +72,7 @@ class DitTask:
     def __init__(self, args: argparse.Namespace, codec: Codec, vocab: int, device: torch.device) -> None:
         self.codec, self.device, self.args = codec, device, args
         self.dtype = torch.float32 if args.fp32 else torch.bfloat16
-        self.renderer = Renderer(device, args.compile)
+        self.renderer = Renderer(device)
         self.models = self.build(vocab)
         self.block = torch.compile(block_forward, dynamic=True) if args.compile else block_forward
 
@@ -125,7 +126,8 @@ class FewTask(DitTask):
         """The teacher's velocity at guidance `args.guidance`."""
         empty, none = torch.zeros_like(ids), torch.zeros_like(mask)
         empty[:, 0], none[:, 0] = 1, 1  # `</s>` alone: the empty prompt
-        both = self.velocity(self.teacher, x.repeat(2, 1, 1, 1, 1), s.repeat(2), torch.cat([ids, empty]), torch.cat([mask, none]))
+        ids, mask = torch.cat([ids, empty]), torch.cat([mask, none])
+        both = self.velocity(self.teacher, x.repeat(2, 1, 1, 1, 1), s.repeat(2), ids, mask)
         told, untold = both.chunk(2)
         return untold + self.args.guidance * (told - untold)
 
@@ -141,7 +143,7 @@ class FewTask(DitTask):
             first = levels[0].view(-1, 1, 1, 1, 1)
             start = torch.lerp(x0, noise, first)
             x = start
-            for s, less in zip(levels, levels[1:], strict=False):
+            for s, less in itertools.pairwise(levels):
                 x = x + (less - s).view(-1, 1, 1, 1, 1) * self.guided(x, s, ids, mask)
             target = (x - start) / (levels[-1].view(-1, 1, 1, 1, 1) - first)
         loss = F.mse_loss(self.velocity(self.models, start, levels[0], ids, mask), target)
@@ -156,7 +158,7 @@ class VaeTask:
     def __init__(self, args: argparse.Namespace, codec: Codec, vocab: int, device: torch.device) -> None:
         self.codec, self.device = codec, device
         torch.manual_seed(args.seed)
-        self.renderer = Renderer(device, args.compile)
+        self.renderer = Renderer(device)
         self.models = {"vae": make_vae(len(codec.scale)).to(device)}
         # not on the CPU: there the backward of a bfloat16 convolution corrupts memory (torch 2.13)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and not args.fp32)

@@ -94,7 +94,8 @@ class Run:
             dist.all_reduce(flat, op=dist.ReduceOp.AVG if flat.is_cuda else dist.ReduceOp.SUM)
             if not flat.is_cuda:
                 flat /= dist.get_world_size()
-            torch._foreach_copy_(grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)])
+            parts = flat.split([g.numel() for g in grads])
+            torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
         norm = torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         for opt, share in zip(self.optimizers, (1.0, 0.5), strict=True):
             opt.param_groups[0]["lr"] = rate * share
@@ -161,7 +162,7 @@ def train(task: Task, args: argparse.Namespace, tokenizer: Any, start: float) ->
             continue
         shown.setdefault(size, []).append(mse)
         if elapsed > log_at or 0 < args.steps <= 5:
-            log_at = elapsed + args.log
+            log_at = elapsed + args.every
             by_size = " ".join(f"{f}x{h}x{w}:{torch.stack(v).mean():.4f}" for (f, h, w), v in sorted(shown.items()))
             speed = f"{seen / 1e6:.1f}M tokens a process, {seen / max(1e-3, time.monotonic() - start - warm):.0f}/s"
             print(f"{task.name} {elapsed:.0f}s step {run.step} {speed} norm {norm:.2f} mse {by_size}", flush=True)
@@ -211,7 +212,7 @@ def parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, default=100, help="steps")
     add("--anneal", type=float, default=0.6, help="part of the schedule over which the learning rate falls to zero")
     add("--ema", type=float, default=0.998)
-    add("--log", type=float, default=20.0, help="seconds between lines of progress")
+    add("--every", type=float, default=20.0, help="seconds between lines of progress")
     add("--workers", type=int, default=-1, help="processes that prepare batches (default 4 on a GPU, 0 on CPU)")
     add("--seed", type=int, default=0)
     return ap

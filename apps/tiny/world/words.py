@@ -18,7 +18,11 @@ _NOUNS = {
     "cone": ("cone", "cone", "cone", "pyramid"),
     "ring": ("ring", "ring", "ring", "torus", "donut"),
 }
-_COLOR_WORDS = {"purple": ("purple", "purple", "violet"), "cyan": ("cyan", "cyan", "turquoise"), "pink": ("pink", "pink", "magenta")}
+_COLOR_WORDS = {
+    "purple": ("purple", "purple", "violet"),
+    "cyan": ("cyan", "cyan", "turquoise"),
+    "pink": ("pink", "pink", "magenta"),
+}
 _SIZE_WORDS = {"": ("",), "small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
 _VERBS = ("moving", "moving", "moving", "going", "sliding", "gliding", "travelling", "moves", "goes", "slides", "that moves")
 # ways of saying a motion; {v} is a verb of going. The first is the fixed wording
@@ -50,7 +54,7 @@ _MOTIONS = {
 _FLOORS = {
     "plain": ("", "", "", " on a plain floor", " on a gray floor", " on a plain ground"),
     "checker": (" on a checkered floor", " on a checkered floor", " on a checkerboard", " on a chessboard floor", " on tiles"),
-    "stripes": (" on a striped floor", " on a striped floor", " on stripes", " on a floor with stripes", " on a striped ground"),
+    "stripes": (" on a striped floor", " on a striped floor", " on stripes", " on a floor with stripes"),
 }
 _BACKDROPS = {
     "sky": ("", "", "", "", " under a sky", " under a blue sky", " outdoors"),
@@ -66,7 +70,9 @@ _OPENINGS = ("", "", "", "", "", "a video of ", "a clip of ", "there is ", "an a
 _ARTICLES = ("a", "a", "a", "a", "a", "one", "the", "")
 _TOGETHER = (" and ", " and ", " and ", ", ", " next to ", " beside ", " with ")
 _BOTH = ("both {}", "{}", "{} together")
-_FILLERS = "is are in on of to it its as an and then while scene picture film footage showing shows simple solid colored".split()
+_FILLERS = frozenset(
+    {"is", "are", "in", "of", "it", "its", "as", "then", "while", "scene", "showing", "shows", "simple", "solid"}
+)
 
 
 def _pick(rng: random.Random | None, options: Sequence[str]) -> str:
