@@ -112,11 +112,13 @@ def load(checkpoint: Path, base: Path, device: torch.device, vae: Path | None = 
     """A painter from light checkpoints FOLDER/NAME."""
     codec, tokenizer = latents.prepare(base)
     models = build(store.read_light(checkpoint.parent, checkpoint.name)["ema"], len(tokenizer))
-    net = None
-    if vae:
-        net = make_vae(len(codec.scale))
-        net.load_state_dict(store.read_light(vae.parent, vae.name)["ema"]["vae"])
-    return Painter(models, codec, tokenizer, device, net)
+    return Painter(models, codec, tokenizer, device, load_vae(vae, codec) if vae else None)
+
+
+def load_vae(checkpoint: Path, codec: Codec) -> Any:
+    net = make_vae(len(codec.scale))
+    net.load_state_dict(store.read_light(checkpoint.parent, checkpoint.name)["ema"]["vae"])
+    return net
 
 
 def main(argv: list[str] | None = None) -> None:

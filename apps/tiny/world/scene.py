@@ -128,7 +128,7 @@ def sample(rng: random.Random, triple: tuple[str, str, str] | None = None, kind:
     if kind in ("two", "three") or (kind == "any" and triple is None):
         count = {"two": 2, "three": 3}.get(kind) or rng.choices((1, 2, 3), (0.58, 0.27, 0.15))[0]
     if kind == "camera" or (kind == "any" and triple is None and rng.random() < 0.22):
-        camera = rng.choice(CAMERAS[1:])
+        camera = rng.choice(CAMERAS[1:] if count < 3 else CAMERAS[3:])  # three would leave the frame
     motions = MOTIONS if camera == "still" else IN_PLACE
     if count == 3:
         motions = [m for m in motions if m not in ("right", "left", "diagonal", "diagonal left")]
