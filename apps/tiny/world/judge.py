@@ -7,7 +7,6 @@ motion asked for, its edges against those of drawn clips. Thresholds are for 256
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,33 +19,30 @@ from torch import Tensor
 from fastdit.apps.tiny.judge import pieces
 from fastdit.apps.tiny.world import scene as world
 from fastdit.apps.tiny.world.outline import chroma, cover, fit, roundness
-from fastdit.apps.tiny.world.render import Renderer, camera
-from fastdit.apps.tiny.world.scene import BACKDROPS, COLORS, FLOORS, HELD_OUT, RADII, SIZES, SOLIDS, SPINS, WAYS, Scene, pack
+from fastdit.apps.tiny.world.render import Renderer
+from fastdit.apps.tiny.world.scene import (
+    BACKDROPS,
+    COLORS,
+    FLOORS,
+    HELD_OUT,
+    RADII,
+    SIZES,
+    SOLIDS,
+    SPINS,
+    Scene,
+    pack,
+)
+from fastdit.apps.tiny.world.tracks import moves, nominal, track
+from fastdit.apps.tiny.world.view import camera
 from fastdit.apps.tiny.world.words import caption
 
 MEASURES = ("shape", "round", "color", "count", "motion", "floor", "sharp")
 IOU, DEVIATION, ASPECT = 0.96, 0.012, 0.98
-ANGLE, WAY = 15.0, 0.6  # degrees; share of the mean true displacement
 FLOOR = 0.045  # mean absolute difference from the background asked for, of 1
 SHARP = 0.75  # share of the steepness of real edges
 THIN = {"ring": 1.25}  # more outline for its area: the overlap may fall short by that much more
 SHOTS = 5  # frames whose outlines are fitted
 LEAST = 0.0015  # of the frame: smaller solids are not there
-
-
-def nominal(scene: Scene) -> Scene:
-    """The scene at the middle of everything that its words leave open."""
-    things = []
-    for i, t in enumerate(scene.things):
-        n = len(scene.things)
-        reach = (1.68 if t.size == "large" else 2.15) * (1.0 if n == 1 else 0.42)
-        way = WAYS.get(t.motion, (0.0, 0.0))
-        x = {1: (0.0,), 2: (-1.0, 1.0), 3: (-1.35, 0.0, 1.35)}[n][i]
-        radius = RADII[n][SIZES.index(t.size)]
-        hop = min(1.1, max(0.42, 2.45 - 2 * radius)) if t.motion == "bouncing" else 0.0
-        yaw = 0.65 if t.solid == "cube" else 0.0
-        things.append(replace(t, radius=radius, x=x, z=0.0, dx=way[0] * reach, dz=way[1] * 2.8, hop=hop, yaw=yaw))
-    return replace(scene, things=tuple(things))
 
 
 def _hue(rgb: Tensor) -> Tensor:
@@ -58,47 +54,6 @@ def _hue(rgb: Tensor) -> Tensor:
 
 def _grow(mask: Tensor, by: int) -> Tensor:
     return F.max_pool2d(mask[:, None].float(), 2 * by + 1, 1, by)[:, 0] > 0
-
-
-def _track(mask: Tensor) -> dict[str, Tensor]:
-    """Middle (x right, y up), area and width over height of a mask [F, H, W], in units of the shorter side."""
-    _, H, W = mask.shape
-    short = min(H, W)
-    w = mask.float()
-    n = w.sum((1, 2)).clamp(min=1)
-    xs, ys = torch.arange(W, device=w.device) / short, -torch.arange(H, device=w.device) / short
-    x, y = (w.sum(1) @ xs) / n, (w.sum(2) @ ys) / n
-    vx = (w.sum(1) @ xs.square()) / n - x * x
-    vy = (w.sum(2) @ ys.square()) / n - y * y
-    return {"x": x, "y": y, "area": n / short**2, "wide": (vx.clamp(min=1e-9) / vy.clamp(min=1e-9)).sqrt()}
-
-
-def _slope(values: Tensor) -> float:
-    """Change over the clip of the straight line through the values."""
-    t = torch.linspace(-0.5, 0.5, len(values), device=values.device)
-    return float((t * (values - values.mean())).sum() / t.square().sum())
-
-
-def _moves(motion: str, solid: str, seen: dict[str, Tensor], true: dict[str, Tensor], spun: float) -> bool:
-    """Whether a track is that of the motion; `true`: that of the nominal scene, `spun`: how `wide` changes in a spin."""
-    d, e = ((_slope(k["x"]), _slope(k["y"])) for k in (seen, true))
-    turned = float(seen["wide"].max() - seen["wide"].min())
-    if motion in WAYS:
-        turn = abs(math.degrees(math.atan2(d[1], d[0]) - math.atan2(e[1], e[0])))
-        grown, should = (_slope(k["area"].log()) for k in (seen, true))
-        right = abs(should) < 0.3 or grown / should > WAY
-        return min(turn, 360 - turn) <= ANGLE and math.hypot(*d) >= WAY * math.hypot(*e) and right
-    if math.hypot(d[0] - e[0], d[1] - e[1]) > 0.07:
-        return False
-    if motion == "spinning":
-        return turned >= WAY * spun
-    line = seen["y"] - seen["y"].mean()
-    if motion == "bouncing":
-        should = true["y"] - true["y"].mean()
-        alike = float((line * should).sum() / (line.norm() * should.norm()).clamp(min=1e-6))
-        return alike > 0.8 and float(line.std()) >= WAY * float(should.std())
-    still = solid not in SPINS or turned <= 0.4 * spun or spun == 0
-    return still and float(line.std()) < 0.03
 
 
 class Judge:
@@ -196,18 +151,18 @@ class Judge:
         ideal = nominal(scene)
         truth = self._masks(ideal, size)
         for i, t in enumerate(scene.things):
-            true, spun = _track(truth[i]), 0.0
+            true, spun = track(truth[i]), 0.0
             if t.solid in SPINS:
                 turning = replace(
                     scene,
                     camera="still",
                     things=(replace(ideal.things[i], motion="spinning", spin=world.SPIN, dx=0, dz=0, hop=0),),
                 )
-                wide = _track(self._masks(turning, size)[0])["wide"]
+                wide = track(self._masks(turning, size)[0])["wide"]
                 spun = float(wide.max() - wide.min())
             if scene.camera == "circling":
                 spun = 0.0 if t.motion == "still" else spun * 0.8
-            right["motion"] &= there and _moves(t.motion, t.solid, _track(masks[i]), true, spun)
+            right["motion"] &= there and moves(t.motion, t.solid, track(masks[i]), true, spun)
 
     def _masks(self, scene: Scene, size: tuple[int, int, int]) -> list[Tensor]:
         """Projections of a scene's solids, drawn small: [F, h, w] each."""

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.apps.tiny.world.render import COS, HALF, HEIGHT, SIN, rays
 from fastdit.apps.tiny.world.solids import FAR, MEET
+from fastdit.apps.tiny.world.view import COS, HALF, HEIGHT, SIN, rays
 
 LEAST_CHROMA = 0.1
 TURNS = {1: (math.pi / 2, 18), 4: (math.pi, 24)}  # by solid: the turn after which it looks the same, and how many are tried
@@ -131,6 +131,8 @@ def roundness(share: Tensor, found: Fit, solid: int, radius: float, view: Tensor
     got = inside.cumprod(1).sum(1) / 4
     want = true.view(directions, -1).cumprod(1).sum(1) / 4
     ratio = got / want.clamp(min=0.25)
+    if not float(ratio.sum()):  # its middle is empty: no ball at all
+        return 1.0, 0.0
     ratio = ratio / ratio.mean()
     ellipse = float(torch.hypot((ratio * (2 * angle).cos()).mean(), (ratio * (2 * angle).sin()).mean())) * 2
     return float(ratio.std()), (1 - ellipse) / (1 + ellipse)

@@ -11,134 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdit.apps.tiny.world import render, solids
+from fastdit.apps.tiny.world import render, view
 from fastdit.apps.tiny.world.scene import OBJECT
+from fastdit.apps.tiny.world.solids_gpu import FAR, absolute, far, meet, positive
 
-_HALF, _SIN, _COS = (tl.constexpr(v) for v in (render.HALF, render.SIN, render.COS))
-_HEIGHT, _WALL = tl.constexpr(render.HEIGHT), tl.constexpr(render.WALL)
+_HALF, _SIN, _COS = (tl.constexpr(v) for v in (view.HALF, view.SIN, view.COS))
+_HEIGHT, _WALL = tl.constexpr(view.HEIGHT), tl.constexpr(render.WALL)
 _LX, _LY, _LZ = (tl.constexpr(v) for v in render.LIGHT)
 _AMBIENT, _DIFFUSE, _GLOSS = (tl.constexpr(v) for v in (render.AMBIENT, render.DIFFUSE, render.GLOSS))
 _SOFT, _DARK = tl.constexpr(render.SOFT), tl.constexpr(render.DARK)
-_CUBE, _CYL_R, _CYL_H = (tl.constexpr(v) for v in (solids.CUBE, *solids.CYLINDER))
-_CONE_R, _CONE_H, _CONE_N = (tl.constexpr(v) for v in (*solids.CONE, (1 + (solids.CONE[0] / solids.CONE[1]) ** 2) ** 0.5))
-_RING_R, _RING_T = (tl.constexpr(v) for v in solids.RING)
-_TRACE, _OBJECT = tl.constexpr(solids.TRACE), tl.constexpr(OBJECT)
-_FAR = tl.constexpr(1e9)
-
-
-@triton.jit
-def _positive(x):
-    return tl.maximum(x, 0.0)
-
-
-@triton.jit
-def _abs(x):
-    return tl.maximum(x, -x)
-
-
-@triton.jit
-def _meet(kind, ox, oy, oz, dx, dy, dz, r):
-    """(t, nx, ny, nz) as in `solids.MEET[kind]`, t = 1e9 for no meeting."""
-    t, nx, ny, nz = dx * 0 + _FAR, dx * 0, dx * 0, dx * 0
-    if kind == 0:
-        y = oy - r
-        a = dx * dx + dy * dy + dz * dz
-        b = ox * dx + y * dy + oz * dz
-        px, py, pz = ox - b / a * dx, y - b / a * dy, oz - b / a * dz
-        gap = r * r - (px * px + py * py + pz * pz)
-        near = tl.where(gap > 0, (-b - tl.sqrt(_positive(gap) * a)) / a, 0.0)
-        t = tl.where(gap > 0, near, _FAR)
-        nx, ny, nz = (ox + near * dx) / r, (y + near * dy) / r, (oz + near * dz) / r
-    elif kind == 1:
-        h = r * _CUBE
-        y = oy - h
-        ix = tl.where(_abs(dx) < 1e-6, 1e6, 1 / dx)
-        iy = tl.where(_abs(dy) < 1e-6, 1e6, 1 / dy)
-        iz = tl.where(_abs(dz) < 1e-6, 1e6, 1 / dz)
-        ax, ay, az = -ox * ix - h * _abs(ix), -y * iy - h * _abs(iy), -oz * iz - h * _abs(iz)
-        bx, by, bz = -ox * ix + h * _abs(ix), -y * iy + h * _abs(iy), -oz * iz + h * _abs(iz)
-        near = tl.maximum(tl.maximum(ax, ay), az)
-        t = tl.where(near < tl.minimum(tl.minimum(bx, by), bz), near, _FAR)
-        first = (ax >= ay) & (ax >= az)
-        second = (ay >= az) & (first == 0)
-        nx = tl.where(first, tl.where(dx > 0, -1.0, 1.0), 0.0)
-        ny = tl.where(second, tl.where(dy > 0, -1.0, 1.0), 0.0)
-        nz = tl.where(first, 0.0, tl.where(second, 0.0, tl.where(dz > 0, -1.0, 1.0)))
-    elif kind == 2:
-        R, h = r * _CYL_R, r * _CYL_H
-        y = oy - h
-        a = dx * dx + dz * dz
-        b = ox * dx + oz * dz
-        px, pz = ox - b / a * dx, oz - b / a * dz
-        gap = R * R - (px * px + pz * pz)
-        side = (-b - tl.sqrt(_positive(gap) * a)) / a
-        on_side = (gap > 0) & (_abs(y + side * dy) < h)
-        top = (h - y) / tl.where(_abs(dy) < 1e-6, -1e-6, dy)
-        tx, tz = ox + top * dx, oz + top * dz
-        on_top = tl.where(y > h, (tx * tx + tz * tz < R * R) & (dy < 0), dy < -2)  # no ray is that steep
-        t = tl.where(on_side, side, tl.where(on_top, top, _FAR))
-        nx = tl.where(on_side, (ox + side * dx) / R, 0.0)
-        ny = tl.where(on_side, 0.0, tl.where(on_top, 1.0, 0.0))
-        nz = tl.where(on_side, (oz + side * dz) / R, 0.0)
-    elif kind == 3:
-        k = _CONE_R / _CONE_H
-        y = r * _CONE_H - oy
-        a = dx * dx + dz * dz - dy * dy * (k * k)
-        b = ox * dx + oz * dz + y * dy * (k * k)
-        c = ox * ox + oz * oz - y * y * (k * k)
-        root = tl.sqrt(_positive(b * b - a * c))
-        hit = (-b - root) / tl.where(_abs(a) < 1e-6, 1e-6, a)
-        down = y - hit * dy
-        met = (b * b - a * c > 0) & (down > 0) & (down < r * _CONE_H)
-        t = tl.where(met, hit, _FAR)
-        near = tl.where(met, hit, 0.0)
-        nx, nz = ox + near * dx, oz + near * dz
-        norm = tl.maximum(tl.sqrt(nx * nx + nz * nz), 1e-6) * _CONE_N
-        nx, ny, nz = nx / norm, dx * 0 + k / _CONE_N, nz / norm
-    else:
-        R, tube = r * _RING_R, r * _RING_T
-        y = oy - r
-        length = tl.sqrt(dx * dx + dy * dy + dz * dz)
-        ux, uy, uz = dx / length, dy / length, dz / length
-        b = ox * ux + y * uy + oz * uz
-        px, py, pz = ox - b * ux, y - b * uy, oz - b * uz
-        gap = r * r * 1.001 - (px * px + py * py + pz * pz)
-        s = -b - tl.sqrt(_positive(gap))
-        d = s * 0
-        for _ in range(_TRACE):
-            x_, y_, z_ = ox + s * ux, y + s * uy, oz + s * uz
-            q = tl.sqrt(x_ * x_ + y_ * y_) - R
-            d = tl.sqrt(q * q + z_ * z_) - tube
-            s += d
-        x_, y_, z_ = ox + s * ux, y + s * uy, oz + s * uz
-        rho = tl.maximum(tl.sqrt(x_ * x_ + y_ * y_), 1e-6)
-        q = (rho - R) / tube
-        met = (gap > 0) & (_abs(d) < 0.02 * r) & (s + b < r)
-        t = tl.where(met, s / length, _FAR)
-        nx, ny, nz = x_ / rho * q, y_ / rho * q, z_ / tube
-    return t, nx, ny, nz
-
-
-@triton.jit
-def _far(kind, x, y, z, r):
-    """The signed distance `solids.DISTANCE[kind]`."""
-    d = x
-    if kind == 0:
-        d = tl.sqrt(x * x + (y - r) * (y - r) + z * z) - r
-    elif kind == 1:
-        h = r * _CUBE
-        a, b, c = _abs(x) - h, _abs(y - h) - h, _abs(z) - h
-        outside = tl.sqrt(_positive(a) * _positive(a) + _positive(b) * _positive(b) + _positive(c) * _positive(c))
-        d = outside + tl.minimum(tl.maximum(tl.maximum(a, b), c), 0.0)
-    elif kind == 2:
-        a, b = tl.sqrt(x * x + z * z) - r * _CYL_R, _abs(y - r * _CYL_H) - r * _CYL_H
-        d = tl.sqrt(_positive(a) * _positive(a) + _positive(b) * _positive(b)) + tl.minimum(tl.maximum(a, b), 0.0)
-    elif kind == 3:
-        d = tl.maximum((tl.sqrt(x * x + z * z) - (r * _CONE_H - y) * (_CONE_R / _CONE_H)) / _CONE_N, -y)
-    else:
-        q = tl.sqrt(x * x + (y - r) * (y - r)) - r * _RING_R
-        d = tl.sqrt(q * q + z * z) - r * _RING_T
-    return d
+_OBJECT = tl.constexpr(OBJECT)
 
 
 @triton.jit
@@ -151,7 +33,7 @@ def _rays(u, v, sin, cos):
 @triton.jit
 def _integral(q):
     p = q / 2 + 64
-    return _abs(p - tl.floor(p) - 0.5) * 2
+    return absolute(p - tl.floor(p) - 0.5) * 2
 
 
 @triton.jit
@@ -167,12 +49,12 @@ def _background(cx, cz, sin, cos, u, v, floor, wall, pixel, shade):
     down = dy < -1e-3
     t = tl.where(down, -1.0 / tl.minimum(dy, -1e-3) * _HEIGHT, 1e3)
     a, b = dx * dx + dz * dz, cx * dx + cz * dz
-    t_wall = (-b + tl.sqrt(_positive(b * b - a * (cx * cx + cz * cz - _WALL * _WALL)))) / a
+    t_wall = (-b + tl.sqrt(positive(b * b - a * (cx * cx + cz * cz - _WALL * _WALL)))) / a
     on_floor = tl.where(wall < 0.5, down, down & (t < t_wall))
     x, z = cx + t * dx, cz + t * dz
     wide = t * pixel * _HALF
     long = wide / tl.maximum(-dy, 0.02)
-    wx = wide + (long - wide) * (1 - _abs(sin * dx + cos * dz) / tl.sqrt(a))
+    wx = wide + (long - wide) * (1 - absolute(sin * dx + cos * dz) / tl.sqrt(a))
     pattern = u * 0
     if floor == 1:
         pattern = 0.2 * _wave(x, wx, 1.0) * _wave(z, long, 1.0)
@@ -180,8 +62,8 @@ def _background(cx, cz, sin, cos, u, v, floor, wall, pixel, shade):
         pattern = 0.15 * _wave(x, wx, 0.75)
     lit = (0.56 + pattern) * (1 - (1 - shade) * _DARK)
     haze = (1 - tl.exp(-(t / 17) * (t / 17))) * (wall < 0.5)
-    rise = tl.minimum(_positive(dy / tl.sqrt(a)) * 5, 1.0)
-    high = tl.minimum(_positive((t_wall * dy + _HEIGHT) / 5), 1.0)
+    rise = tl.minimum(positive(dy / tl.sqrt(a)) * 5, 1.0)
+    high = tl.minimum(positive((t_wall * dy + _HEIGHT) / 5), 1.0)
     if wall > 0.5:
         br, bg, bb = 0.74 + 0.13 * high, 0.72 + 0.13 * high, 0.7 + 0.13 * high
     else:
@@ -219,8 +101,8 @@ def _kernel(out, rows, view, pose, F, H, W, BLOCK: tl.constexpr):
             least = x * 0 + 1
             for j in range(10):
                 s = tl.maximum(middle + r * (0.24 * j - 1.08), 0.02)
-                least = tl.minimum(least, _far(kind, x + s * lx, s * _LY - oy, z + s * lz, r) / (s + 1.2) * _SOFT)
-            share = tl.minimum(_positive(0.5 + 0.5 * least), 1.0)
+                least = tl.minimum(least, far(kind, x + s * lx, s * _LY - oy, z + s * lz, r) / (s + 1.2) * _SOFT)
+            share = tl.minimum(positive(0.5 + 0.5 * least), 1.0)
             shade *= share * share * (3 - 2 * share)
     red, green, blue = px * 0, px * 0, px * 0
     for g in range(4):
@@ -230,7 +112,7 @@ def _kernel(out, rows, view, pose, F, H, W, BLOCK: tl.constexpr):
         u, v = (px + gx) * pixel, -(py + gy) * pixel
         cr, cg, cb = _background(cx, cz, sin, cos, u, v, floor, wall, pixel, shade)
         rx, ry, rz = _rays(u, v, sin, cos)
-        nearest = px * 0 + _FAR
+        nearest = px * 0 + FAR
         for i in range(3):
             kind = tl.load(rows + i * _OBJECT).to(tl.int32)
             if kind >= 0:
@@ -240,14 +122,14 @@ def _kernel(out, rows, view, pose, F, H, W, BLOCK: tl.constexpr):
                 lx, lz = pc * _LX - ps * _LZ, ps * _LX + pc * _LZ
                 ex, ez = pc * rx - ps * rz, ps * rx + pc * rz
                 sx, sz = pc * (cx - ox) - ps * (cz - oz), ps * (cx - ox) + pc * (cz - oz)
-                t, nx, ny, nz = _meet(kind, sx, -(oy - _HEIGHT), sz, ex, ry, ez, tl.load(row + 1))
+                t, nx, ny, nz = meet(kind, sx, -(oy - _HEIGHT), sz, ex, ry, ez, tl.load(row + 1))
                 length = tl.sqrt(ex * ex + ry * ry + ez * ez)
                 hx, hy, hz = lx - ex / length, -(ry / length) + _LY, lz - ez / length
-                shine = _positive(nx * hx + ny * hy + nz * hz) / tl.maximum(tl.sqrt(hx * hx + hy * hy + hz * hz), 1e-3)
+                shine = positive(nx * hx + ny * hy + nz * hz) / tl.maximum(tl.sqrt(hx * hx + hy * hy + hz * hz), 1e-3)
                 s2 = shine * shine
                 s8 = s2 * s2 * s2 * s2
                 gloss = s8 * s8 * s8 * _GLOSS
-                light = 0.08 * ny + _positive(nx * lx + ny * _LY + nz * lz) * _DIFFUSE + _AMBIENT
+                light = 0.08 * ny + positive(nx * lx + ny * _LY + nz * lz) * _DIFFUSE + _AMBIENT
                 here = t < nearest
                 cr = tl.where(here, tl.minimum(tl.load(row + 10) * light + gloss, 1.0), cr)
                 cg = tl.where(here, tl.minimum(tl.load(row + 11) * light + gloss, 1.0), cg)
@@ -267,9 +149,9 @@ def _kernel(out, rows, view, pose, F, H, W, BLOCK: tl.constexpr):
 def draw(rows: Tensor, frames: int, height: int, width: int) -> Tensor:
     """Packed scenes [B, 4, 13] on their device -> float32 [B, 3, frames, height, width] in [-1, 1]."""
     B = len(rows)
-    view = torch.stack(render.camera(rows[:, 3], frames), -1).contiguous()
-    pose = torch.stack(render.motion(rows[:, :3].reshape(-1, OBJECT), frames), -1).contiguous()
+    seen = torch.stack(view.camera(rows[:, 3], frames), -1).contiguous()
+    pose = torch.stack(view.motion(rows[:, :3].reshape(-1, OBJECT), frames), -1).contiguous()
     out = torch.empty(B, 3, frames, height, width, device=rows.device)
     grid = (triton.cdiv(height * width, 256), frames, B)
-    _kernel[grid](out, rows.contiguous(), view, pose, frames, height, width, BLOCK=256)
+    _kernel[grid](out, rows.contiguous(), seen, pose, frames, height, width, BLOCK=256)
     return out

@@ -47,9 +47,12 @@ CAMERAS = ("still", "panning right", "panning left", "circling")
 # radius and half-extents: (default, small, large) by the number of solids
 RADII = {1: (0.72, 0.48, 1.0), 2: (0.58, 0.42, 0.78), 3: (0.46, 0.46, 0.46)}
 SIZES = ("", "small", "large")
+PLACES = {1: (0.0,), 2: (-0.9, 0.9), 3: (-1.2, 0.0, 1.2)}  # x, from left to right
+# mean lengths of a path sideways and in depth, for one thing and for each of several, which must keep apart
+PATHS = {1: (2.15, 2.8), 2: (0.85, 2.1), 3: (0.85, 2.1)}
 SPIN = 3.5  # radians a clip
 BOUNCES = 2
-PAN, ORBIT = 0.22, 1.0  # radians a clip
+PAN, ORBIT = 0.16, 1.0  # radians a clip
 OBJECT = 13  # numbers of one solid in `pack`
 
 TRIPLES = tuple((c, s, m) for c in COLORS for s in SOLIDS for m in MOTIONS if m != "spinning" or s in SPINS)
@@ -95,18 +98,27 @@ class Scene:
         return any((t.color, t.solid, t.motion) in HELD_OUT for t in self.things)
 
 
+def paths(count: int, size: str) -> tuple[float, float]:
+    """Mean lengths of the paths sideways and in depth of one of `count` things."""
+    x, z = PATHS[count]
+    return x * (0.78 if size == "large" else 1.0), z
+
+
+def leap(radius: float) -> float:
+    """Height of a bounce: as high as the frame allows."""
+    return min(1.1, max(0.42, 2.45 - 2 * radius))
+
+
 def _thing(rng: random.Random, triple: tuple[str, str, str], size: str, count: int, x: float) -> Thing:
     color, solid, motion = triple
     radius = RADII[count][SIZES.index(size)] * rng.uniform(0.95, 1.05)
     ways = WAYS.get(motion, (0.0, 0.0))
-    reach = 1.0 if count == 1 else 0.42  # of the path sideways: neighbours keep apart
-    path_x = reach * (rng.uniform(2.0, 2.3) if size != "large" else rng.uniform(1.6, 1.75))
-    path_z = rng.uniform(2.6, 3.0)
+    path_x, path_z = (p * rng.uniform(0.94, 1.06) for p in paths(count, size))
     dx, dz = ways[0] * path_x, ways[1] * path_z
     loose = 0.3 if count == 1 else 0.1
     x += rng.uniform(-1, 1) * min(loose, max(0.0, 2.0 - radius - abs(dx) / 2)) if count == 1 else rng.uniform(-loose, loose)
     z = rng.uniform(-0.25, 0.25) if not dz else rng.uniform(-0.1, 0.2)
-    hop = min(1.1, max(0.42, 2.45 - 2 * radius)) if motion == "bouncing" else 0.0
+    hop = leap(radius) if motion == "bouncing" else 0.0
     yaw = {"cube": rng.uniform(0.35, 0.95), "ring": rng.uniform(-0.3, 0.3)}.get(solid, 0.0)
     return Thing(color, solid, motion, size, radius, x, z, dx, dz, hop, yaw, SPIN if motion == "spinning" else 0.0)
 
@@ -129,7 +141,7 @@ def sample(rng: random.Random, triple: tuple[str, str, str] | None = None, kind:
         count = {"two": 2, "three": 3}.get(kind) or rng.choices((1, 2, 3), (0.58, 0.27, 0.15))[0]
     if kind == "camera" or (kind == "any" and triple is None and rng.random() < 0.22):
         camera = rng.choice(CAMERAS[1:] if count < 3 else CAMERAS[3:])  # three would leave the frame
-    motions = MOTIONS if camera == "still" else IN_PLACE
+    motions: Sequence[str] = MOTIONS if camera == "still" else IN_PLACE
     if count == 3:
         motions = [m for m in motions if m not in ("right", "left", "diagonal", "diagonal left")]
     if rng.random() < 0.3 and count > 1:  # all alike, so that "both moving right" is often seen
@@ -139,7 +151,7 @@ def sample(rng: random.Random, triple: tuple[str, str, str] | None = None, kind:
         chosen = triple or _triple(rng, motions, banned)
         banned.add(chosen[0])
         size = rng.choices(SIZES, (0.6, 0.2, 0.2))[0] if count < 3 else ""
-        things.append(_thing(rng, chosen, size, count, {1: (0.0,), 2: (-1.0, 1.0), 3: (-1.35, 0.0, 1.35)}[count][i]))
+        things.append(_thing(rng, chosen, size, count, PLACES[count][i]))
     floor = rng.choices(FLOORS, (0.4, 0.35, 0.25))[0]
     return Scene(tuple(things), floor, rng.choices(BACKDROPS, (0.6, 0.4))[0], camera)
 

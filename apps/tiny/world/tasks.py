@@ -181,4 +181,4 @@ class VaeTask:
 
 
 Task = DitTask | VaeTask
-TASKS = {"dit": DitTask, "few": FewTask, "vae": VaeTask}
+TASKS: dict[str, type[DitTask] | type[VaeTask]] = {"dit": DitTask, "few": FewTask, "vae": VaeTask}
