@@ -131,14 +131,14 @@ def _triple(rng: random.Random, motions: Sequence[str], banned: set[str]) -> tup
         return triple
 
 
-def sample(rng: random.Random, triple: tuple[str, str, str] | None = None, kind: str = "any") -> Scene:
+def sample(rng: random.Random, triple: tuple[str, str, str] | None = None, kind: str = "any", several: float = 0.42) -> Scene:
     """A random scene. With `triple`, one thing of that (colour, solid, motion); without, never one of `HELD_OUT`.
 
-    `kind`: `any`, or one of `Scene.kind`.
+    `kind`: `any`, of which a share `several` shows two or three things, or one of `Scene.kind`.
     """
     count, camera = 1, "still"
     if kind in ("two", "three") or (kind == "any" and triple is None):
-        count = {"two": 2, "three": 3}.get(kind) or rng.choices((1, 2, 3), (0.58, 0.27, 0.15))[0]
+        count = {"two": 2, "three": 3}.get(kind) or rng.choices((1, 2, 3), (1 - several, 0.64 * several, 0.36 * several))[0]
     if kind == "camera" or (kind == "any" and triple is None and rng.random() < 0.22):
         camera = rng.choice(CAMERAS[1:] if count < 3 else CAMERAS[3:])  # three would leave the frame
     motions: Sequence[str] = MOTIONS if camera == "still" else IN_PLACE

@@ -33,17 +33,25 @@ class Batches(IterableDataset):
     """Endless batches of about `budget` tokens: (size, packed scenes [B, 4, 13], token ids [B, L], mask [B, L])."""
 
     def __init__(
-        self, sizes: list[tuple[Size, float]], budget: int, tokenizer: Any, seed: int, start: int, drop: float, rank: int = 0
+        self,
+        sizes: list[tuple[Size, float]],
+        budget: int,
+        tokenizer: Any,
+        seed: int,
+        start: int,
+        drop: float,
+        rank: int = 0,
+        several: float = 0.42,
     ) -> None:
         self.sizes, self.budget, self.tokenizer = sizes, budget, tokenizer
-        self.seed, self.start, self.drop, self.rank = seed, start, drop, rank
+        self.seed, self.start, self.drop, self.rank, self.several = seed, start, drop, rank, several
 
     def batch(self, step: int) -> Batch:
         """A share `drop` of the captions is empty, for guidance."""
         rng = random.Random(f"{self.seed}/{step}")
         size = rng.choices([s for s, _ in self.sizes], [w for _, w in self.sizes])[0]
         rng = random.Random(f"{self.seed}/{step}/{self.rank}")
-        scenes = [sample(rng) for _ in range(max(2, round(self.budget / tokens(size))))]
+        scenes = [sample(rng, several=self.several) for _ in range(max(2, round(self.budget / tokens(size))))]
         words = ["" if rng.random() < self.drop else caption(s, rng) for s in scenes]
         return size, pack(scenes), *tokenize(self.tokenizer, words, WORDS)
 

@@ -44,7 +44,7 @@ def train(task: Task, args: argparse.Namespace, tokenizer: Any, start: float) ->
     clock, gen = Clock(args, task.device, start), torch.Generator(task.device)
 
     def loader(sizes: str) -> Iterator[Any]:
-        data = Batches(parse_sizes(sizes), args.tokens, tokenizer, args.seed, run.step, task.drop, rank)
+        data = Batches(parse_sizes(sizes), args.tokens, tokenizer, args.seed, run.step, task.drop, rank, args.several)
         return iter(DataLoader(data, batch_size=None, num_workers=args.workers))
 
     early = args.begin < args.early_part
@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sizes", default="", help="FRAMESxHEIGHTxWIDTH:SHARE of the tokens, comma-separated")
     add("--early", default=EARLY, help="sizes for the first part of the schedule")
     add("--early-part", type=float, default=-1.0, help="how long that is (default .15 for the transformer)")
+    add("--several", type=float, default=0.42, help="share of scenes with two or three solids")
     add("--shift", type=float, default=3.0, help="of the noise levels")
     add("--growth", type=float, default=0.35, help="exponent by which the shift grows with the number of tokens")
     add("--few", type=int, default=8, help="steps to learn")
