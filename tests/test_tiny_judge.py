@@ -49,6 +49,12 @@ def test_a_drawn_clip_passes(scene: Scene) -> None:
     assert wrong(drawn(scene), scene) == set()
 
 
+def test_a_highlight_does_not_make_orange_yellow() -> None:
+    ring = Thing("yellow", "ring", "still", "", 0.58, -0.9, 0.0)
+    scene = Scene((ring, Thing("orange", "ball", "right", "", 0.58, 0.9, 0.0, 0.85)), "plain", "wall")
+    assert wrong(drawn(scene), scene) == set()
+
+
 def test_an_egg_is_no_ball() -> None:
     assert {"shape", "round"} <= wrong(egg(judge.renderer, SCENE, SIZE), SCENE)
     assert wrong(egg(judge.renderer, SCENE, SIZE, 1.0, 0.0), SCENE) == set()  # cut out and put back unchanged

@@ -45,11 +45,16 @@ SHOTS = 5  # frames whose outlines are fitted
 LEAST = 0.0015  # of the frame: smaller solids are not there
 
 
-def _hue(rgb: Tensor) -> Tensor:
-    """Which of `COLORS` each pixel of [3, ...] is nearest to by hue."""
-    table = chroma(torch.tensor(list(COLORS.values()), device=rgb.device).float().T)
+def _hue(video: Tensor, mask: Tensor) -> Tensor:
+    """Which of `COLORS` each pixel of [3, F, H, W] is nearest to by hue, within its surroundings in the mask.
+
+    A highlight alone has another hue: it is clipped at white, which makes orange yellow.
+    """
+    size = 2 * round(min(mask.shape[1:]) / 30) + 1
+    around = F.avg_pool2d(chroma(video) * mask, size, 1, size // 2)
+    table = chroma(torch.tensor(list(COLORS.values()), device=video.device).float().T)
     table = table / table.norm(dim=0, keepdim=True)
-    return torch.einsum("cn,c...->n...", table, chroma(rgb)).argmax(0)
+    return torch.einsum("cn,c...->n...", table, around).argmax(0)
 
 
 def _grow(mask: Tensor, by: int) -> Tensor:
@@ -93,7 +98,7 @@ class Judge:
         loose = 256 / min(size[1:])
         back = self.background(scene, size)
         share, mask = cover(video, back)
-        hue = _hue(video)
+        hue = _hue(video, mask)
         core = mask & (share > 0.75)
         asked = [list(COLORS).index(t.color) for t in scene.things]
         masks = [mask] if len(asked) == 1 else [_grow(core & (hue == c), max(1, round(2 / loose))) & mask for c in asked]
