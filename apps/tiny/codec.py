@@ -76,12 +76,17 @@ class Codec:
             edges = edges[torch.randperm(len(edges), generator=gen)[:9000]]
             flat = blocks[torch.randperm(len(blocks), generator=gen)[: len(edges) // 3]]
             rows += [edges, flat]
-        X = torch.cat(rows).double()
+        batch = [clips.sample(rng) for _ in range(200)]
+        return cls.of_blocks(torch.cat(rows), to_blocks(clips.render(clips.pack(batch), 9, 64, 64)).flatten(0, 3), channels)
+
+    @classmethod
+    def of_blocks(cls, fitted: Tensor, typical: Tensor, channels: int = CHANNELS) -> Codec:
+        """Principal components of the blocks [n, 768] `fitted`, scaled as the blocks `typical` need it."""
+        X = fitted.double()
         mu = X.mean(0)
         _, vectors = torch.linalg.eigh((X - mu).T @ (X - mu) / len(X))
         basis = vectors[:, -channels:].flip(1).contiguous()
-        batch = [clips.sample(rng) for _ in range(200)]
-        z = ((to_blocks(clips.render(clips.pack(batch), 9, 64, 64)).double() - mu) @ basis).flatten(0, 3)
+        z = (typical.double() - mu) @ basis
         std = z.std(0)
         scale = std.sqrt()
         scale = scale * (std / scale).square().mean().sqrt()

@@ -26,17 +26,17 @@ MAX_TOKENS = 32  # of a caption in training, `</s>` and one pad included; the pi
 PIPELINE_TOKENS = 512  # WanPipeline's default max_sequence_length
 
 
-def make_tokenizer(seed: int = 0) -> Any:
+def make_tokenizer(seed: int = 0, texts: Sequence[str] = ()) -> Any:
     """Byte-pair tokenizer trained on captions: lower case, every known word one token, other words letter by letter."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     rng = random.Random(seed)
-    texts = [caption(clips.sample(rng), rng) for _ in range(20000)]
+    texts = list(texts) or [caption(clips.sample(rng), rng) for _ in range(20000)]
     texts += list("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-") * 50
     tok = Tokenizer(models.BPE(unk_token="<unk>"))
     tok.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tok.pre_tokenizer = pre_tokenizers.Metaspace()
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
     tok.decoder = decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, special_tokens=special, show_progress=False))
