@@ -113,8 +113,8 @@ def propagate_encoder(
     pipeline, whose scheduler knows the steps to come, and memory for so many times the batch.
     depth: of a transformer, how many blocks are its encoder; default 18/28 of them.
 
-    Steps are told apart by their timestep, guidance's branches by their conditioning. One run at a time: runs that take turns
-    on one model are not told apart. Composes with `accelerate`. Returns the handle, which is also a context manager.
+    Steps are told apart by their timestep, guidance's branches by their conditioning. What is kept belongs to a run: pipelines
+    and threads that share a model do not meet. Composes with `accelerate`. Returns the handle, which is also a context manager.
 
     Raises ValueError for a model whose encoder is not known, and for arguments out of range; the target is unchanged then.
     """

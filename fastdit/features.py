@@ -43,12 +43,12 @@ class Running(NamedTuple):
 
 
 class Branches:
-    """The branches of one model. They are known by their conditioning, never by counting calls: guidance in two calls is two
-    branches, the second call of a second-order solver is none, and a call whose text or shape changes is a new one.
+    """The branches of one model, whose class this is. Their conditioning tells them, never a count of calls: guidance in
+    two calls is two branches, the second call of a second-order solver is none, and a call whose text or shape changes is new.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._signature = inspect.signature(type(model).forward)
+    def __init__(self, cls: type[nn.Module]) -> None:
+        self._signature = inspect.signature(cls.forward)
         self._found: list[Branch] = []
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,15 +11,20 @@ The model's own forward runs at every call; diffusers hooks on its modules (`rep
 from __future__ import annotations
 
 import contextlib
+import copy
+import threading
 import types
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
+from fastdit import scope
 from fastdit.clock import Clock
 from fastdit.facts import Encoder
 from fastdit.features import Branches, Running
@@ -41,24 +46,72 @@ class Counts:
     control: int = 0
 
 
+@dataclass(eq=False)
+class State:
+    """Of one run. branches: of each hooked model; running: the denoiser's call in progress; schedule: the scheduler's list of
+    timesteps, levels: the same, falling; once: whether the last of them comes once."""
+
+    branches: list[Branches]
+    running: Running | None = None
+    clock: Clock = field(default_factory=Clock)
+    counts: Counts = field(default_factory=Counts)
+    schedule: Any = None
+    levels: list[float] = field(default_factory=list)
+    once: bool = False
+
+    def clear(self) -> None:
+        """Forget what is kept: the next call begins a run."""
+        self.clock, self.running, self.schedule, self.levels = Clock(), None, None, []
+        for branches in self.branches:
+            branches.clear()
+
+
 class Propagation:
     """Encoder propagation on one pipeline or model, until `restore`. Also a context manager.
 
-    counts: of the latest run. All that is kept is kept here; it goes when a run begins, ends or raises.
+    counts: of the latest run. All that is kept hangs on a run (a denoising loop, or the calling thread of a model called by
+    hand); it goes when the run ends or raises, or another begins.
     """
 
     def __init__(self, key_steps: int | tuple[int, ...], noise: float, batch: int | None, pipeline: Any = None) -> None:
         self.key_steps, self.batch = key_steps, batch
-        self.counts = Counts()
-        self.running: Running | None = None
-        self.clock = Clock()
         self._injection = Injection(noise) if noise else None
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._schedule: Any = None
-        self._levels: list[float] = []
-        self._once = False
-        self._branches: list[Branches] = []
+        self._models: list[type[nn.Module]] = []
         self._hooked: list[nn.Module] = []
+        self.latest = State([])
+        self._forget()
+
+    def _forget(self) -> None:
+        self.latest.clear()
+        self._by_loop: WeakKeyDictionary[scope.Loop, State] = WeakKeyDictionary()
+        self._by_hand = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Propagation:
+        """Of a copied model: it has nothing to keep, and its hooks only say that they are to be restored."""
+        twin = memo[id(self)] = copy.copy(self)
+        twin.latest, twin._injection = State([]), None
+        twin._forget()
+        twin._hooked = copy.deepcopy(self._hooked, memo)
+        return twin
+
+    @property
+    def state(self) -> State:
+        """Of the run that this thread is in."""
+        loop = scope.loop()
+        found = getattr(self._by_hand, "state", None) if loop is None else self._by_loop.get(loop)
+        if found is None:
+            found = State([Branches(model) for model in self._models])
+            if loop is None:
+                self._by_hand.state = found
+            else:
+                self._by_loop[loop] = found
+                loop.at_end(found.clear)
+        return found
+
+    @property
+    def counts(self) -> Counts:
+        return self.latest.counts
 
     def __repr__(self) -> str:
         n = self.counts
@@ -72,7 +125,7 @@ class Propagation:
         self.restore()
 
     def install(self, model: nn.Module, encoder: Encoder) -> None:
-        self._hook(model, DenoiserHook(self, self._new_branches(model)))
+        self._hook(model, DenoiserHook(self, self._index(model)))
         for module in encoder.keep:
             self._hook(module, KeepHook(self))
         for module in encoder.skip:
@@ -81,11 +134,12 @@ class Propagation:
             self._hook(join.conv, JoinHook(self, join.varies))
 
     def install_control(self, model: nn.Module) -> None:
-        self._hook(model, ControlHook(self, self._new_branches(model)))
+        self._hook(model, ControlHook(self, self._index(model)))
 
-    def _new_branches(self, model: nn.Module) -> Branches:
-        self._branches.append(Branches(model))
-        return self._branches[-1]
+    def _index(self, model: nn.Module) -> int:
+        """Where the branches of a model stand in a `State`."""
+        self._models.append(type(model))
+        return len(self._models) - 1
 
     def _hook(self, module: nn.Module, hook: ModelHook) -> None:
         with _inside_accelerate(module):
@@ -103,47 +157,48 @@ class Propagation:
             if vars(module).get("forward") == types.MethodType(type(module).forward, module):
                 del module.forward  # the registry leaves the class's own on the object
         self._hooked.clear()
-        self.reset()
+        self._forget()
         if self._injection is not None:
             self._injection.restore()
 
     def reset(self) -> None:
-        """Forget everything kept: the next call begins a run."""
-        self.clock, self.running, self._schedule, self._levels = Clock(), None, None, []
-        for branches in self._branches:
-            branches.clear()
+        """Forget everything kept of this thread's run: the next call begins one."""
+        self.state.clear()
 
     def observe(self, timestep: Any) -> tuple[float, bool]:
         """Take in the timestep of a call: it as a number, and whether its step is a key step."""
         now = float(timestep.amax() if isinstance(timestep, Tensor) else timestep)
-        scheduler = None if self._pipeline is None else getattr(self._pipeline(), "scheduler", None)
+        state, loop, own = self.state, scope.loop(), None if self._pipeline is None else self._pipeline()
+        pipeline = own if loop is None or not hasattr(loop.pipeline, "scheduler") else loop.pipeline
+        scheduler = getattr(pipeline, "scheduler", None)
         schedule = getattr(scheduler, "timesteps", None)  # a new object in each run
-        if self.clock.observe(now) or schedule is not self._schedule:
-            self.reset()
-            self.clock.observe(now)
-            self.counts, self._schedule = Counts(), schedule
-            listed = [] if schedule is None else schedule.tolist() if hasattr(schedule, "tolist") else schedule
-            times = [float(time) for time in listed]
-            self._levels = sorted(set(times), reverse=True)
-            self._once = times.count(min(times, default=0)) == 1  # solvers of second order come twice
-            if self._injection is not None:
-                self._injection.begin(scheduler, self._levels)
-        return now, self._is_key(self.clock.step)
+        if state.clock.observe(now) or schedule is not state.schedule:
+            state.clear()
+            state.clock.observe(now)
+            state.counts, state.schedule, self.latest = Counts(), schedule, state
+            times = [] if schedule is None else [float(time) for time in torch.as_tensor(schedule).tolist()]
+            state.levels = sorted(set(times), reverse=True)
+            state.once = times.count(min(times, default=0)) == 1  # solvers of second order come twice
+            if self._injection is not None and pipeline is own:
+                self._injection.begin(scheduler, state.levels)
+        return now, self._is_key(state.clock.step)
 
     def _is_key(self, step: int) -> bool:
         return step % self.key_steps == 0 if isinstance(self.key_steps, int) else step in self.key_steps
 
     def together(self, now: float) -> list[float]:
         """The timesteps to decode in one batch: this one and those that follow up to the next key step, at most `batch`."""
-        if self.batch == 1 or now not in self._levels:
+        state = self.state
+        if self.batch == 1 or now not in state.levels:
             return [now]
-        times = self._levels[self._levels.index(now) :][: self.batch]
-        key = next((i for i in range(1, len(times)) if self._is_key(self.clock.step + i)), len(times))
+        times = state.levels[state.levels.index(now) :][: self.batch]
+        key = next((i for i in range(1, len(times)) if self._is_key(state.clock.step + i)), len(times))
         return times[:key]
 
     def ends(self, now: float) -> bool:
         """Whether no other call will follow, so that nothing need be kept. (What an early end leaves, the next run drops.)"""
-        return bool(self._levels) and now == self._levels[-1] and self._once
+        state = self.state
+        return bool(state.levels) and now == state.levels[-1] and state.once
 
 
 @contextlib.contextmanager

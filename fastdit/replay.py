@@ -46,9 +46,13 @@ class WholeHook(Hook):
 
     _is_stateful = True
 
-    def __init__(self, propagation: Propagation, branches: Branches) -> None:
+    def __init__(self, propagation: Propagation, index: int) -> None:
         super().__init__(propagation)
-        self.branches = branches
+        self.index = index
+
+    @property
+    def branches(self) -> Branches:
+        return self.propagation.state.branches[self.index]
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         self.propagation.reset()
@@ -61,7 +65,7 @@ class WholeHook(Hook):
             self.propagation.reset()
             raise
         finally:
-            self.propagation.running = None
+            self.propagation.state.running = None
 
     def call(self, call: dict[str, Any]) -> Any:
         raise NotImplementedError
@@ -71,16 +75,16 @@ class DenoiserHook(WholeHook):
     def call(self, call: dict[str, Any]) -> Any:
         ours = self.propagation
         now, key = ours.observe(call["timestep"])
-        ours.counts.calls += 1
+        ours.state.counts.calls += 1
         branch = self.branches.find(call)
         if key or branch is None:
-            branch = self.branches.renew(call, ours.clock.step)
-            ours.counts.encoder += 1
-            ours.counts.decoder += 1
-            ours.running = Running(branch, encodes=True)
+            branch = self.branches.renew(call, ours.state.clock.step)
+            ours.state.counts.encoder += 1
+            ours.state.counts.decoder += 1
+            ours.state.running = Running(branch, encodes=True)
             found = self.forward(**call)
         else:
-            branch.step = ours.clock.step
+            branch.step = ours.state.clock.step
             found = self.decode(branch, call, now)
         if ours.ends(now):
             self.branches.drop(branch)
@@ -95,8 +99,8 @@ class DenoiserHook(WholeHook):
         if now in branch.ahead:
             return branch.ahead.pop(now)
         times, batch = ours.together(now), len(latents(call))
-        ours.counts.decoder += 1
-        ours.running = Running(branch, False, batch, len(times))
+        ours.state.counts.decoder += 1
+        ours.state.running = Running(branch, False, batch, len(times))
         if len(times) == 1:
             return self.forward(**call)
         given = call["timestep"]
@@ -123,10 +127,10 @@ class ControlHook(WholeHook):
         now, key = ours.observe(call["timestep"])
         branch = self.branches.find(call)
         if key or branch is None:
-            branch = self.branches.renew(call, ours.clock.step)
-            ours.counts.control += 1
+            branch = self.branches.renew(call, ours.state.clock.step)
+            ours.state.counts.control += 1
             branch.kept = self.forward(**call)
-        branch.step = ours.clock.step
+        branch.step = ours.state.clock.step
         if ours.ends(now):
             self.branches.drop(branch)
         return branch.kept
@@ -136,7 +140,7 @@ class KeepHook(Hook):
     """A module of the encoder whose outputs are kept at key steps and given at the others."""
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        running = self.propagation.running
+        running = self.propagation.state.running
         if running is None:
             return self.forward(*args, **kwargs)
         if running.encodes:
@@ -150,7 +154,7 @@ class SkipHook(Hook):
     """A module of the encoder whose output nothing reads at other steps: it gives its input back."""
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        running = self.propagation.running
+        running = self.propagation.state.running
         if running is None or running.encodes:
             return self.forward(*args, **kwargs)
         return args[0] if args else kwargs["hidden_states"]
@@ -164,7 +168,7 @@ class JoinHook(Hook):
         self.varies = varies
 
     def new_forward(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
-        running, n, weight = self.propagation.running, self.varies, conv.weight
+        running, n, weight = self.propagation.state.running, self.varies, conv.weight
         # Where the weights are stored elsewhere or in another format, a hook below this one brings them.
         if running is None or running.encodes or weight.dtype != x.dtype or weight.device != x.device:
             return self.forward(x)

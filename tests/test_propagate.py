@@ -226,8 +226,8 @@ def test_exception_in_the_middle_forgets_everything():
     with pytest.raises(KeyboardInterrupt):
         run(model, call, (700,))
     broken.remove()
-    assert handle.running is None
-    assert not any(branches._found for branches in handle._branches)
+    assert handle.latest.running is None
+    assert not any(branches._found for branches in handle.latest.branches)
     fastdit.restore(model)
     stock = run(model, call, (600,), seed=3)
     fastdit.propagate_encoder(model, (0,))
@@ -255,7 +255,7 @@ def test_features_do_not_pile_up():
     for i, time in enumerate(TIMES):
         run(model, call | {"encoder_hidden_states": call["encoder_hidden_states"] + i}, (time,))
     assert handle.counts.encoder == 5
-    assert len(handle._branches[0]._found) <= 2
+    assert len(handle.latest.branches[0]._found) <= 2
 
 
 def test_model_that_writes_into_its_features():
@@ -453,3 +453,33 @@ def test_models_without_a_known_encoder_are_refused_in_a_sentence():
     del model.transformer_blocks[1]
     with pytest.raises(ValueError, match="no decoder behind"):
         fastdit.propagate_encoder(model)
+
+
+def test_threads_that_share_a_model_do_not_meet():
+    """Two pipelines on one UNet, of different steps and schedulers: to the bit what each gives alone."""
+    import threading
+
+    case = next(case for case in CASES if case.cls == "UNet2DConditionModel")
+    model = case.model()
+    texts = [torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+
+    @torch.no_grad()
+    def go(i):
+        x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i))
+        for t in range(900, 0, -100 + 20 * i):
+            x = x - 0.1 * model(x, torch.tensor([t]), texts[i], return_dict=False)[0]
+        return x
+
+    with fastdit.propagate_encoder(model, 3) as handle:
+        expected, found = [], {}
+        for i in (0, 1):
+            expected.append(go(i))
+            handle.reset()
+        for _ in range(3):
+            threads = [threading.Thread(target=lambda i=i: found.update({i: go(i)})) for i in (0, 1)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert all(torch.equal(found[i], expected[i]) for i in (0, 1))
+        assert handle.counts.encoder < handle.counts.calls

@@ -258,7 +258,7 @@ def test_nothing_is_kept_after_a_run():
     pipe = stable_diffusion(control=1)
     handle = fastdit.propagate_encoder(pipe, 3)
     draw(pipe)
-    assert not any(branches._found for branches in handle._branches)
+    assert not any(branches._found for branches in handle.latest.branches)
 
 
 def test_another_size_and_guidance_that_ends_midway():
