@@ -27,7 +27,7 @@ from fastdit.pipelines.adapter import adapter_for
 from fastdit.pipelines.encoder import encoder_of
 from fastdit.presets import DEFAULT, preset
 from fastdit.processor import install as install_model
-from fastdit.processor import installed, replace, uninstall
+from fastdit.processor import installed, replace, uninstall, without_others
 from fastdit.propagate import KEY_STEPS, Propagation, propagation_of
 from fastdit.report import Report
 
@@ -200,9 +200,13 @@ def _denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
         found = [(name, model) for name in DENOISERS if isinstance(model := getattr(target, name, None), nn.Module)]
     if not found:
         raise ValueError(f"{type(target).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a model")
+    seen: set[int] = set()
     for name, model in found:
         inner: nn.Module = getattr(model, "_orig_mod", model)
-        yield name, inner.module if isinstance(inner, DistributedDataParallel) else inner
+        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner
+        if id(inner) not in seen:  # one model may stand in both places of Wan 2.2
+            seen.add(id(inner))
+            yield name, inner
 
 
 _set_on_model = AttentionMixin.set_attn_processor
@@ -213,7 +217,7 @@ def _model_set_attn_processor(self: Any, processor: Any) -> None:
     if isinstance(processor, FastAttnProcessor):
         accelerate(self, processor.config)
     elif installed(self) is None:
-        _set_on_model(self, processor)
+        _set_on_model(self, without_others(processor, None))
     else:
         replace(self, processor, functools.partial(_set_on_model, self))
 

@@ -28,6 +28,7 @@ from fastdit.runs import Forward, Ran
 
 Qkv = tuple[Tensor, Tensor, Tensor]
 
+NEW = "no earlier step of its branch: the conditioning or the noise is new"
 SDPA = "F.scaled_dot_product_attention"
 """The backend of processors that call it themselves, instead of diffusers' `dispatch_attention_fn`."""
 
@@ -159,8 +160,10 @@ class _Call:
                 lambda: self.original(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2),  # noqa: B023
                 lambda device: sum(site.bytes(device) for site in self.handle.sites),
             )  # fmt: skip
-            no_room, state.most = held.no_room, max(state.most, state.bytes()) if how == "refresh" else state.most
-            if no_room and run.forget(1):
+            note, state.most = held.no_room, max(state.most, state.bytes()) if how == "refresh" else state.most
+            if how == "refresh" and self.forward.branch.first == run.clock.step > 0:
+                note = NEW
+            if held.no_room and run.forget(1):
                 held.no_room = None  # the next call of this branch tries again
             if run.last:
                 held.drop()  # decoding, which comes next, needs the room
@@ -168,7 +171,7 @@ class _Call:
             if why is None:
                 skipped = how == "reuse" and plan.reuse.kind == "broadcast"
                 density = 1.0 if how in ("refresh", "dense") else 0.0 if skipped else plan.density
-                self.record(replace(plan, density=density), how, watch, trimmed, error, no_room)
+                self.record(replace(plan, density=density), how, watch, trimmed, error, note)
                 return out.transpose(1, 2) if self.at is not None else _roll(out.transpose(1, 2), -roll)
             state.climb(f"{why} at noise level {self.sigma:.3f}", guard.TOP if error is None else state.rung + 1)
 
@@ -236,13 +239,10 @@ class _Call:
         return dispatch_attention_fn(q, k, v, mask, scale=self.scale, backend=backend)
 
     def record(
-        self, plan: Plan, how: str, watch: Stopwatch, trimmed: int = 0, error: float | None = None, no_room: str | None = None
+        self, plan: Plan, how: str, watch: Stopwatch, trimmed: int = 0, error: float | None = None, note: str | None = None
     ) -> None:
-        step, rung = self.forward.run.clock.step, self.state.rung
-        self.state.ran.append(
-            Ran(plan.phase, plan.density, how, plan.reason or no_room, step, self.sigma, str(plan.quant), trimmed, error, rung,
-                watch.stop())
-        )  # fmt: skip
+        ran = Ran(plan.phase, plan.density, how, plan.reason or note, self.forward.step, self.sigma, str(plan.quant), trimmed)
+        self.state.ran.append(ran._replace(error=error, rung=self.state.rung, seconds=watch.stop()))
 
 
 def _roll(x: Tensor, tokens: int) -> Tensor:

@@ -40,6 +40,8 @@ class Branch:
     latents: Tensor
     sigma: float
     step: int
+    first: int = 0
+    """The step of its first call."""
 
     def cosine(self, call: Call) -> float:
         return fingerprint.cosine(self.latents, call.latents)
@@ -85,7 +87,7 @@ class Branches:
         if found is not None and accept(found.cosine(call), sigma, found.sigma):
             found.latents, found.sigma, found.step = call.latents, sigma, step
             return found, None
-        new = Branch(call.key, call.latents, sigma, step)
+        new = Branch(call.key, call.latents, sigma, step, step)
         self.known.append(new)
         return new, None if several else found  # its noise was drawn anew: nobody will go on from it
 

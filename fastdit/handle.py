@@ -152,17 +152,32 @@ class Handle:
     def enter(self, sigma: float, timestep: float | None, call: Call, facts: Facts) -> Forward:
         """Take in one call of a denoiser: the run of this thread that it belongs to, or a new one. Whatever an older run of the
         thread remembered goes then, also after one that was interrupted."""
-        loop, unserved = scope.loop(), {site.index: why for site, why in self.denoisers[call.model].unserved()}
-        run = getattr(self._by_hand, "run", None) if loop is None else self._by_loop.get(loop)
+        unserved = {site.index: why for site, why in self.denoisers[call.model].unserved()}
+        loop, run = self._running(sigma, timestep, call)
         if run is None or run.finished or run.is_over(run.level(sigma, timestep), call, unserved):
-            if run is not None:
-                run.finish()
-            run = self._start(loop)
+            before, run = run, self._start(loop)
+            if before is not None:
+                before.finish()
+                if loop is not None and not unserved:
+                    run.follow(before)
         for index, why in unserved.items():
             run.sites[index].lost = self.lacking(self.sites[index], why)
         forward = run.enter(run.level(sigma, timestep), call, facts)
         self.latest = run
         return forward
+
+    def _running(self, sigma: float, timestep: float | None, call: Call) -> tuple[scope.Loop | None, Run | None]:
+        """The loop and the run that a call of this thread may belong to. Of several loops that take turns (generators) it is
+        the one whose call it goes on from, otherwise the innermost."""
+        loops = scope.loops()
+        if not loops:
+            return None, getattr(self._by_hand, "run", None)
+        innermost = self._by_loop.get(loops[0])
+        if innermost is not None and len(loops) > 1 and not innermost.knows(innermost.level(sigma, timestep), call):
+            for loop in loops[1:]:
+                if (run := self._by_loop.get(loop)) is not None and run.knows(run.level(sigma, timestep), call):
+                    return loop, run
+        return loops[0], innermost
 
     def _start(self, loop: scope.Loop | None) -> Run:
         pipeline = None if loop is None else loop.pipeline

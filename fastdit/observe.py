@@ -22,10 +22,22 @@ from fastdit.handle import Denoiser, Handle
 
 
 @dataclass(eq=False)
-class Observe:
-    """Forward pre-hook of a denoiser."""
+class Hook:
+    """Of a denoiser. A pickled model is the stock model: `None.__init__` takes any arguments and does nothing, also where
+    fastdit is not installed. A copy has its own."""
 
     denoiser: Denoiser
+
+    def __reduce__(self) -> Any:
+        return getattr, (None, "__init__")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return type(self)(copy.deepcopy(self.denoiser, memo))
+
+
+@dataclass(eq=False)
+class Observe(Hook):
+    """Forward pre-hook: reads what the denoiser is called with."""
 
     def __post_init__(self) -> None:
         # A tensor, not integers: those would be constants of a graph that several copies of a model share.
@@ -44,17 +56,36 @@ class Observe:
             places, facts.missing,
         )  # fmt: skip
 
-    def __reduce__(self) -> Any:
-        """A pickled model is the stock model. `None.__init__` takes any arguments and does nothing, also where fastdit is not
-        installed."""
-        return getattr, (None, "__init__")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Observe:
-        return Observe(copy.deepcopy(self.denoiser, memo))
+class Over(Hook):
+    """Forward hook: the call is over, and what calls a layer by itself later has no facts."""
+
+    def __call__(self, *_: Any) -> None:
+        self.denoiser.call.token = None
 
 
 @torch.library.custom_op("fastdit::begin_forward", mutates_args=(), **STAYS_OUT)
 def _begin_forward(
+    sigma: Tensor,
+    timestep: Tensor | None,
+    where: Tensor | None,
+    latents: Tensor | None,
+    conditioning: list[Tensor],
+    ids: Tensor,
+    places: list[int],
+    missing: str | None,
+) -> Tensor:
+    with torch.autocast(sigma.device.type, enabled=False), torch.autocast("cpu", enabled=False):
+        return _begin(sigma, timestep, where, latents, conditioning, ids, places, missing)
+
+
+@_begin_forward.register_fake
+def _(*_: Any) -> Tensor:
+    refuse_capture()
+    return torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+def _begin(
     sigma: Tensor,
     timestep: Tensor | None,
     where: Tensor | None,
@@ -88,12 +119,6 @@ def _begin_forward(
     time = None if timestep is None else numbers[1] if timestep.is_floating_point() else round(numbers[1])
     forward = handle.enter(numbers[0], time, call, facts)
     return torch.tensor([forward.number], dtype=torch.int64, device="cpu")
-
-
-@_begin_forward.register_fake
-def _(*_: Any) -> Tensor:
-    refuse_capture()
-    return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 def _to_host(pieces: list[Tensor]) -> list[Tensor]:

@@ -11,10 +11,10 @@ from torch import nn
 
 from fastdit.facts import Adapter
 from fastdit.handle import Denoiser, Handle, Site
-from fastdit.observe import Observe
+from fastdit.observe import Observe, Over
 from fastdit.seam import BoundProcessor, bound_class
 
-__all__ = ["BoundProcessor", "bind", "install", "installed", "replace", "uninstall"]
+__all__ = ["BoundProcessor", "bind", "install", "installed", "replace", "uninstall", "without_others"]
 
 
 def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> None:
@@ -30,6 +30,7 @@ def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> No
     handle.reset()
     bind(model, denoiser)
     model.register_forward_pre_hook(Observe(denoiser), with_kwargs=True)
+    model.register_forward_hook(Over(denoiser))
 
 
 def bind(model: nn.Module, denoiser: Denoiser) -> None:
@@ -57,6 +58,8 @@ def uninstall(model: nn.Module) -> None:
             kept[name] = processor.inner
     for key in [key for key, hook in model._forward_pre_hooks.items() if isinstance(hook, Observe)]:
         del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    for key in [key for key, hook in model._forward_hooks.items() if isinstance(hook, Over)]:
+        del model._forward_hooks[key]
 
 
 def replace(model: nn.Module, processors: Any, setter: Callable[[Any], None]) -> None:
@@ -68,6 +71,7 @@ def replace(model: nn.Module, processors: Any, setter: Callable[[Any], None]) ->
     """
     denoiser = installed(model)
     assert denoiser is not None
+    processors = without_others(processors, denoiser)
     held = [getattr(module, "processor", None) for module in denoiser.modules()]
     bound = [processor for processor in held if isinstance(processor, BoundProcessor)]
     if isinstance(processors, dict):
@@ -84,6 +88,20 @@ def replace(model: nn.Module, processors: Any, setter: Callable[[Any], None]) ->
     setter(processors)
     if again:
         bind(model, denoiser)
+
+
+def without_others(processors: Any, denoiser: Denoiser | None) -> Any:
+    """Processors as given, but for those that another acceleration bound, perhaps one that is over: their originals."""
+    mine = [] if denoiser is None else denoiser.sites
+
+    def own(processor: Any) -> Any:
+        foreign = isinstance(processor, BoundProcessor) and processor.site is not None and processor.site not in mine
+        return processor.inner if foreign else processor
+
+    if isinstance(processors, dict):
+        found = {name: own(processor) for name, processor in processors.items()}
+        return found if any(found[name] is not processors[name] for name in found) else processors
+    return own(processors)
 
 
 def installed(model: nn.Module) -> Denoiser | None:

@@ -169,11 +169,13 @@ def _density(ran: Sequence[Ran]) -> float:
 
 
 def _site(site: Site, state: SiteState, timed: Sequence[Ran], unserved: str | None) -> SiteReport:
-    lost = state.lost or site.refusal or unserved
+    lost = state.lost or unserved
     if not timed:
+        lost = lost or site.refusal
         ran = "dense" if lost else "never"
         return SiteReport(site.name, ran, 1.0, "none", lost or "not called yet", 0.0, None, guard.RUNGS[state.rung], 0, 0)
-    dense = sum(r.how == "dense" for r in timed)
+    # statistics that no step before could serve were all that there was to it
+    dense = sum(r.how == "dense" or (r.how == "refresh" and r.reason is not None) for r in timed)
     reasons = Counter(r.reason for r in timed if r.reason is not None)
     return SiteReport(
         site.name,

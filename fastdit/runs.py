@@ -25,6 +25,8 @@ from fastdit.layout import Grid
 from fastdit.memory import Memory
 from fastdit.noise import Scale
 
+STALE = 2
+"""Noise levels after which a branch that was not called remembers nothing: windows that move come back every second step."""
 MOST_CALLS = 4096
 """Calls of a model by hand at one noise level, more than the tiles or views of one picture: beyond it a new run."""
 _numbers = itertools.count()
@@ -104,6 +106,11 @@ class Forward:
     def __post_init__(self) -> None:
         _forwards[self.number] = self
 
+    @property
+    def step(self) -> int:
+        """In the report."""
+        return self.run.first_step + self.run.clock.step
+
     @staticmethod
     def find(number: int) -> Forward:
         if (found := _forwards.get(number)) is None:
@@ -118,6 +125,8 @@ class Run:
         self.clock = Clock()
         self.sites = [SiteState() for _ in range(sites)]
         self.by_hand = by_hand
+        self.first_step = 0
+        """Of the report's steps."""
         self.branches = Branches()
         self.scale: Scale | None = None
         self.finished = False
@@ -126,7 +135,8 @@ class Run:
         self._steps: int | None = None
         self._rises = True  # so far: one noise level may be the first of an inversion
         self._calls: Counter[int] = Counter()  # by model, at this noise level
-        self._forwards: dict[int, Forward] = {}
+        self.forwards: dict[int, Forward] = {}
+        """The latest of each model."""
 
     @property
     def pipeline(self) -> Any:
@@ -161,10 +171,21 @@ class Run:
             return (anew or turns) and not self.branches.goes_on(sigma, call)
         return (anew and self.branches.seen(call)) or (self.clock.step == 0 and self._calls[call.model] >= MOST_CALLS)
 
+    def knows(self, sigma: float, call: Call) -> bool:
+        """Whether a call goes on from one of this run's."""
+        return sigma <= self.clock.sigma + RISE and self.branches.goes_on(sigma, call)
+
+    def follow(self, before: Run) -> None:
+        """What this loop did before its noise rose stays in the report."""
+        self.first_step = before.first_step + before.clock.step + 1
+        for site, old in zip(self.sites, before.sites, strict=True):
+            site.ran, site.most = old.ran, old.most
+
     def enter(self, sigma: float, call: Call, facts: Facts) -> Forward:
         """Take in one call of a denoiser. facts: its grid no longer a tensor."""
         if self.clock.step < 0 or abs(sigma - self.clock.sigma) > RISE:
             self.branches.move()
+            self.forget(STALE)
             self._calls.clear()
             self._rises = self.clock.step < 0 or sigma > self.clock.sigma
         self.clock.move(sigma)
@@ -181,7 +202,7 @@ class Run:
         forward = Forward(
             self, branch, sigma, [grid, *facts.coarser], facts.before, facts.after, facts.ragged, facts.unread, facts.missing
         )
-        self._forwards[call.model] = forward  # keeps it, until the model's next
+        self.forwards[call.model] = forward
         return forward
 
     @property

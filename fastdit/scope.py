@@ -51,10 +51,14 @@ class Loop:
             call()
 
 
+def loops() -> list[Loop]:
+    """The loops that this thread is in, innermost first."""
+    return [found for reference in reversed(_scope.loops) if (found := reference()) is not None and not found.ended]
+
+
 def loop() -> Loop | None:
-    """The innermost loop that this thread is in."""
-    running = (found for reference in reversed(_scope.loops) if (found := reference()) is not None and not found.ended)
-    return next(running, None)
+    """The innermost of them."""
+    return next(iter(loops()), None)
 
 
 def name_of(model: Any) -> str | None:
@@ -69,8 +73,10 @@ def watch_loops(cls: Any) -> None:
     @functools.wraps(original)
     def progress_bar(self: Any, *args: Any, **kwargs: Any) -> Any:
         bar = original(self, *args, **kwargs)
-        # Through a weak reference: a bar that is never closed (a loop left by `break`) must go with its last user, at once.
-        bar.close = functools.partial(_close, weakref.ref(bar), Loop(self))
+        # A bar that something else stands for, which would not tell its end, is no loop.
+        with contextlib.suppress(AttributeError, TypeError):
+            # Through a weak reference: a bar that is never closed (a loop left by `break`) must go with its last user, at once.
+            bar.close = functools.partial(_close, weakref.ref(bar), Loop(self))
         return bar
 
     cls.progress_bar = progress_bar

@@ -28,6 +28,7 @@ from torch.utils._device import DeviceContext
 from fastdit import parallel
 from fastdit.attend import SDPA, attend
 from fastdit.handle import Site
+from fastdit.runs import Forward, Ran
 
 _current = threading.local()
 """`.site`: the bound processor that is running in this thread, between its call and the core attention; `.reached`: whether it
@@ -115,8 +116,14 @@ def bound_class(inner: Any) -> type[BoundProcessor]:
 
 def _left(bound: BoundProcessor, reason: str) -> None:
     """This call is not ours, and why. Raises RuntimeError if the configuration is strict."""
-    assert bound.site is not None
-    bound.site.refusal = bound.site.denoiser.handle.lacking(bound.site, reason)
+    site = bound.site
+    assert site is not None
+    site.refusal = site.denoiser.handle.lacking(site, reason)
+    token = getattr(site.denoiser.call, "token", None)
+    if token is None or torch.compiler.is_compiling():  # which would trace the note, and not take it at every call
+        return
+    forward = Forward.find(int(token))
+    forward.run.sites[site.index].ran.append(Ran(None, 1.0, "dense", reason, forward.step, forward.sigma))
 
 
 def _dispatch(
@@ -192,7 +199,7 @@ def _refusal(
         return f"q, k and v are of different dtypes: {query.dtype}, {key.dtype}, {value.dtype}"
     if mode := _intercepting():
         return f"{mode} may change attention"
-    if bound.site is None or not hasattr(bound.site.denoiser.call, "token"):
+    if bound.site is None or getattr(bound.site.denoiser.call, "token", None) is None:
         return "called outside of its denoiser's forward"
     return None
 

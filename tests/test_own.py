@@ -11,7 +11,6 @@ import fastdit
 from fastdit import Config, Facts, Phase
 from fastdit.processor import BoundProcessor, installed
 from fastdit.reference import relative_error
-from fastdit.runs import Forward
 
 GRID, TEXT = (3, 8, 8), 5
 
@@ -75,7 +74,7 @@ def test_phases_and_text_follow_the_call(mine):
     for percent, ran in ((80.0, "dense"), (20.0, "mixed")):
         mine(*given(percent))
         assert fastdit.report(mine).sites[0].ran == ran
-    call = Forward.find(int(installed(mine).call.token))
+    call = installed(mine).handle.latest.forwards[0]
     assert (call.grids, call.before) == ([GRID], TEXT)
 
 

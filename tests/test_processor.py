@@ -19,7 +19,6 @@ from fastdit.facts import Facts
 from fastdit.handle import Denoiser, Handle, Site
 from fastdit.processor import BoundProcessor, installed
 from fastdit.reference import relative_error
-from fastdit.runs import Forward
 from fastdit.seam import bound_class
 
 SPARSE = Config(
@@ -111,7 +110,7 @@ def test_the_grid_follows_the_call(model):
     fastdit.accelerate(model, SPARSE)
     for grid in ((3, 8, 8), (1, 5, 7), (4, 4, 12)):
         run(model, grid=grid)
-        assert Forward.find(int(installed(model).call.token)).grids == [grid]
+        assert installed(model).handle.latest.forwards[0].grids == [grid]
         assert fastdit.report(model).sites[0].ran == "sparse"
 
 
