@@ -88,7 +88,7 @@ def measure(grid: tuple[int, int, int], model: Any, used: int, repeats: int) -> 
         model(**given)
         facts: Any = installed(model)
         ids = torch.tensor([facts.handle.number, 0])
-        facts.call.token = torch.tensor([facts.handle.latest.forwards[0].number])
+        facts.call.token = torch.tensor([facts.call.forward.number])
         calls = {
             "stock": lambda: dispatch_attention_fn(q, k, v, mask),
             "cut": lambda: attend(facts, ids, q, k, v, mask, None, ""),

@@ -41,10 +41,6 @@ class Clock:
             self.step += 1
         self.sigma = sigma
 
-    def restart(self) -> None:
-        """Whatever noise level comes next begins a new run."""
-        self.step = -1
-
 
 class Stopwatch:
     """Seconds from its making to `stop`; on a GPU the two events between which they passed, so that nobody waits for them."""

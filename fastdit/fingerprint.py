@@ -51,7 +51,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
-        for key in sorted(value):
+        for key in sorted(value, key=str):
             yield from _tensors(value[key])
     elif isinstance(value, (list, tuple)):
         for each in value:
@@ -64,13 +64,13 @@ def sampled(latents: Tensor) -> Tensor:
 
 
 def summed(conditioning: Tensor) -> Tensor:
-    """float32 [≤ SUMS]: sums over tokens [B, N, C] -> [B, C], of which some; other shapes as they are. A prompt's words are few
-    among its padding, so places alone would miss them."""
+    """float32: of sums over tokens [B, N, C] -> [B, C] at most `SUMS`; of [B, N] all sums and as many places. A prompt's words
+    are few among its padding, so places alone would miss them."""
     wide = conditioning.float()
     if wide.ndim > 2:
         wide = wide.flatten(1, -2).sum(1)
     elif wide.ndim == 2:
-        wide = torch.cat([wide.sum(1), wide.flatten()])
+        return torch.cat([wide.sum(1), _spread(wide.flatten(), SUMS)])
     return _spread(wide.reshape(-1), SUMS)
 
 

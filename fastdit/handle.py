@@ -73,7 +73,7 @@ class Site:
 class Denoiser:
     """One model and its sites. number: among the handle's. names: of its forward's parameters. left: attention modules that are
     no sites, counted by the reason. call: this thread's running call: `.token`, int64 [1] on the CPU, the number of its
-    `Forward`, and `.facts`, as the adapter read them."""
+    `Forward`, `.forward`, which it keeps, and `.facts`, as the adapter read them."""
 
     name: str
     adapter: Adapter
@@ -86,6 +86,8 @@ class Denoiser:
     call: threading.local = field(default_factory=threading.local)
     attentions: list[weakref.ref[nn.Module]] = field(default_factory=list)
     """The sites' modules."""
+    deleted: Any = None
+    """What is done when the model is (`weakref.finalize`)."""
 
     def modules(self) -> list[nn.Module | None]:
         """The sites' attention modules."""
@@ -106,7 +108,7 @@ class Denoiser:
         model = self.model()
         # its own is being copied; where only a part of it is, there is none
         twin.model = weakref.ref(memo.get(id(model), model)) if model is not None else self.model
-        twin.call, twin.attentions = threading.local(), []
+        twin.call, twin.attentions, twin.deleted = threading.local(), [], None
         twin.handle, twin.sites = copy.deepcopy((self.handle, self.sites), memo)
         return twin
 
@@ -220,7 +222,13 @@ class Handle:
         rises; a model on its own that is called again and again at one noise level (one-step models) needs it between runs."""
         for run in self.live():
             run.finish()
+        self._by_pipeline = []
         self.latest = Run(len(self.sites))
+
+    def release(self) -> None:
+        """Let go of everything on a GPU."""
+        self.reset()
+        self.masks.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         """A copied pipeline has a handle and runs of its own."""

@@ -43,7 +43,7 @@ class Scale:
             if isinstance(first, int):
                 return cls()
             listed = [first or TRAIN_TIMESTEPS]
-        times = torch.as_tensor(listed, dtype=torch.float64).flatten().tolist()
+        times = torch.as_tensor(listed).cpu().double().flatten().tolist()
         most, least = max(times), min(times)
         if least < 0 or most > 1.001 * TRAIN_TIMESTEPS or 1 < most <= EDM_MOST:
             return cls("log", 1.0 if most <= EDM_MOST else TRAIN_TIMESTEPS)

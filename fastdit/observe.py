@@ -117,7 +117,7 @@ def _begin(
     )  # fmt: skip
     facts = Facts(grids[0], sigma, before, after, bool(ragged), bool(unread), tuple(grids[1:]), missing=missing)
     time = None if timestep is None else numbers[1] if timestep.is_floating_point() else round(numbers[1])
-    forward = handle.enter(numbers[0], time, call, facts)
+    forward = denoiser.call.forward = handle.enter(numbers[0], time, call, facts)
     return torch.tensor([forward.number], dtype=torch.int64, device="cpu")
 
 

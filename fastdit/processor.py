@@ -31,6 +31,16 @@ def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> No
     bind(model, denoiser)
     model.register_forward_pre_hook(Observe(denoiser), with_kwargs=True)
     model.register_forward_hook(Over(denoiser))
+    denoiser.deleted = weakref.finalize(model, _deleted, weakref.ref(handle))
+    denoiser.deleted.atexit = False
+
+
+def _deleted(reference: weakref.ref[Handle]) -> None:
+    """A model was deleted without `restore`. If it was the last one of its pipeline, what is large goes at once: a handle is
+    part of a cycle, which Python's collector may find much later."""
+    handle = reference()
+    if handle is not None and all(denoiser.model() is None for denoiser in handle.denoisers):
+        handle.release()
 
 
 def bind(model: nn.Module, denoiser: Denoiser) -> None:
@@ -46,9 +56,7 @@ def bind(model: nn.Module, denoiser: Denoiser) -> None:
 
 def uninstall(model: nn.Module) -> None:
     """Give back the very processors that `install` found; a model without ours is left alone."""
-    if (denoiser := installed(model)) is not None:
-        denoiser.handle.reset()  # a cycle that Python's collector may find much later: what is large goes now
-        denoiser.handle.masks.clear()
+    denoiser = installed(model)
     for module in model.modules():
         if isinstance(getattr(module, "processor", None), BoundProcessor):
             _set(module, module.processor.inner)
@@ -60,6 +68,10 @@ def uninstall(model: nn.Module) -> None:
         del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
     for key in [key for key, hook in model._forward_hooks.items() if isinstance(hook, Over)]:
         del model._forward_hooks[key]
+    if denoiser is not None:
+        if denoiser.deleted is not None:
+            denoiser.deleted.detach()
+        denoiser.handle.release()
 
 
 def replace(model: nn.Module, processors: Any, setter: Callable[[Any], None]) -> None:

@@ -179,7 +179,7 @@ class Propagation:
             times = [] if schedule is None else [float(time) for time in torch.as_tensor(schedule).tolist()]
             state.levels = sorted(set(times), reverse=True)
             state.once = times.count(min(times, default=0)) == 1  # solvers of second order come twice
-            if self._injection is not None and pipeline is own:
+            if self._injection is not None and scheduler is getattr(own, "scheduler", None):
                 self._injection.begin(scheduler, state.levels)
         return now, self._is_key(state.clock.step)
 

@@ -70,7 +70,7 @@ class SiteState:
     def memory(self, phase: int | None, *key: Any) -> Memory:
         """What is remembered for a phase and branch, shape, …: new at first. What another phase left goes: a phase begins with
         statistics of its own."""
-        for other in [other for other in self.memories if other[0] != phase]:
+        for other in [other for other in list(self.memories) if other[0] != phase]:
             del self.memories[other]
         return self.memories.setdefault((phase, *key), Memory())
 
@@ -135,8 +135,6 @@ class Run:
         self._steps: int | None = None
         self._rises = True  # so far: one noise level may be the first of an inversion
         self._calls: Counter[int] = Counter()  # by model, at this noise level
-        self.forwards: dict[int, Forward] = {}
-        """The latest of each model."""
 
     @property
     def pipeline(self) -> Any:
@@ -183,12 +181,13 @@ class Run:
 
     def enter(self, sigma: float, call: Call, facts: Facts) -> Forward:
         """Take in one call of a denoiser. facts: its grid no longer a tensor."""
-        if self.clock.step < 0 or abs(sigma - self.clock.sigma) > RISE:
+        if moves := self.clock.step < 0 or abs(sigma - self.clock.sigma) > RISE:
             self.branches.move()
-            self.forget(STALE)
             self._calls.clear()
             self._rises = self.clock.step < 0 or sigma > self.clock.sigma
         self.clock.move(sigma)
+        if moves:
+            self.forget(STALE)
         if (timesteps := self.timesteps()) is not self._timesteps:
             self._timesteps, self._steps = timesteps, None
         self._calls[call.model] += 1
@@ -199,11 +198,9 @@ class Run:
             self.forget(1)  # guidance that has ended
         grid = facts.grid
         assert not isinstance(grid, Tensor)
-        forward = Forward(
+        return Forward(
             self, branch, sigma, [grid, *facts.coarser], facts.before, facts.after, facts.ragged, facts.unread, facts.missing
         )
-        self.forwards[call.model] = forward
-        return forward
 
     @property
     def last(self) -> bool:
@@ -212,7 +209,7 @@ class Run:
         if not self.by_hand or self._timesteps is None:
             return False
         if self._steps is None:
-            listed = torch.as_tensor(self._timesteps, dtype=torch.float64).flatten()
+            listed = torch.as_tensor(self._timesteps).cpu().double().flatten()
             moved = listed.diff().abs() > RISE * max(1.0, float(listed.abs().amax())) if len(listed) else listed
             self._steps = int(moved.sum()) + (len(listed) > 0)  # as the clock counts them
         return 0 < self._steps <= self.clock.step + 1
@@ -235,6 +232,3 @@ class Run:
         for site in self.sites:
             site.memories.clear()
         self.branches = Branches()
-
-    def bytes(self, device: torch.device | None = None) -> int:
-        return sum(site.bytes(device) for site in self.sites)

@@ -1,10 +1,10 @@
 """What the calling thread is in the middle of: a pipeline's denoising loop, and a call of a model that the pipeline named.
 
-Every pipeline of diffusers walks its timesteps inside `self.progress_bar(...)`, classic or modular, on whichever model and with
-whichever scheduler. The bar is opened before the first step and closed behind the last one, before anything is decoded, also
-by an exception: that is a run, where a list of timesteps or a count of calls only hints at one. `cache_context` is how
-pipelines name what they call a model for ("cond", "uncond"). Both are kept by thread, so that threads which share a model do
-not meet.
+Nearly every pipeline of diffusers, classic or modular, walks its timesteps inside `self.progress_bar(...)`, on whichever model
+and with whichever scheduler; the others count as models called by hand. The bar is opened before the first step and closed
+behind the last one, before anything is decoded, also by an exception: that is a run, where a list of timesteps or a count of
+calls only hints at one. `cache_context` is how pipelines name what they call a model for ("cond", "uncond"). Both are kept by
+thread, so that threads which share a model do not meet.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a pipeline's handle holds, for how long, and whose statistics are whose."""
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -128,3 +129,51 @@ def test_ids_stay_on_the_cpu_whatever_the_default_device_is():
         fastdit.accelerate(pipe, config())
     render(pipe)
     assert fastdit.report(pipe).phases[0].reused > 0
+
+
+def test_a_model_that_is_deleted_takes_statistics_and_masks_along_at_once():
+    """Without `restore`, and without Python's collector."""
+    pipe = tiny_wan_pipeline()
+    handle = fastdit.accelerate(pipe, config())
+    with torch.no_grad():
+        pipe.transformer(torch.randn(1, 4, 3, 16, 16), torch.tensor([900.0]), torch.randn(1, 512, 16))
+    gc.collect()
+    gc.disable()
+    try:
+        assert handle.masks.bytes() > 0
+        assert sum(site.bytes() for site in handle.sites) > 0
+        del pipe
+        assert (handle.masks.bytes(), sum(site.bytes() for site in handle.sites)) == (0, 0)
+    finally:
+        gc.enable()
+
+
+def test_threads_that_end_take_their_statistics_along_at_once():
+    pipe = tiny_wan_pipeline()
+    handle = fastdit.accelerate(pipe, config())
+
+    @torch.no_grad()
+    def work():
+        pipe.transformer(torch.randn(1, 4, 3, 16, 16), torch.tensor([900.0]), torch.randn(1, 512, 16))
+
+    gc.collect()
+    gc.disable()
+    try:
+        held = []
+        for _ in range(4):
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            held.append(sum(site.bytes() for site in handle.sites))
+        assert held[-1] == held[0], "but for the latest, whose report is kept"
+    finally:
+        gc.enable()
+
+
+def test_reset_forgets_what_ran():
+    pipe = tiny_wan_pipeline()
+    handle = fastdit.accelerate(pipe, config())
+    render(pipe)
+    assert len(fastdit.report(pipe).calls) > 0
+    handle.reset()
+    assert len(fastdit.report(pipe).calls) == len(fastdit.report(pipe.transformer).calls) == 0

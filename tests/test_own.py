@@ -74,7 +74,7 @@ def test_phases_and_text_follow_the_call(mine):
     for percent, ran in ((80.0, "dense"), (20.0, "mixed")):
         mine(*given(percent))
         assert fastdit.report(mine).sites[0].ran == ran
-    call = installed(mine).handle.latest.forwards[0]
+    call = installed(mine).call.forward
     assert (call.grids, call.before) == ([GRID], TEXT)
 
 

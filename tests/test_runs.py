@@ -7,6 +7,7 @@ import torch
 from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     KDPM2AncestralDiscreteScheduler,
@@ -15,6 +16,7 @@ from diffusers import (
 )
 from families import CASES
 from test_noise import Pipe
+from torch.overrides import TorchFunctionMode
 from util import tiny_wan_pipeline
 
 import fastdit
@@ -311,3 +313,117 @@ def test_nothing_is_held_when_decoding_begins(end):
     assert held == [0]
     assert len(fastdit.report(pipe).calls) == (6 + (6 if end is None else end)) * 2
     assert fastdit.report(pipe).memory > 0
+
+
+# What a tester found ---------------------------------------------------------------------------------------------------------
+
+
+class Stepwise(DiffusionPipeline):
+    """A pipeline that gives way after every step, as servers that step several requests in turns do."""
+
+    def __init__(self, transformer, scheduler):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def steps(self, seed, levels=(1.0, 0.9, 0.8, 0.7, 0.6, 0.5), travel=0.0):
+        x = torch.randn(1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        text = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(seed + 9))
+        with self.progress_bar(total=len(levels)):
+            for level in levels:
+                v = self.transformer(x, torch.tensor([1000 * level]), text, return_dict=False)[0]
+                x, text = x - 0.1 * v, text + travel
+                yield x
+        self.found = x
+
+
+def test_loops_that_take_turns_in_one_thread():
+    model = wan()
+    a, b = (Stepwise(model, FlowMatchEulerDiscreteScheduler()) for _ in range(2))
+    fastdit.accelerate(a, RESIDUAL)
+    alone = [list(pipe.steps(seed))[-1] for seed, pipe in enumerate((a, b))]
+    both = list(zip(a.steps(0), b.steps(1), strict=True))[-1]
+    assert all(torch.equal(found, expected) for found, expected in zip(both, alone, strict=True))
+    for pipe in (a, b):
+        assert hows(fastdit.report(pipe)) == ["refresh", "reuse", "reuse"] * 2
+
+
+def test_what_never_comes_back_is_let_go():
+    """A prompt that changes at every step: statistics of two steps at most, and the report says why all was dense."""
+    pipe = Stepwise(wan(), FlowMatchEulerDiscreteScheduler())
+    handle = fastdit.accelerate(pipe, RESIDUAL)
+    levels = [1 - i / 20 for i in range(20)]
+    held = [sum(site.bytes() for site in handle.sites) for _ in pipe.steps(0, levels, travel=0.01)]
+    assert max(held) <= 3 * held[0]
+    site = fastdit.report(pipe).sites[0]
+    assert (site.ran, site.reason) == ("mixed", "no earlier step of its branch: the conditioning or the noise is new")
+
+
+def test_noise_that_rises_in_a_loop_begins_anew_and_stays_in_the_report():
+    pipe = Stepwise(wan(), FlowMatchEulerDiscreteScheduler())
+    fastdit.accelerate(pipe, RESIDUAL)
+    levels = (1.0, 0.8, 0.6, 0.9, 0.6, 0.3)
+    list(pipe.steps(0, levels))
+    calls = [ran for site, ran in fastdit.report(pipe).calls if site == 0]
+    assert [ran.sigma for ran in calls] == pytest.approx(levels)
+    assert [ran.step for ran in calls] == list(range(6))
+    assert [ran.how for ran in calls] == ["refresh", "reuse", "reuse"] * 2
+    list(pipe.steps(0, levels))
+    assert len(hows(fastdit.report(pipe))) == 6, "of the latest loop"
+
+
+def test_calls_that_are_not_ours_are_calls_of_their_run():
+    class Watches(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **kwargs or {})
+
+    pipe = tiny_wan_pipeline()
+    other = beside(pipe)
+    fastdit.accelerate(pipe, WINDOW)
+    with Watches():
+        render(pipe)
+    render(other)
+    for _ in range(2):
+        report = fastdit.report(pipe)
+        assert (len(report.calls), report.density) == (6 * 2 * 2, 1.0)
+        assert {(site.ran, site.reason) for site in report.sites} == {("dense", "Watches may change attention")}
+    assert {(site.ran, site.reason) for site in fastdit.report(other).sites} == {("sparse", None)}
+
+
+@torch.no_grad()
+def test_processors_put_back_after_the_acceleration_are_the_models_own():
+    model, call = wan(), {"timestep": torch.tensor([500.0]), "encoder_hidden_states": prompts(1)[0], "return_dict": False}
+    call["hidden_states"] = torch.randn(1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    stock = model(**call)[0]
+    with fastdit.accelerate(model, WINDOW):
+        kept = model.attn_processors
+        assert not torch.equal(model(**call)[0], stock)
+    model.set_attn_processor(kept)
+    assert torch.equal(model(**call)[0], stock)
+    fastdit.accelerate(model, Config())
+    model.set_attn_processor(kept)
+    assert torch.equal(model(**call)[0], stock)
+
+
+@torch.no_grad()
+def test_a_layer_called_by_itself_has_no_facts_of_a_call_that_is_over():
+    model = wan()
+    fastdit.accelerate(model, WINDOW)
+    call = {"timestep": torch.tensor([500.0]), "encoder_hidden_states": prompts(1)[0], "return_dict": False}
+    call["hidden_states"] = torch.randn(1, 4, 3, 16, 16)
+    model(**call)
+    model.forward(**call)  # past the hooks
+    assert len(fastdit.report(model).calls) == 2
+    assert fastdit.processor.installed(model).sites[0].refusal == "called outside of its denoiser's forward"
+
+
+def test_one_model_in_both_places():
+    pipe = tiny_wan_pipeline()
+    parts = {name: getattr(pipe, name) for name in ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")}
+    twice = WanPipeline(**parts, transformer_2=pipe.transformer, boundary_ratio=0.8)
+    twice.set_progress_bar_config(disable=True)
+    fastdit.accelerate(twice, Config(WINDOW.phases, WINDOW.tile, min_tokens=0, max_density=1, strict=True))
+    render(twice)
+    assert len(fastdit.report(twice).sites) == 2
+    assert len(fastdit.report(twice).calls) == 6 * 2 * 2
