@@ -75,32 +75,17 @@ def _begin_forward(
     places: list[int],
     missing: str | None,
 ) -> Tensor:
-    with torch.autocast(sigma.device.type, enabled=False), torch.autocast("cpu", enabled=False):
-        return _begin(sigma, timestep, where, latents, conditioning, ids, places, missing)
-
-
-@_begin_forward.register_fake
-def _(*_: Any) -> Tensor:
-    refuse_capture()
-    return torch.empty(1, dtype=torch.int64, device="cpu")
-
-
-def _begin(
-    sigma: Tensor,
-    timestep: Tensor | None,
-    where: Tensor | None,
-    latents: Tensor | None,
-    conditioning: list[Tensor],
-    ids: Tensor,
-    places: list[int],
-    missing: str | None,
-) -> Tensor:
     number, model = ids.tolist()
     handle = Handle.find(number)
     denoiser = handle.denoisers[model]
-    given = [sigma.amax()] + ([] if timestep is None else [timestep.amax()]) + ([] if where is None else list(where.unbind()))
-    pieces = [fingerprint.summed(each) for each in conditioning] + ([] if latents is None else [fingerprint.sampled(latents)])
-    read = _to_host([*given, *pieces])
+    with torch.autocast(sigma.device.type, enabled=False):  # sums of the conditioning in float32
+        given = (
+            [sigma.amax()] + ([] if timestep is None else [timestep.amax()]) + ([] if where is None else list(where.unbind()))
+        )
+        pieces = [fingerprint.summed(each) for each in conditioning] + (
+            [] if latents is None else [fingerprint.sampled(latents)]
+        )
+        read = _to_host([*given, *pieces])
     numbers = [float(piece) for piece in read[: len(given)]]
     before, after, ragged, unread, *sides = places
     grids = [(sides[i], sides[i + 1], sides[i + 2]) for i in range(0, len(sides), 3)]
@@ -117,8 +102,15 @@ def _begin(
     )  # fmt: skip
     facts = Facts(grids[0], sigma, before, after, bool(ragged), bool(unread), tuple(grids[1:]), missing=missing)
     time = None if timestep is None else numbers[1] if timestep.is_floating_point() else round(numbers[1])
-    forward = denoiser.call.forward = handle.enter(numbers[0], time, call, facts)
+    with torch.autocast("cpu", enabled=False):  # cosines of latents in float32
+        forward = denoiser.call.forward = handle.enter(numbers[0], time, call, facts)
     return torch.tensor([forward.number], dtype=torch.int64, device="cpu")
+
+
+@_begin_forward.register_fake
+def _(*_: Any) -> Tensor:
+    refuse_capture()
+    return torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 def _to_host(pieces: list[Tensor]) -> list[Tensor]:
