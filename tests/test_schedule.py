@@ -7,13 +7,14 @@ from PIL import Image
 from test_show import DOCS
 from util import call
 
-from fastdit import Config, Phase, Window, preset, remainder
-from fastdit.apps import show
-from fastdit.plan import make_plan
+from fastdit import Config, Phase, Window, preset
+from fastdit.approx import remainder
+from fastdit.apps.cli import show
+from fastdit.config import Reuse
+from fastdit.core.quant import Quant
+from fastdit.core.reference import attention, relative_error
+from fastdit.planning.plan import make_plan
 from fastdit.policies import Dense
-from fastdit.quant import Quant
-from fastdit.reference import attention, relative_error
-from fastdit.reuse import Reuse
 from fastdit.schedule import noise_levels, schedule
 
 

@@ -1,8 +1,8 @@
 """Policies made of policies: what any of them keeps, what all of them keep, and another one for each head.
 
 HeadProfile is the idea of RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819), that heads have trades. The
-mass exp(LSE_pattern − LSE_full) that a cheap pattern retains in a head is measured once, offline (`fastdit.profile`), and
-the cheapest pattern that retains enough is that head's from then on.
+mass exp(LSE_pattern − LSE_full) that a cheap pattern retains in a head is measured once, offline
+(`fastdit.reporting.head_profile`), and the cheapest pattern that retains enough is that head's from then on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdit.layout import Grid, Layout
+from fastdit.core.layout import Grid, Layout
 from fastdit.policies.base import Policy
 
 

@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdit.cache import byte_cache
-from fastdit.layout import Layout
+from fastdit.core.byte_cache import byte_cache
+from fastdit.core.layout import Layout
 from fastdit.policies.base import Policy, check_share
 from fastdit.policies.scores import places
 

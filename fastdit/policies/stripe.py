@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdit.cache import byte_cache
-from fastdit.layout import Grid, Layout
+from fastdit.core.byte_cache import byte_cache
+from fastdit.core.layout import Grid, Layout
 from fastdit.policies.base import Policy
 from fastdit.policies.scores import ROWS_BYTES, means, places
 from fastdit.policies.window import Window

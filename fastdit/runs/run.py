@@ -1,0 +1,234 @@
+"""The state of one run of a pipeline: where it is, which branches it has, and what its sites did and remember.
+
+A run is one denoising loop (`scope.Loop`) on one accelerated pipeline. A model called by hand, without such a loop, is in a run
+of the calling thread, of which only the noise level tells where it ends. All state hangs on the run and none on the model, so
+that pipelines, threads and runs that share a model do not meet.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from fastdit.runs.branches import Branch, Branches, Call
+from fastdit.runs.clock import RISE, Clock
+from fastdit.planning.adapter import Facts
+from fastdit.core.layout import Grid
+from fastdit.approx.step_cache import Memory
+from fastdit.runs.noise_level import Scale
+
+STALE = 2
+"""Noise levels after which a branch that was not called remembers nothing: windows that move come back every second step."""
+MOST_CALLS = 4096
+"""Calls of a model by hand at one noise level, more than the tiles or views of one picture: beyond it a new run."""
+_numbers = itertools.count()
+_forwards: WeakValueDictionary[int, Forward] = WeakValueDictionary()
+
+
+class Ran(NamedTuple):
+    """What one call of a site did.
+
+    phase: as in `Plan`. density: of all query-key pairs. how: "dense", "sparse" (or quantized), "refresh" (dense, statistics
+    taken), "reuse" (sparse, completed by statistics). reason: why it was dense. step, sigma: of the run. quant: number format.
+    trimmed: padded keys cut. error: relative L2 on a few rows, None if not measured. rung: of the guard. seconds: of the
+    attention call, or a pair of CUDA events that will tell.
+    """
+
+    phase: int | None
+    density: float
+    how: str
+    reason: str | None = None
+    step: int = 0
+    sigma: float = 0.0
+    quant: str = "none"
+    trimmed: int = 0
+    error: float | None = None
+    rung: int = 0
+    seconds: Any = 0.0
+
+
+@dataclass(eq=False)
+class SiteState:
+    """Of one site in one run. ran: its calls; memories: what it remembers by phase, branch, shape; most: bytes of them, when
+    they were most; rung: of `guard.RUNGS`; guarded: why it was last raised; lost: why the site was not served."""
+
+    ran: list[Ran] = field(default_factory=list)
+    memories: dict[tuple[Any, ...], Memory] = field(default_factory=dict)
+    most: int = 0
+    rung: int = 0
+    guarded: str | None = None
+    lost: str | None = None
+
+    def memory(self, phase: int | None, *key: Any) -> Memory:
+        """What is remembered for a phase and branch, shape, …: new at first. What another phase left goes: a phase begins with
+        statistics of its own."""
+        for other in [other for other in list(self.memories) if other[0] != phase]:
+            del self.memories[other]
+        return self.memories.setdefault((phase, *key), Memory())
+
+    def bytes(self, device: torch.device | None = None) -> int:
+        """Of statistics, on a device; None: on all."""
+        return sum(memory.bytes(device) for memory in list(self.memories.values()))
+
+    def climb(self, why: str, rung: int) -> None:
+        self.guarded, self.rung = f"guard: {why}", rung
+        self.memories.clear()
+
+
+@dataclass(eq=False)
+class Forward:
+    """One call of a denoiser, which its sites look up by `number`.
+
+    grids: that the denoiser's input makes, finest first; before, after, ragged, unread, missing: as in `facts.Facts`.
+    seen: calls of each layer so far (some processors call once a sample).
+    """
+
+    run: Run
+    branch: Branch
+    sigma: float
+    grids: list[Grid]
+    before: int = 0
+    after: int = 0
+    ragged: bool = False
+    unread: bool = False
+    missing: str | None = None
+    seen: Counter[int] = field(default_factory=Counter)
+    number: int = field(default_factory=_numbers.__next__)
+
+    def __post_init__(self) -> None:
+        _forwards[self.number] = self
+
+    @property
+    def step(self) -> int:
+        """In the report."""
+        return self.run.first_step + self.run.clock.step
+
+    @staticmethod
+    def find(number: int) -> Forward:
+        if (found := _forwards.get(number)) is None:
+            raise RuntimeError("this attention belongs to a call of a denoiser that is over: call the denoiser, not its layers")
+        return found
+
+
+class Run:
+    """One run. sites: state by index of the site; pipeline: whose scheduler tells the steps, a weak reference."""
+
+    def __init__(self, sites: int, pipeline: Any = None, by_hand: bool = False) -> None:
+        self.clock = Clock()
+        self.sites = [SiteState() for _ in range(sites)]
+        self.by_hand = by_hand
+        self.first_step = 0
+        """Of the report's steps."""
+        self.branches = Branches()
+        self.scale: Scale | None = None
+        self.finished = False
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._timesteps = self.timesteps()
+        self._steps: int | None = None
+        self._rises = True  # so far: one noise level may be the first of an inversion
+        self._calls: Counter[int] = Counter()  # by model, at this noise level
+
+    @property
+    def pipeline(self) -> Any:
+        return None if self._pipeline is None else self._pipeline()
+
+    def timesteps(self) -> Any:
+        """The scheduler's list of timesteps; None without a scheduler that has one."""
+        return getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
+
+    def level(self, sigma: float, timestep: float | None) -> float:
+        """The noise level of a call whose adapter read `sigma`, or a timestep that only the scheduler's scale explains."""
+        if timestep is None:
+            return sigma
+        if self.scale is None:
+            self.scale = Scale.of(getattr(self.pipeline, "scheduler", None), timestep)
+        return self.scale(timestep)
+
+    def is_over(self, sigma: float, call: Call, unserved: Collection[int] = ()) -> bool:
+        """Whether a call belongs to another run. The noise falls in a run, but for inversion, where it rises from the first
+        step on and the latents go on from those of the step before. unserved: sites that another processor has taken."""
+        if self.clock.step < 0:
+            return False
+        if any(self.sites[index].ran for index in unserved):
+            return True
+        if sigma > self.clock.sigma + RISE:
+            return not (self._rises and self.branches.goes_on(sigma, call))
+        if not self.by_hand:
+            return False
+        anew = self.timesteps() is not self._timesteps  # several schedulers may take turns
+        if sigma < self.clock.sigma - RISE:
+            turns = self._rises and self.clock.step > 0
+            return (anew or turns) and not self.branches.goes_on(sigma, call)
+        return (anew and self.branches.seen(call)) or (self.clock.step == 0 and self._calls[call.model] >= MOST_CALLS)
+
+    def knows(self, sigma: float, call: Call) -> bool:
+        """Whether a call goes on from one of this run's."""
+        return sigma <= self.clock.sigma + RISE and self.branches.goes_on(sigma, call)
+
+    def follow(self, before: Run) -> None:
+        """What this loop did before its noise rose stays in the report."""
+        self.first_step = before.first_step + before.clock.step + 1
+        for site, old in zip(self.sites, before.sites, strict=True):
+            site.ran, site.most = old.ran, old.most
+
+    def enter(self, sigma: float, call: Call, facts: Facts) -> Forward:
+        """Take in one call of a denoiser. facts: its grid no longer a tensor."""
+        if moves := self.clock.step < 0 or abs(sigma - self.clock.sigma) > RISE:
+            self.branches.move()
+            self._calls.clear()
+            self._rises = self.clock.step < 0 or sigma > self.clock.sigma
+        self.clock.move(sigma)
+        if moves:
+            self.forget(STALE)
+        if (timesteps := self.timesteps()) is not self._timesteps:
+            self._timesteps, self._steps = timesteps, None
+        self._calls[call.model] += 1
+        branch, ended = self.branches.find(sigma, self.clock.step, call)
+        if ended is not None:
+            self._drop([ended])
+        if self.last:
+            self.forget(1)  # guidance that has ended
+        grid = facts.grid
+        assert not isinstance(grid, Tensor)
+        return Forward(
+            self, branch, sigma, [grid, *facts.coarser], facts.before, facts.after, facts.ragged, facts.unread, facts.missing
+        )
+
+    @property
+    def last(self) -> bool:
+        """Whether this is the scheduler's last noise level, after which what is remembered serves nobody any more. (The end of
+        a loop is told by the loop itself.)"""
+        if not self.by_hand or self._timesteps is None:
+            return False
+        if self._steps is None:
+            listed = torch.as_tensor(self._timesteps).cpu().double().flatten()
+            moved = listed.diff().abs() > RISE * max(1.0, float(listed.abs().amax())) if len(listed) else listed
+            self._steps = int(moved.sum()) + (len(listed) > 0)  # as the clock counts them
+        return 0 < self._steps <= self.clock.step + 1
+
+    def forget(self, steps: int) -> bool:
+        """Let go of branches that were not called for more than so many steps; whether there were any with statistics."""
+        return self._drop([branch for branch in self.branches.known if branch.step < self.clock.step - steps])
+
+    def _drop(self, gone: list[Branch]) -> bool:
+        self.branches.drop(gone)
+        freed = 0
+        for site in self.sites:
+            for key in [key for key in site.memories if key[1] in gone]:
+                freed += site.memories.pop(key).bytes()
+        return freed > 0
+
+    def finish(self) -> None:
+        """Let go of all that is remembered: decoding, which comes next, needs the room. What ran stays, for the report."""
+        self.finished = True
+        for site in self.sites:
+            site.memories.clear()
+        self.branches = Branches()
