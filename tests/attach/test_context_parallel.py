@@ -32,10 +32,11 @@ def found(tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     here = Path(__file__).parents[1]
+    path = os.pathsep.join(map(str, (here, here / "pipelines")))
     processes = [
         subprocess.Popen(
             [sys.executable, str(here / "ranks.py"), str(rank), str(port), str(folder / f"{rank}.pt")],
-            env=environment(PYTHONPATH=f"{here}{os.pathsep}{here / 'pipelines'}", OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, text=True,
+            env=environment(PYTHONPATH=path, OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip

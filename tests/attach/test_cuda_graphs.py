@@ -95,7 +95,7 @@ def test_every_phase_under_cuda_graphs(mode):
         for sigma in LEVELS:
             torch.compiler.cudagraph_mark_step_begin()
             assert relative_error(run(compiled, "cuda", sigma), run(eager, "cuda", sigma)) < 0.02
-    found = [[ran.how for ran in site.ran] for site in fastdit.attach.processor.installed(model).sites]
+    found = [[ran.how for ran in site.calls] for site in fastdit.attach.processor.installed(model).sites]
     assert found == [["dense", "dense", "refresh", "reuse", "sparse", "sparse", "sparse"]] * 2
 
 
@@ -120,9 +120,9 @@ def test_without_a_way_out_graphs_are_refused_before_the_run():
 import sys
 sys.path.insert(0, "tests")
 import torch, fastdit
-from fastdit import graphs
+from fastdit.attach import cuda_graphs
 from models import wan, wan_inputs
-graphs.STAYS_OUT.clear()
+cuda_graphs.STAYS_OUT.clear()
 model = wan()
 fastdit.accelerate(model, "balanced")
 import torch._inductor.config

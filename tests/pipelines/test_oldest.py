@@ -11,7 +11,13 @@ import torch
 from util import environment
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("pipelines/test_families.py", "attach/test_interplay.py", "pipelines/test_pipelines.py", "test_api.py", "attach/test_processor.py")
+TESTS = (
+    "pipelines/test_families.py",
+    "attach/test_interplay.py",
+    "pipelines/test_pipelines.py",
+    "test_api.py",
+    "attach/test_processor.py",
+)
 
 
 def bounds() -> list[str]:
