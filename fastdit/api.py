@@ -19,17 +19,17 @@ from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineB
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastdit import scope
+from fastdit.attach.handle import Handle
+from fastdit.attach.processor import install as install_model
+from fastdit.attach.processor import installed, replace, uninstall, without_others
 from fastdit.config import Config
-from fastdit.handle import Handle
-from fastdit.pipelines import own
-from fastdit.pipelines.adapter import adapter_for
+from fastdit.encoder_reuse.propagate import KEY_STEPS, Propagation, propagation_of
+from fastdit.pipelines import described
 from fastdit.pipelines.encoder import encoder_of
+from fastdit.pipelines.registry import adapter_for
 from fastdit.presets import DEFAULT, preset
-from fastdit.processor import install as install_model
-from fastdit.processor import installed, replace, uninstall, without_others
-from fastdit.propagate import KEY_STEPS, Propagation, propagation_of
-from fastdit.report import Report
+from fastdit.reporting.report import Report
+from fastdit.runs import loops
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 """Names under which pipelines keep their denoisers; Wan 2.2 has two."""
@@ -74,7 +74,7 @@ def accelerate(target: Any, config: str | Config = DEFAULT) -> Handle:
 
 
 def install(
-    model: nn.Module, layout: own.Description, config: str | Config = DEFAULT, *, skip: Mapping[str, str] = own.SKIP
+    model: nn.Module, layout: described.Description, config: str | Config = DEFAULT, *, skip: Mapping[str, str] = described.SKIP
 ) -> Handle:
     """`accelerate` for a model that fastdit does not know: an own subclass with other arguments, or a denoiser of one's own.
 
@@ -88,7 +88,7 @@ def install(
     `accelerate` does. Raises ValueError for a layout that describes nothing; the model is unchanged then.
     """
     resolved, model = _config(config), getattr(model, "_orig_mod", model)
-    adapter = own.adapter_of(model, layout, skip)
+    adapter = described.adapter_of(model, layout, skip)
     _restore_attention(model)
     handle = Handle(resolved)
     install_model(model, "model", adapter, handle)
@@ -237,5 +237,5 @@ def patch_diffusers() -> None:
     AttentionMixin.set_attn_processor = _model_set_attn_processor  # type: ignore[method-assign]
     DiffusionPipeline.set_attn_processor = _pipeline_set_attn_processor  # type: ignore[attr-defined]
     for cls in (DiffusionPipeline, LoopSequentialPipelineBlocks):
-        scope.watch_loops(cls)
-    scope.watch_names(CacheMixin)
+        loops.watch_loops(cls)
+    loops.watch_names(CacheMixin)

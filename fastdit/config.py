@@ -7,14 +7,66 @@ a step number, so that one configuration means the same at 50 steps, at 4, and a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fastdit.layout import Grid
+from fastdit.approx.remainder import REMAINDERS
+from fastdit.core.layout import Grid
+from fastdit.core.quant import Quant
 from fastdit.policies import Dense, Policy, policy_from_dict
-from fastdit.quant import Quant
-from fastdit.remainder import REMAINDERS
-from fastdit.reuse import Reuse
+
+KINDS = ("none", "retention", "ratio", "residual", "broadcast")
+STORES = ("float32", "bfloat16", "fp8")
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """Which statistics serve how many steps; `approx/step_cache.py` says what is done with them, and after which papers.
+
+    kind: one of `KINDS`. refresh: a dense step every so many, at least two (the paper: 5). ramp: λ (the paper: .04; its
+    ablation over 0 … .04 is within noise). store: type of R, "fp8" with a scale a row; host: keep R in the CPU's memory, where
+    it also goes when the GPU has no room. maps: steps that a dynamic policy's tile map serves (and so the trades of the heads
+    that `SpatialTemporal` tells apart); with statistics whole refreshes, as they hold for one map only."""
+
+    kind: str = "none"
+    refresh: int = 5
+    ramp: float = 0.04
+    store: str = "bfloat16"
+    host: bool = False
+    maps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"reuse: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.store not in STORES:
+            raise ValueError(f"reuse: store must be one of {', '.join(STORES)}, got {self.store!r}")
+        if self.refresh < 1 or self.maps < 1 or not 0 <= self.ramp <= 1:
+            raise ValueError(
+                f"reuse: refresh >= 1, maps >= 1 and ramp in [0, 1] must hold, got {self.refresh}, {self.maps} and {self.ramp}"
+            )
+        if self.kind != "none" and self.refresh == 1:
+            raise ValueError(f"reuse: refresh=1 makes every step dense and nothing is reused: use >= 2, or no {self.kind}")
+
+    @property
+    def map_age(self) -> int:
+        """Steps that a tile map serves: with statistics, whole refreshes."""
+        return self.maps if self.kind == "none" else math.ceil(self.maps / self.refresh) * self.refresh
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Reuse:
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"reuse: {error}") from None
+
+    def __str__(self) -> str:
+        if self.kind == "none":
+            return f"maps for {self.maps}" if self.maps > 1 else "none"
+        return f"{self.kind}, refresh {self.refresh}"
 
 
 @dataclass(frozen=True)
@@ -96,7 +148,7 @@ class Config:
     min_tokens: shorter sequences stay dense; max_density: so do tile maps denser than this. Both mark where the bookkeeping
     costs more than it saves: on CPU, attention is under half of a denoiser's time below 2,300 tokens. first_frame: every tile
     attends the first latent frame as well, which many video models use as a sink.
-    error_budget: relative L2 error that a site's output may have, measured on a few query rows of every call (`guard.py`);
+    error_budget: relative L2 error that a site's output may have, measured on a few query rows of each call (`error_guard.py`);
     None measures nothing. Given one without phases, those of the default preset are taken, and its tile if there is none.
     strict: raise where a site would be left dense for want of something, instead of reporting it.
     """
@@ -135,6 +187,12 @@ class Config:
     def at(self, sigma: float, layer: int = 0, layers: int = 1) -> int | None:
         """Index of the phase that holds for a layer at a noise level; None: no phase, dense."""
         return next((i for i, phase in enumerate(self.phases) if phase.holds(sigma, layer, layers)), None)
+
+    def accept(self, site: str, reason: str) -> str:
+        """The reason why a site is dense for want of something. Raises RuntimeError if the configuration is strict."""
+        if self.strict:
+            raise RuntimeError(f"{site}: {reason} (strict: attention may not fall back to dense)")
+        return reason
 
     def gaps(self) -> tuple[tuple[float, float], ...]:
         """Noise levels (high, low), falling, that no phase names for any layer, in a configuration that has phases."""

@@ -1,7 +1,7 @@
 """The functional door to attention: `attention(q, k, v, block_mask, quant, scale) -> (out, lse)`.
 
 One `torch.library.custom_op`, so that torch.compile sees a single opaque node. CPU tensors go to `kernels/cpu.py`, CUDA
-tensors to Triton (`kernels/attention.py`), which is imported only then. What has no kernel is refused by name, never
+tensors to Triton (`kernels/cuda.py`), which is imported only then. What has no kernel is refused by name, never
 computed some other way: whoever calls decides what to do instead.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit.blockmask import BlockMask
+from fastdit.core.block_mask import BlockMask
+from fastdit.core.quant import Quant
 from fastdit.kernels import cpu
-from fastdit.quant import Quant
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,7 +71,7 @@ def unsupported(q: Tensor, quant: Quant) -> str | None:
         return f"no kernel for {'AMD GPU' if torch.version.hip else q.device.type} tensors"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install triton"
-    from fastdit.kernels import attention as triton_kernels
+    from fastdit.kernels import cuda as triton_kernels
 
     return triton_kernels.unsupported(q, quant, torch.cuda.get_device_capability(q.device))
 
@@ -118,7 +118,7 @@ def _kernels(q: Tensor) -> Any:
     """The module that computes attention of tensors like q: both have the same two functions."""
     if q.device.type == "cpu":
         return cpu
-    from fastdit.kernels import attention as triton_kernels
+    from fastdit.kernels import cuda as triton_kernels
 
     return triton_kernels
 

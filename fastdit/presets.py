@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fastdit.config import Config, Phase
+from fastdit.config import Config, Phase, Reuse
+from fastdit.core.quant import Quant
 from fastdit.policies import Dense, Window
-from fastdit.quant import Quant
-from fastdit.reuse import Reuse
 
 TILE = (1, 8, 8)
 """One frame deep: the windows that hold best are two or three frames deep, which thicker tiles cannot express."""

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastdit.blockmask import tile_map, version
-from fastdit.quant import Quant, emulate, rounded_attention
-from fastdit.reference import attention, merge
+from fastdit.core.block_mask import tile_map, version
+from fastdit.core.quant import Quant, emulate, rounded_attention
+from fastdit.core.reference import attention, merge
 
 CHUNK_BYTES = 4 << 20
 """Gathered keys and values of one call. 4 MB stays in a core's caches; 64 MB was 1.2-2 × slower on two Zen 4 cores."""

@@ -8,8 +8,8 @@ after FlashAttention-3, arXiv 2407.08608 §3.1 and §3.2). The products of one s
     FP8 V: the exponentials of step i − 1 run under Q·Kᵀ of step i, the maxima of i under P·V of i − 1. That product has an
         accumulator of its own, added in float32: FP8 tensor cores add in about 22 bits (SageAttention2, arXiv 2411.10958 §3.3)
 
-What is read and written is what `forward.py` reads and writes. Gluon has no interpreter: numbers are tested on a GPU, what
-it compiles to in tests/test_kernel_compile.py.
+It reads and writes what `triton_forward.py` does. Gluon has no interpreter: numbers are tested on a GPU, what it compiles to in
+tests/kernels/test_compile.py.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fastdit.kernels.quantize import Packed, Rows
-from fastdit.quant import LARGEST, Quant
+from fastdit.core.quant import LARGEST, Quant
+from fastdit.kernels.pack import Packed, Rows
 
 LN_2 = gl.constexpr(0.6931471805599453)
 FLOOR = gl.constexpr(-1e30)
-"""As in `forward.py`: a finite "no key yet"."""
+"""As in `triton_forward.py`: a finite "no key yet"."""
 
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # Triton 3.9 renamed it
 
@@ -56,7 +56,7 @@ def _exponents(s, i, top, factor, real, K_PARTS: gl.constexpr, MASKED: gl.conste
 
 @gluon.jit
 def _operand(p, LAYOUT: gl.constexpr, EIGHT: gl.constexpr, dtype: gl.constexpr):
-    """P as the left operand of P·V, without leaving its thread: keys of FP8 are relabelled as `quantize.py` did those of V."""
+    """P as the left operand of P·V, without leaving its thread: keys of FP8 are relabelled as `pack.py` did those of V."""
     p = p.to(dtype)
     if EIGHT:
         p = p.reshape([64, p.shape[1] // 16, 2, 4, 2]).permute([0, 1, 3, 2, 4]).reshape([64, p.shape[1]])
@@ -321,7 +321,7 @@ def attend(
     k_rows: Rows, width: int, quant: Quant, scale: float, group: int, stages: int, padded: bool,
     num_step: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q [B, H, N, D] and what `quantize.py` made of it, K and V -> out (strides of q), lse [B, H, N].
+    """q [B, H, N, D] and what `pack.py` made of it, K and V -> out (strides of q), lse [B, H, N].
 
     lists: (tokens of each key tile, length of each list, how many of it lack none, tiles, schedule) as in `Lists`; scale in
     base 2; num_step: steps of the lists' lengths from one batch element and head to the next.

@@ -12,16 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdit.blockmask import tile_map
-from fastdit.kernels.quantize import Rows, strides, tile_means
+from fastdit.core.block_mask import tile_map
+from fastdit.kernels.pack import Rows, strides, tile_means
 
 LN_2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1e30)
-"""As in `forward.py`: a finite "no key yet"."""
+"""As in `triton_forward.py`: a finite "no key yet"."""
 
 
 def settings(dim: int, wide: bool) -> dict[str, int]:
-    """For heads of `dim` channels, wide: in float32. Fits every GPU (tests/test_kernel_compile.py).
+    """For heads of `dim` channels, wide: in float32. Fits every GPU (tests/kernels/test_compile.py).
 
     With the means, 660 tiles and 40 heads of 128 took 3.9 ms on an H200; 7.8 with half the queries a program, 4.6 with twice,
     5.6 with twice the warps, 4.2 with two stages.
@@ -98,7 +98,7 @@ def _add(
         acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None], input_precision="tf32x3")
         total = total * keep + tl.sum(p, 1)
         top = new
-    # The tokens are loaded again, as in `forward.py`: kept through the loop, they would not fit the registers.
+    # The tokens are loaded again, as in `triton_forward.py`: kept through the loop, they would not fit the registers.
     token = tl.load(QOrder + tile * slots + slot, mask=slot < slots, other=-1)
     live = token >= 0
     inside = live[:, None] & (d < D)[None, :]

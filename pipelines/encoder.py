@@ -11,7 +11,7 @@ from typing import Any
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from fastdit.facts import Encoder, Join
+from fastdit.planning.adapter import Encoder, Join
 
 SHARE = 18 / 28
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastdit.facts import REST, Facts
-from fastdit.layout import Grid
+from fastdit.core.layout import Grid
+from fastdit.planning.adapter import REST, Facts
 
 TRAIN_TIMESTEPS = 1000
 LACKING = (KeyError, AttributeError, TypeError, IndexError, ValueError, RuntimeError)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastdit.layout import Grid
+from fastdit.core.layout import Grid
 from fastdit.pipelines.family import Facts, Family, noise_level
 
 

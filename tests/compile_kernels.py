@@ -11,8 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fastdit.kernels import forward, sass
-from fastdit.quant import Quant
+from fastdit.apps.bench import sass
+from fastdit.core.quant import Quant
+from fastdit.kernels import triton_forward
 
 CONTROLS = {
     "V not transposed": (
@@ -36,7 +37,7 @@ HOPPER = (Quant(), Quant("fp8", "fp8"), Quant("int8", "fp8", smooth_k=True), Qua
 def mutant(name: str, folder: str):
     """The kernel with a mistake in it. Triton reads the source of a kernel from its file, so it gets one."""
     old, new = CONTROLS[name]
-    text = Path(forward.__file__).read_text()
+    text = Path(triton_forward.__file__).read_text()
     assert old in text, name
     path = Path(folder) / "mutant.py"
     path.write_text(text.replace(old, new))

@@ -1,4 +1,4 @@
-"""One of two gloo processes that share a denoiser's sequence: what `test_parallel.py` spawns.
+"""One of two gloo processes that share a denoiser's sequence: what `test_context_parallel.py` spawns.
 
     python ranks.py RANK PORT OUT.pt
 

@@ -5,6 +5,6 @@ import torch
 torch._C._get_accelerator = lambda: torch.device("cpu")
 torch.accelerator.device_count = lambda: 2
 
-from fastdit.apps import cli  # noqa: E402
+from fastdit.apps.cli import main  # noqa: E402
 
-cli.main()
+main.main()

@@ -10,8 +10,8 @@ from models import wan, wan_inputs
 
 import fastdit
 from fastdit import Config, FastAttnProcessor, Phase, Window
-from fastdit.handle import Handle, _handles
-from fastdit.processor import BoundProcessor, installed
+from fastdit.attach.handle import Handle, _handles
+from fastdit.attach.processor import BoundProcessor, installed
 
 SPARSE = Config(phases=(Phase(policy=Window(size=(1, 1, 1))),), tile=(1, 4, 4), min_tokens=0)
 

@@ -72,7 +72,7 @@ def prepare(folder: Path, line: str) -> None:
     if "compare clips" in line:
         import numpy as np
 
-        from fastdit.apps.media import encode
+        from fastdit.apps.render.media import encode
 
         clip = np.random.default_rng(0).random((3, 16, 16, 3), np.float32)
         for name in ("clips/a.mp4", "clips/b.mp4", "clips-dense/a.mp4", "clips-fast/a.mp4"):
@@ -93,9 +93,9 @@ def parse(arguments: list[str]) -> None:
     """By the program's own parser. Raises its usage errors."""
     import typer
 
-    from fastdit.apps import cli
+    from fastdit.apps.cli import main
 
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = typer.main.get_command(main.app)
     rest = arguments
     while hasattr(command, "resolve_command") and rest and not rest[0].startswith("-"):
         context = command.make_context(command.name, rest[:1], resilient_parsing=True)
@@ -218,7 +218,7 @@ def test_completion(monkeypatch: pytest.MonkeyPatch) -> None:
     """What bash asks when a user types `fastdit rend<Tab>` and `fastdit show p<Tab>`."""
     for words, expected in (("fastdit rend", {"render"}), ("fastdit show p", {"policy", "policies", "presets"})):
         run = subprocess.run(
-            [sys.executable, "-c", "from fastdit.apps.cli import app; app(prog_name='fastdit')"],
+            [sys.executable, "-c", "from fastdit.apps.cli.main import app; app(prog_name='fastdit')"],
             capture_output=True, text=True,
             env=environment(_FASTDIT_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" "))),
         )  # fmt: skip

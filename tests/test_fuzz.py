@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 from models import wan, wan_inputs
 
 import fastdit
-from fastdit import Config, Phase, guard, memory, remainder
-from fastdit.memory import Memory
-from fastdit.plan import layout_of, make_plan
+from fastdit import Config, Phase
+from fastdit.approx import error_guard, remainder, step_cache
+from fastdit.approx.step_cache import Memory
+from fastdit.config import KINDS, STORES, Reuse
+from fastdit.core.quant import Quant
+from fastdit.core.reference import relative_error
+from fastdit.planning.forward_plan import layout_of, plan_call
 from fastdit.policies import (
     LSH,
     Antidiagonal,
@@ -31,9 +35,6 @@ from fastdit.policies import (
     Union,
     Window,
 )
-from fastdit.quant import Quant
-from fastdit.reference import relative_error
-from fastdit.reuse import KINDS, STORES, Reuse
 
 sides = st.integers(1, 5)
 boxes = st.tuples(sides, sides, sides)
@@ -144,7 +145,7 @@ def test_any_configuration_is_attention_under_its_token_mask(examples):
     def check(problem):
         config, grid, text, text_first, q, k, v = problem
         mask, tile = token_mask(*problem)
-        plan = make_plan(config, 0.5, 0, 1, grid, text, text_first, q, k, v)
+        plan = plan_call(config, 0.5, grid, q, k, v, **{"before" if text_first else "after": text})
         kind = config.phases[0].remainder
         if plan.reason is None:
             out, lse = remainder.attention(q, k, v, plan.block_mask, plan.quant, None, plan.remainder)
@@ -175,7 +176,7 @@ def test_any_configuration_is_attention_under_its_token_mask(examples):
 def test_stripes_of_everything_are_dense_attention(examples):
     def check(problem):
         config, grid, text, text_first, q, k, v = problem
-        mask = make_plan(config, 0.5, 0, 1, grid, text, text_first, q, k, v).block_mask
+        mask = plan_call(config, 0.5, grid, q, k, v, **{"before" if text_first else "after": text}).block_mask
         if mask is not None:
             kept = remainder.attention(q, k, v, mask)
             rest = remainder.stripes(q, k, v, mask, kept[1], theta=math.inf, limit=q.shape[2])
@@ -202,7 +203,7 @@ def test_statistics_are_what_their_formulas_say(examples):
 
     def check(drawn):
         (config, grid, text, text_first, *first), reuse, steps = drawn
-        plan = make_plan(config, 0.5, 0, 1, grid, text, text_first, *first)
+        plan = plan_call(config, 0.5, grid, *first, **{"before" if text_first else "after": text})
         if plan.reason is not None or plan.remainder not in ("none", "pooled"):
             return
         mask, tile = token_mask(config, grid, text, text_first, *first)
@@ -211,7 +212,7 @@ def test_statistics_are_what_their_formulas_say(examples):
             q, k, v = (x + 0.1 * step * x.roll(1, 2) for x in first)
             logits = q @ k.mT * q.shape[-1] ** -0.5
             dense = softmax(logits, v)
-            out, how = memory.attention(q, k, v, plan, reuse, held, None, lambda: dense[0])  # noqa: B023
+            out, how = step_cache.attention(q, k, v, plan, reuse, held, None, lambda: dense[0])  # noqa: B023
             part = softmax(logits.masked_fill(~mask, -math.inf), v) if plan.remainder == "none" else pooled(q, k, v, mask, tile)
             if step % reuse.refresh == 0:
                 ratio = (part[1] - dense[1]).exp().clamp(max=1)[..., None]
@@ -259,7 +260,7 @@ def test_every_stream_of_calls_is_as_if_it_were_alone(examples, monkeypatch):
 
     A stream is of one input, told by what it is; calls alike at one noise level are told by their order.
     """
-    monkeypatch.setattr(fastdit.runs, "STALE", 9)  # alone, a stream does not see the noise levels at which it rests
+    monkeypatch.setattr(fastdit.runs.run, "STALE", 9)  # alone, a stream does not see the noise levels at which it rests
     model = wan(num_layers=1, num_attention_heads=1, attention_head_dim=12, ffn_dim=8)
 
     def answer(sigma, call):
@@ -290,7 +291,7 @@ def test_a_rung_higher_is_no_fewer_tiles(examples):
         layout = layout_of(Config(tile=(1, 2, 2)), grid)
         n = math.prod(grid)
         tiles = [layout.to_tiles(x[:, :, :n]) for x in (q, k, v)]
-        more, less = (p.select(layout, *tiles).double().mean() for p in (guard.denser(policy), policy))
+        more, less = (p.select(layout, *tiles).double().mean() for p in (error_guard.denser(policy), policy))
         assert more >= less
 
     fuzz(st.tuples(SIMPLE, problems()), examples, check)

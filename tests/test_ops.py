@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from fastdit import ops
-from fastdit.blockmask import BlockMask
-from fastdit.layout import Layout
-from fastdit.quant import Quant
+from fastdit.core.block_mask import BlockMask
+from fastdit.core.layout import Layout
+from fastdit.core.quant import Quant
 
 LAYOUT = Layout((2, 4, 4), (1, 4, 2))
 

@@ -10,16 +10,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "layout": 0, "quant": 0, "reference": 0, "blockmask": 0, "cache": 0,
+    "core": 0,
     "ops": 1, "kernels": 1,
-    "policies": 2, "plan": 2, "remainder": 2, "profile": 2, "config": 2, "reuse": 2, "memory": 2, "guard": 2, "trim": 2,
-    "place": 2, "facts": 2, "heatmap": 2, "schedule": 2, "room": 2, "presets": 2,
-    "noise": 2, "fingerprint": 2, "branches": 2, "runs": 3, "scope": 3, "graphs": 3, "seam": 3,
-    "handle": 3, "observe": 3, "processor": 3, "parallel": 3, "hooked": 3, "attend": 3, "clock": 3, "report": 3,
-    "propagate": 3, "replay": 3, "features": 3, "inject": 3,
+    "policies": 2, "planning": 2, "approx": 2, "config": 2, "presets": 2, "schedule": 2,
+    "runs": 3, "attach": 3, "encoder_reuse": 3, "reporting": 3,
     "api": 4, "pipelines": 4, "": 4,
     "apps": 5, "__main__": 5,
 }  # fmt: skip
+FORMER = {"quant", "layout", "facts", "reuse", "profile", "memory", "remainder", "report"}
+"""Files of `fastdit/` that only give a module its former name, for scripts of users."""
+FLOORS |= dict.fromkeys(FORMER, 4)
 OUTSIDE = {"diffusers": 3, "transformers": 4, "triton": 1, "gradio": 5, "typer": 5, "ray": 5}
 """The lowest floor that may know each library; triton is for the kernels alone."""
 
@@ -48,7 +48,9 @@ def test_imports_point_down(path, floor):
     for name in imports(path):
         package, *rest = name.split(".")
         if package == "fastdit":
-            below = FLOORS.get(rest[0], FLOORS[""]) if rest else FLOORS[""]
+            module = rest[0] if rest else ""
+            assert module not in FORMER or path.name == "__init__.py", f"{path.name} imports {name}, a former name"
+            below = FLOORS.get(module, FLOORS[""])
             assert below <= floor, f"{path.name} (floor {floor}) imports {name} (floor {below})"
         elif package in OUTSIDE:
             assert floor >= OUTSIDE[package], f"{path.name} (floor {floor}) imports {name}"
@@ -57,9 +59,7 @@ def test_imports_point_down(path, floor):
 def test_the_contributors_table_names_every_file():
     rows = [line for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines() if re.match(r"\| \d ", line)]
     named = {name: int(row[2]) for row in rows for name in re.findall(r"`(\w+)(?:\.py|/)`", row.split("|")[2])}
-    assert {name: floor for name, floor in named.items() if name in FLOORS} == {
-        name: floor for name, floor in FLOORS.items() if name
-    }
+    assert named == {name: floor for name, floor in FLOORS.items() if name and name not in FORMER}
 
 
 @pytest.mark.parametrize("folder", ["kernels", "pipelines", "apps", "assets"])
@@ -71,7 +71,7 @@ def test_top_level_folders_are_no_packages(folder):
 def test_files_stay_small():
     for root in ("fastdit", "kernels", "pipelines", "apps"):
         for path in (ROOT / root).rglob("*.py"):
-            limit = 400 if root == "kernels" else 250
+            limit = 400 if root == "kernels" else 300
             assert len(path.read_text().splitlines()) <= limit, path
 
 

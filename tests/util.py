@@ -173,10 +173,10 @@ def decode(path: Path) -> Any:
 def call(monkeypatch: Any, *arguments: object) -> int:
     """The entry point in this process; its exit status."""
     monkeypatch.setattr(sys, "argv", ["fastdit", *map(str, arguments)])
-    from fastdit.apps import cli
+    from fastdit.apps.cli import main
 
     with pytest.raises(SystemExit) as exited:
-        cli.main()
+        main.main()
     assert isinstance(exited.value.code, int)
     return exited.value.code
 
@@ -187,11 +187,12 @@ def enter(
     """Begin a call of an installed denoiser by hand, so that its sites can be called by themselves; keep what it returns."""
     import torch
 
-    from fastdit.branches import Call
-    from fastdit.facts import Facts
+    from fastdit.planning.adapter import Facts
+    from fastdit.planning.sequence import SequenceSpec
+    from fastdit.runs.branches import Call
 
-    facts = Facts(grid, torch.tensor(sigma), before, after)
+    facts, sequence = Facts(grid, torch.tensor(sigma), before, after), SequenceSpec((grid,), before, after)
     call = Call(denoiser.number, None, b"", (), torch.zeros(0) if latents is None else latents)
-    forward = denoiser.handle.enter(sigma, None, call, facts)
+    forward = denoiser.handle.enter(sigma, None, call, sequence)
     denoiser.call.token, denoiser.call.facts = torch.tensor([forward.number]), facts
     return forward

@@ -125,17 +125,17 @@ def main(argv: list[str] | None = None) -> None:
     add("--sheets", type=Path, help="folder for contact sheets")
     args = ap.parse_args(argv)
 
-    from fastdit.pipelines import tiny
+    from fastdit.pipelines import embedded
 
     try:
-        pipe: Any = tiny.load(args.pipeline)
+        pipe: Any = embedded.load(args.pipeline)
     except FileNotFoundError as err:
         raise SystemExit(f"error: {err}") from None
     pipe.to(args.device)
     pipe.set_progress_bar_config(disable=True)
     if args.shift:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=args.shift)
-    codec = Codec.load((args.pipeline or tiny.PATH) / "codec.safetensors").to(args.device)
+    codec = Codec.load((args.pipeline or embedded.PATH) / "codec.safetensors").to(args.device)
     report = []
     for size, n in parse_sizes(args.sizes):
         row, videos = evaluate(pipe, codec, size, int(n), args)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fastdit.layout import Layout
+from fastdit.core.layout import Layout
 from fastdit.policies.base import Policy, check_share
 from fastdit.policies.scores import antidiagonal, keep
 

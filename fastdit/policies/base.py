@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fastdit.layout import Layout
+from fastdit.core.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,8 @@
 """Policies made of policies: what any of them keeps, what all of them keep, and another one for each head.
 
 HeadProfile is the idea of RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819), that heads have trades. The
-mass exp(LSE_pattern − LSE_full) that a cheap pattern retains in a head is measured once, offline (`fastdit.profile`), and
-the cheapest pattern that retains enough is that head's from then on.
+mass exp(LSE_pattern − LSE_full) that a cheap pattern retains in a head is measured once, offline
+(`fastdit.reporting.head_profile`), and the cheapest pattern that retains enough is that head's from then on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdit.layout import Grid, Layout
+from fastdit.core.byte_cache import sent
+from fastdit.core.layout import Grid, Layout
 from fastdit.policies.base import Policy
 
 
@@ -34,7 +35,7 @@ class _Composed(Policy):
 
     def _maps(self, layout: Layout, *tensors: Tensor | None) -> list[Tensor]:
         device = next((x.device for x in tensors if x is not None), torch.device("cpu"))
-        return [policy.select(layout, *tensors).to(device) for policy in self.policies]
+        return [sent(policy.select(layout, *tensors), device) for policy in self.policies]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastdit.layout import Grid, Layout
+from fastdit.core.layout import Grid, Layout
 from fastdit.policies.base import Policy
 from fastdit.policies.scores import places
 from fastdit.policies.window import Window

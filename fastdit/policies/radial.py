@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdit.layout import Layout
+from fastdit.core.layout import Layout
 from fastdit.policies.base import Policy, check_share
 from fastdit.policies.window import near
 

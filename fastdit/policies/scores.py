@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastdit import ops
-from fastdit.layout import Layout
-from fastdit.quant import Quant
+from fastdit.core.layout import Layout
+from fastdit.core.quant import Quant
 
 ROWS_BYTES = 64 << 20
 """Size of the logits that are held at a time."""
@@ -24,11 +24,11 @@ def means(x: Tensor, layout: Layout) -> Tensor:
 def pooled(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
     """softmax_j(q̄_i·k̄_j·D^-½ + log n_j): the mass of tiles whose tokens are all alike (SpargeAttn, arXiv 2502.18137 §3.2)."""
     if _has_kernel(q):  # in float32, q and k of a 14B model are 1.5 GB each
-        from fastdit.kernels import score
+        from fastdit.kernels import tile_scores
 
         flat = _flat(layout, q.device)
         with ops.on_device(q):
-            return score.pooled(q.flatten(2, 3), k.flatten(2, 3), flat, flat)
+            return tile_scores.pooled(q.flatten(2, 3), k.flatten(2, 3), flat, flat)
     logits = (means(q, layout) @ means(k, layout).mT) * q.shape[-1] ** -0.5
     return (logits + layout.counts(q.device)[: layout.video_tiles].float().log()).softmax(-1)
 
@@ -52,10 +52,10 @@ def antidiagonal(q: Tensor, k: Tensor, layout: Layout, stride: int) -> Tensor:
     """
     order = layout.order(q.device)[: layout.video_tiles]
     if _has_kernel(q):
-        from fastdit.kernels import score
+        from fastdit.kernels import tile_scores
 
         with ops.on_device(q):
-            return score.antidiagonal(q, k, order >= 0, stride)
+            return tile_scores.antidiagonal(q, k, order >= 0, stride)
     pad = -order.shape[1] % stride
     cells = (order.shape[1] + pad) // stride
     live = torch.nn.functional.pad(order, (0, pad), value=-1).view(-1, cells, stride).ge(0).any(-1).flatten()

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fastdit.layout import Grid, Layout
+from fastdit.core.layout import Grid, Layout
 from fastdit.policies.base import Policy
 
 TIME_SHARE = 3

@@ -1,7 +1,7 @@
-"""`render.py` as one Triton kernel: what it draws, sixty times as fast, so that drawing costs training next to nothing.
+"""`renderer.py` as one Triton kernel: what it draws, sixty times as fast, so that drawing costs training next to nothing.
 
-One program draws a stretch of pixels of one frame and runs only the code of the solids that are there. `render.py` is the
-reference it is tested against; nothing else may call it. Compiling `render.py` instead took minutes.
+One program draws a stretch of pixels of one frame and runs only the code of the solids that are there. `renderer.py` is the
+reference it is tested against; nothing else may call it. Compiling `renderer.py` instead took minutes.
 """
 
 from __future__ import annotations

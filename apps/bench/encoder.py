@@ -1,0 +1,185 @@
+"""`fastdit bench encoder`: encoder propagation on the UNet of Stable Diffusion 1.5, into JSON rows; for docs/encoder.md.
+
+Weights are random: no time depends on them. Two measurements. *forward*: one call of each kind, in turns, the best of several.
+*loop*: DDIM runs, stock and propagated taking turns step by step, with scheduler and guidance; a row says how far it came.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastdit.apps.bench.encoder_arms import MODELS, Schedule, operations, propagated, unet
+from fastdit.apps.bench.presets import cpu_name, write_block
+from fastdit.apps.render.media import UserError, write_json
+
+BEGIN, END = "<!-- bench:encoder -->", "<!-- /bench:encoder -->"
+TOLERANCE = 1e-4
+"""Relative, of single precision answers whose sums run in another order."""
+
+
+def bench_encoder(
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file; parts that are not measured now stay.")] = Path(
+        "docs/results/encoder_cpu.json"
+    ),
+    size: Annotated[int, typer.Option(help="Side of the latents: 64 is 512 x 512 pixels.")] = 32,
+    steps: Annotated[int, typer.Option(help="DDIM steps of the loop; 0: no loop.")] = 50,
+    repeats: Annotated[int, typer.Option(help="Of each kind of forward; 0: none.")] = 3,
+    together: Annotated[int, typer.Option(help="Steps decoded in one call, for the row of batched decoding.")] = 4,
+    guidance: Annotated[bool, typer.Option(help="Two branches in one batch.")] = True,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="Measure nothing: write the rows into this Markdown file.")
+    ] = None,
+) -> None:
+    """Measure encoder propagation on Stable Diffusion 1.5's UNet, or write the table of what was measured."""
+    import json
+
+    rows: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    if table is not None:
+        write_block(table, BEGIN, END, "\n".join(lines(rows)))
+        return
+    import torch
+
+    for name, config in MODELS.items():
+        for side in (config["sample_size"] // 2, config["sample_size"]):
+            rows[f"operations {name} {side}x{side}"] = {"model": name, "size": side} | operations(config, side)
+    write_json(out, rows)
+    if not repeats and not steps:
+        return
+    model = unet()
+    batch = 2 if guidance else 1
+    facts = {
+        "device": cpu_name() if not torch.cuda.is_available() else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "clock": "wall" if torch.cuda.is_available() else "CPU time",
+        "date": datetime.date.today().isoformat(),
+        "batch": batch,
+        "size": size,
+    }
+    with torch.inference_mode():
+        if repeats:
+            for row in forwards(model, size, batch, repeats, together):
+                rows[f"forward {size}x{size}, batch {batch}"] = facts | row
+                write_json(out, rows)
+        if steps:
+            for row in loop(model, size, batch, steps):
+                rows[f"loop {size}x{size}, batch {batch}, {steps} steps"] = facts | row
+                write_json(out, rows)
+
+
+def forwards(model: Any, size: int, batch: int, repeats: int, together: int) -> Any:
+    """Seconds of each kind of forward, after every round; UserError where an answer is wrong."""
+    import torch
+
+    from fastdit.core.reference import relative_error
+
+    pipeline = Schedule(50)
+    levels = iter(pipeline.scheduler.timesteps)
+    x, text = torch.randn(batch, 4, size, size, device=model.device), torch.randn(batch, 77, 768, device=model.device)
+    plain, _ = propagated(model, (0,), joins=False)
+    joined, _ = propagated(model, (0,))
+    several, _ = propagated(model, (0,), batch=together, pipeline=pipeline)
+    first = next(levels)
+    stock = model(x, first, text)[0]
+    for one in (plain, joined, several):
+        if not torch.equal(one(x, first, text)[0], stock):
+            raise UserError("a key step differs from the stock model: not measured", 1)
+    best: dict[str, float] = {}
+    for i in range(repeats):
+        now = [next(levels) for _ in range(together)]
+        seconds = {}
+        seconds["stock"], _ = _timed(partial(model, x, now[0], text))
+        seconds["decoder alone"], expected = _timed(partial(plain, x, now[0], text))
+        seconds["decoder, skips convolved once"], found = _timed(partial(joined, x, now[0], text))
+        steps = [_timed(partial(several, x, level, text)) for level in now]
+        seconds[f"the same, {together} steps in a batch"] = sum(took for took, _ in steps) / together
+        for answer in (found[0], steps[0][1][0]):
+            if relative_error(answer, expected[0]) > TOLERANCE:
+                raise UserError("two ways to decode differ: not measured", 1)
+        best = {name: min(best.get(name, math.inf), value) for name, value in seconds.items()}
+        print("  ".join(f"{name} {value:.2f} s" for name, value in seconds.items()), flush=True)
+        yield {"rounds": i + 1, "seconds": best}
+
+
+def loop(model: Any, size: int, batch: int, steps: int) -> Any:
+    """Seconds of a run so far, after every step: stock, and with the paper's key steps, decoded one by one and in batches."""
+    import torch
+
+    from fastdit.encoder_reuse.propagate import KEY_STEPS
+
+    text = torch.randn(batch, 77, 768, device=model.device)
+    pipeline = Schedule(steps)
+    found, handle = propagated(model, KEY_STEPS)
+    arms = {"stock": model, "propagated": found, "in batches": propagated(model, KEY_STEPS, batch=None, pipeline=pipeline)[0]}
+    schedules = {name: Schedule(steps).scheduler for name in arms} | {"in batches": pipeline.scheduler}
+    latents = dict.fromkeys(arms, torch.randn(1, 4, size, size, device=model.device))
+    seconds = dict.fromkeys(arms, 0.0)
+    for i, level in enumerate(schedules["stock"].timesteps):
+        for name in list(arms)[:: (-1) ** i]:  # none is always the first
+
+            def one(name: str = name, level: Any = level) -> Any:
+                noise = arms[name](latents[name].repeat(batch, 1, 1, 1), level, text)[0]
+                if batch == 2:
+                    noise = noise[:1] + 7.5 * (noise[1:] - noise[:1])
+                return schedules[name].step(noise, level, latents[name]).prev_sample
+
+            took, latents[name] = _timed(one)
+            seconds[name] += took
+        print(f"step {i + 1}: " + "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), flush=True)
+        yield {"done": i + 1, "steps": steps, "keys": handle.counts.encoder, "seconds": dict(seconds)}
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds and the answer. On a CPU seconds of CPU time, which other processes on the machine do not lengthen much."""
+    import torch
+
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    start = clock()
+    found = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock() - start, found
+
+
+def lines(rows: dict[str, Any]) -> list[str]:
+    """The tables of docs/encoder.md."""
+    counted = [row for row in rows.values() if "seconds" not in row]
+    found = ["| operations of a step between, of a full one | decoder alone | 50 steps | skips convolved once | 50 steps |"]
+    found += ["|---|--:|--:|--:|--:|"]
+    for row in counted:
+        shares = [row[name] for name in ("decoder alone", "skips convolved once")]
+        cells = " | ".join(f"{share:.2f} | {speedup(share):.2f}×" for share in shares)
+        found.append(f"| {row['model']}, {8 * row['size']}×{8 * row['size']} | {cells} |")
+    found.append("")
+    for row in rows.values():
+        if row in counted:
+            continue
+        where = (
+            f"{8 * row['size']}×{8 * row['size']} pixels, {'with' if row['batch'] == 2 else 'no'} guidance, {row['clock']}, "
+            f"{row['threads']} thread{'s' * (row['threads'] > 1)} of {row['device']}"
+        )
+        seconds = row["seconds"]
+        if "done" not in row:
+            found += [f"One forward, {where}, best of {row['rounds']}:", ""]
+            found += ["| forward | seconds | of stock | 50 steps |", "|---|--:|--:|--:|"]
+            for name, share in ((name, value / seconds["stock"]) for name, value in seconds.items()):
+                found.append(f"| {name} | {seconds[name]:.2f} | {share:.2f} | {speedup(share):.2f}× |")
+        else:
+            times = ", ".join(f"{name} {value:.0f} s ({seconds['stock'] / value:.2f}×)" for name, value in seconds.items())
+            found.append(f"{row['done']} of {row['steps']} DDIM steps, {row['keys']} of them key steps, {where}: {times}.")
+        found.append("")
+    return found[:-1]
+
+
+def speedup(share: float) -> float:
+    """Of 50 steps with the paper's key steps, when a step between takes this share of a full one."""
+    from fastdit.encoder_reuse.propagate import KEY_STEPS
+
+    return 50 / (len(KEY_STEPS) + (50 - len(KEY_STEPS)) * share)

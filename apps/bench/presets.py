@@ -1,0 +1,225 @@
+"""`fastdit bench`: dense and every preset on the embedded model, into JSON rows; the README's table is made from them.
+
+A row is one size with one preset. Rows are written as they come and kept: a bench that was interrupted goes on where it
+stopped, and rows of other sizes, presets or step counts in the same file stay.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastdit.apps.render.media import UserError, write_json
+
+INCLUDES = "denoising loop: denoiser, guidance, scheduler; planning, block masks, permutation and quantization with it"
+BEGIN, END = "<!-- bench:main -->", "<!-- /bench:main -->"
+PROMPT = "a red circle moving right"
+GUIDANCE = 5.0
+KEY = ("shape", "preset", "steps", "prompt", "seed")
+"""Fields that tell rows apart."""
+
+
+def bench(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of rows; rows it has are kept.")] = Path(
+        "docs/results/bench_cpu.json"
+    ),
+    sizes: Annotated[str, typer.Option(help="Frames x height x width, with commas between.")] = "33x256x256,17x64x64",
+    presets: Annotated[str, typer.Option(help="With commas between.")] = "balanced,fast",
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    repeats: Annotated[int, typer.Option(help="Interleaved runs of each; the best counts.")] = 3,
+    prompt: Annotated[str, typer.Option(help="What to draw.")] = PROMPT,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 1,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what the file has already.")] = False,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="Measure nothing: write the rows of --out into this Markdown file.")
+    ] = None,
+) -> None:
+    """Measure the presets against dense attention, or write the table of what was measured."""
+    if context.invoked_subcommand is not None:  # bench kernel, bench gpu: not this one too
+        return
+    if table is not None:
+        write_table(table, read_rows(out, must_exist=True))
+        typer.echo(f"{table}: table written from {out}")
+        return
+    run(out, parse_sizes(sizes), [name.strip() for name in presets.split(",")], steps, repeats, prompt, seed, again)
+
+
+def parse_sizes(text: str) -> list[tuple[int, int, int]]:
+    """ "33x256x256,17x64x64" -> [(33, 256, 256), (17, 64, 64)]. Raises UserError."""
+    sizes = []
+    for one in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)x(\d+)x(\d+)\s*", one)
+        if match is None:
+            raise UserError(f"--sizes: {one.strip()!r} is not frames x height x width, such as 33x256x256", 2)
+        sizes.append((int(match[1]), int(match[2]), int(match[3])))
+    return sizes
+
+
+def run(
+    out: Path,
+    sizes: list[tuple[int, int, int]],
+    presets: list[str],
+    steps: int = 20,
+    repeats: int = 3,
+    prompt: str = PROMPT,
+    seed: int = 1,
+    again: bool = False,
+    model: str | None = None,
+) -> list[dict[str, Any]]:
+    """Measure what the file lacks; returns all its rows. Raises UserError."""
+    from fastdit.apps.compare.measure import measure
+    from fastdit.apps.compare.runs import describe
+    from fastdit.apps.render.load import check_shape, load
+    from fastdit.apps.render.settings import Settings
+
+    cases = {
+        size: [Settings(prompt, "", seed, model, name, *size, steps=steps, guidance=GUIDANCE) for name in presets]
+        for size in sizes
+    }
+    for settings in (one for case in cases.values() for one in case):
+        settings.check()
+    if repeats < 2:
+        raise UserError(f"--repeats must be at least 2 (two dense runs must agree), got {repeats}", 2)
+    rows = read_rows(out)
+    save(out, rows)  # before anything is measured: a folder that cannot be written should not cost an hour
+    pipe = load(cases[sizes[0]][0])
+    for size in sizes:
+        check_shape(pipe, *size)
+    for case in cases.values():
+        have = set() if again else {_key(row) for row in rows}
+        wanted = [settings for settings in case if _key(_named(settings)) not in have]
+        if not wanted:
+            typer.echo(f"{_named(case[0])['shape']}: measured already")
+            continue
+        found = measure(pipe, wanted[0], {s.preset: s.config() for s in wanted}, repeats)
+        for settings in wanted:
+            row = _named(settings) | _machine(pipe) | {"tokens": found.tokens, "guidance": settings.guidance}
+            row |= {"repeats": repeats, "baseline": found.kernel, "includes": INCLUDES, "dense_s": found.dense_seconds}
+            row |= found.variants[settings.preset].to_dict(found.dense_seconds)
+            row["config"] = settings.config().to_dict()
+            rows = [old for old in rows if _key(old) != _key(row)] + [row]
+            typer.echo(describe(settings, found, settings.preset, repeats))
+        save(out, rows)
+    return rows
+
+
+def _named(settings: Any) -> dict[str, Any]:
+    shape = f"{settings.frames}x{settings.height}x{settings.width}"
+    return {"shape": shape} | {field: getattr(settings, field) for field in KEY[1:]}
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(field) for field in KEY)
+
+
+def _machine(pipe: Any) -> dict[str, Any]:
+    """Date and what it ran on; the machine by the kind of its processor, not by its name."""
+    import diffusers
+    import torch
+
+    import fastdit
+    from fastdit.apps.render.load import denoisers
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "cpu": cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(next(denoisers(pipe)).dtype).removeprefix("torch."),
+        "fastdit": fastdit.__version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """The processor as it calls itself."""
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def read_rows(path: Path, must_exist: bool = False) -> list[dict[str, Any]]:
+    """The rows of a file; none if it does not exist yet. Raises UserError for a file of another kind."""
+    if not path.exists() and not must_exist:
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if not all(set(KEY) <= set(row) for row in rows):
+            raise KeyError("rows")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): measure first, with fastdit bench --out {path}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} does not hold rows of fastdit bench: choose another file with --out") from None
+    return list(rows)
+
+
+def save(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows, whole or not at all. Raises UserError where that cannot be."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_json(part, {"rows": rows})
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another file with --out") from None
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, largest clips first, and a line on where it comes from."""
+    lines = [
+        "| clip | tokens | preset | dense | fastdit | speed | density | velocity error | PSNR | SSIM |",
+        "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in sorted(rows, key=lambda row: (-row["tokens"], row["shape"], row["steps"], row["fast_s"] * -1)):
+        psnr = "identical" if row["psnr_db"] is None else f"{row['psnr_db']:.1f} dB"
+        errors = max((phase["error"] for phase in row["velocity_error"]), default=0.0)
+        speed = "stays dense" if row["stayed_dense"] else f"**{row['ratio']:.2f} ×**"
+        lines.append(
+            f"| {row['shape']}, {row['steps']} steps | {row['tokens']} | {row['preset']} | {row['dense_s']:.2f} s "
+            f"| {row['fast_s']:.2f} s | {speed} | {row['density']:.2f} | {errors:.1%} | {psnr} | {row['ssim']:.3f} |"
+        )
+    facts = sorted(
+        {f"{r['cpu']}, {r['threads']} threads, {r['dtype']}, torch {r['torch']}, diffusers {r['diffusers']}" for r in rows}
+    )
+    baselines = sorted({f"stock diffusers with {row['baseline']}" for row in rows})
+    lines += ["", f"{'; '.join(facts)}. Dense: {'; '.join(baselines)}. Time: {INCLUDES}; best of interleaved runs."]
+    lines += ["Velocity error: teacher-forced, relative L2, of the worst phase. PSNR and SSIM: decoded frames against dense."]
+    return "\n".join(lines)
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows as a table, into a Markdown file. Raises UserError."""
+    write_block(path, BEGIN, END, markdown(rows))
+
+
+def write_block(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marking lines of a Markdown file. Raises UserError if it has none."""
+    before, after = around_block(path, begin, end)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def around_block(path: Path, begin: str, end: str) -> tuple[str, str]:
+    """What stands before and behind two marking lines. Raises UserError if there are none."""
+    try:
+        old = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None
+    before, found, rest = old.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise UserError(f"{path} has no {begin} … {end}: put these two lines where the table is to be")
+    return before, after

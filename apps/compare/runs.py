@@ -1,0 +1,87 @@
+"""`render --compare`: one seed by dense and by fast attention, one sheet with dense above, and in words what was measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastdit.apps.compare.measure import Comparison, measure
+from fastdit.apps.compare.metrics import flicker
+from fastdit.apps.render.generate import Clip
+from fastdit.apps.render.media import contact_sheet, encode, png
+from fastdit.apps.render.renderer import Result, phases, sha256
+from fastdit.apps.render.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def describe(settings: Settings, found: Comparison, name: str, repeats: int) -> str:
+    """What is printed: time, closeness, and the error of each phase, in plain sentences."""
+    variant = found.variants[name]
+    ratio = found.dense_seconds / variant.seconds
+    shape = f"{settings.frames}x{settings.height}x{settings.width}, {found.tokens} tokens, {settings.steps} steps"
+    lines = [
+        f"denoising loop ({shape}; best of {repeats} interleaved runs; without text encoding, decoding and writing):",
+        f"  dense {found.dense_seconds:.2f} s, by stock diffusers with {found.kernel}",
+        f"  {name} {variant.seconds:.2f} s: {ratio:.2f} x",
+        f"density {variant.report.density:.3f}   decoded frames against dense: "
+        + ("identical" if math.isinf(variant.psnr) else f"PSNR {variant.psnr:.1f} dB, SSIM {variant.ssim:.4f}"),
+        "teacher-forced velocity error (relative L2):",
+    ]
+    for row in variant.velocity:
+        lines.append(
+            f"  noise level {row['sigma'][0]:g} … {row['sigma'][1]:g}, {row['policy']}: "
+            f"{row['error']:.2e} ({row['steps']} steps)"
+        )
+    if (why := variant.dense_because) is not None:
+        lines.append(f"no sparse attention ran: {why}")
+    elif ratio < 1:
+        lines.append(f"{name} was slower than dense here: use --preset exact, or render something larger")
+    return "\n".join(lines)
+
+
+def _flicker(fast: Clip, dense: Clip) -> float | None:
+    """In dB; None where there is nothing to tell: equal clips, or a single frame."""
+    found = flicker(torch.from_numpy(fast.frames), torch.from_numpy(dense.frames))
+    return found if found is not None and math.isfinite(found) else None
+
+
+def both(
+    pipe: Any,
+    settings: Settings,
+    repeats: int,
+    facts: dict[str, Any],
+    show: bool = True,
+    on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
+) -> Result:
+    """Render densely and by the preset, and compare. facts: what the record begins with; on_step: as in `measure`."""
+    name = "custom" if settings.custom else settings.preset
+    found = measure(pipe, settings, {name: settings.config()}, repeats, show, on_step)
+    variant = found.variants[name]
+    start = time.perf_counter()
+    said = facts["settings"]
+    plain = said | {"preset": "dense", "config": None}
+    dense = encode(found.dense.frames, settings.format, settings.fps, settings.crf, plain)
+    fast = encode(variant.clip.frames, settings.format, settings.fps, settings.crf, said)
+    sheet = png(contact_sheet([("dense", found.dense.frames), (name, variant.clip.frames)]), said)
+    facts |= {
+        "kernel": found.kernel,
+        "tokens": found.tokens,
+        "repeats": repeats,
+        "seconds": variant.clip.seconds | {"encode": time.perf_counter() - start},
+        "phases": phases(variant.clip, variant.report),
+        "dense_s": found.dense_seconds,
+        "dense_stages": found.dense.seconds,
+        "flicker_db": _flicker(variant.clip, found.dense),
+        "error": max((site.error for site in variant.report.sites if site.error is not None), default=None),
+        "frames_sha256": sha256(variant.clip),
+        "dense_sha256": sha256(found.dense),
+    }
+    facts |= variant.to_dict(found.dense_seconds)
+    files = {"-sheet.png": sheet} | {f"-dense{suffix}": content for suffix, content in dense.items()} | fast
+    return Result(facts, variant.report, files, describe(settings, found, name, repeats))

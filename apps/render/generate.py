@@ -1,0 +1,120 @@
+"""One run of a pipeline, as its user would call it: frames, and how long each stage took. What is not finite is refused."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fastdit.apps.render.load import denoisers
+from fastdit.apps.render.media import UserError
+from fastdit.apps.render.settings import Settings, local
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+
+class Stopped(Exception):  # noqa: N818, as StopIteration
+    """Somebody asked for the clip not to be finished."""
+
+
+@dataclass
+class Clip:
+    """frames [F, H, W, 3] in [0, 1]; latents as the last step left them; seconds per stage, and of every step."""
+
+    frames: NDArray[np.float32]
+    latents: Tensor
+    seconds: dict[str, float]
+    step_seconds: list[float] = field(default_factory=list)
+
+
+def generate(
+    pipe: Any,
+    settings: Settings,
+    label: str = "denoising",
+    show: bool = True,
+    on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
+) -> Clip:
+    """Run the pipeline as it is. Raises UserError as soon as a step leaves something that is not finite.
+
+    on_step: is given every step's number, from 1 on, and its latents; what it raises ends the run. seconds: "text" up to the
+    first call of the denoiser, "denoise" from there to the end of the last step (denoiser, guidance and scheduler), "decode"
+    from there to the frames.
+    """
+    import torch
+    from tqdm import tqdm
+
+    call = arguments(pipe, settings)
+    marks: list[float] = []
+    kept: dict[str, Tensor] = {}
+
+    def mark() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+
+    def first_call(*_: Any) -> None:
+        if not marks:
+            mark()
+
+    def step_end(_: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        mark()
+        kept["latents"] = tensors["latents"]
+        if not bool(kept["latents"].isfinite().all()):
+            raise UserError(
+                f"{label}: step {step + 1} of {settings.steps} gave NaN or infinity: check the model's weights, "
+                "or try --dtype float32"
+            )
+        bar.update()
+        on_step(step + 1, kept["latents"])
+        if step + 1 == settings.steps:
+            bar.close()  # or decoding would count as a slow last step
+        return tensors
+
+    hooks = [model.register_forward_pre_hook(first_call, prepend=True) for model in denoisers(pipe)]
+    start = time.perf_counter()
+    try:
+        with tqdm(total=settings.steps, desc=label, unit="step", file=sys.stderr, disable=not show, leave=None) as bar:
+            made = pipe(**call, callback_on_step_end=step_end, output_type="np")
+            frames = made.frames[0] if hasattr(made, "frames") else made.images[:1]
+            end = time.perf_counter()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seconds = {"text": marks[0] - start, "denoise": marks[-1] - marks[0], "decode": end - marks[-1]}
+    return Clip(frames, kept["latents"], seconds, [b - a for a, b in itertools.pairwise(marks)])
+
+
+def arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
+    """What the pipeline is called with. Raises UserError for a setting that it does not take."""
+    import torch
+
+    takes = inspect.signature(pipe.__call__).parameters
+    call: dict[str, Any] = {
+        "prompt": settings.prompt,
+        "negative_prompt": settings.negative,
+        "num_frames": settings.frames,
+        "height": settings.height,
+        "width": settings.width,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        # on the CPU, so that a seed means the same on every device
+        "generator": torch.Generator().manual_seed(settings.seed),
+    }
+    for name, said in (("negative_prompt", settings.negative), ("image", settings.image)):
+        if said and name not in takes:
+            raise UserError(f"{type(pipe).__name__} takes no {name}: leave it out")
+    if settings.image:
+        from diffusers.utils import load_image
+
+        try:
+            call["image"] = load_image(str(local(settings.image))).resize((settings.width, settings.height))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the image {settings.image} ({error})") from None
+    return {name: value for name, value in call.items() if name in takes}

@@ -1,0 +1,184 @@
+"""What is to be rendered: jobs, made of a prompt or of the lines of a file, each with its seed, its name and its hash.
+
+A line may override any setting. Lines that are wrong become errors with their number, and the others are rendered.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from fastdit.apps.render.media import UserError, digest, slug
+from fastdit.apps.render.prompts import read as read
+from fastdit.apps.render.settings import Settings, content, split_lora
+from fastdit.apps.render.text import half_pair
+
+NAME = "{index:04d}-{slug}-s{seed}"
+ALIASES = {
+    "negative_prompt": "negative", "num_frames": "frames", "num_inference_steps": "steps", "guidance_scale": "guidance",
+}  # fmt: skip
+"""diffusers' names of settings, and ours."""
+
+KINDS: dict[str, type] = {
+    "prompt": str, "negative": str, "seed": int, "steps": int, "guidance": float, "height": int, "width": int,
+    "frames": int, "fps": int, "preset": str, "image": str, "lora": str, "dtype": str, "format": str, "crf": int,
+}  # fmt: skip
+"""What a line may say."""
+
+NOT_THE_CLIP = ("device", "cpu_offload", "compile", "vae_tiling", "ulysses", "ring")
+"""Settings that change how fast a clip is made and not what it shows: jobs that differ in these alone are one."""
+
+MARK = "\ufeff"  # of byte order: the shell's $(cat FILE), a cell and the clipboard pass it on
+LONGEST_NAME = 200  # bytes, of the 255 that most file systems allow
+
+
+@dataclass(frozen=True)
+class Job:
+    """One clip to make. given: the settings that were said; others are the pipeline's own. where: it was said.
+
+    name: of its files, without suffix. repeats: > 0 draws densely as well, interleaved so many times, and compares.
+    """
+
+    index: int
+    given: dict[str, Any]
+    where: str = "the command line"
+    name: str = ""
+    repeats: int = 0
+
+    def settings(self, **defaults: Any) -> Settings:
+        return Settings(**defaults | self.given)
+
+    @cached_property
+    def hash(self) -> str:
+        """Sixteen hexadecimal digits: the same clip has the same ones wherever and whenever it is rendered.
+
+        Names do not count, but what they stand for: a preset's configuration, and the content of files. Raises UserError for
+        one that cannot be read.
+        """
+        left_out = (*NOT_THE_CLIP, "preset", "custom")
+        said = {name: value for name, value in self.given.items() if name not in left_out and value is not None}
+        said["config"] = self.settings().config().to_dict()
+        if "image" in said:
+            said["image"] = content(said["image"])
+        if "lora" in said:
+            path, scale = split_lora(said["lora"])
+            said["lora"] = [content(path), scale]
+        if self.repeats:
+            said["repeats"] = self.repeats
+        return digest(said, 16)
+
+
+@dataclass
+class Batch:
+    """jobs in order; errors: (where, what is wrong) of the lines that are none."""
+
+    jobs: list[Job] = field(default_factory=list)
+    errors: list[tuple[str, str]] = field(default_factory=list)
+
+
+def make(lines: Sequence[tuple[str, Any]], base: dict[str, Any], name: str = NAME, repeat: int = 1, repeats: int = 0) -> Batch:
+    """Jobs of (where, what it says) lines over the settings `base`; each `repeat` times, with seeds counted up from its own.
+
+    A line that cannot be read is a UserError in the place of what it says.
+    """
+    if repeat < 1:
+        raise UserError(f"--repeat must be at least 1, got {repeat}", 2)
+    check_name(name)
+    batch, seen = Batch(), dict[str, str]()
+    for where, said in lines:
+        try:
+            given = base | parse(said)
+            if "preset" in parse(said):
+                given.pop("custom", None)
+            Settings(**given).check()
+            jobs = [Job(0, given | {"seed": given["seed"] + turn}, where, repeats=repeats) for turn in range(repeat)]
+            if (twin := next((seen[job.hash] for job in jobs if job.hash in seen), None)) is not None:
+                raise UserError(f"duplicate of {twin}: the same prompt, seed and settings")
+        except UserError as error:
+            batch.errors.append((where, str(error)))
+            continue
+        for job in jobs:
+            seen[job.hash] = where
+            batch.jobs.append(replace(job, index=len(batch.jobs)))
+    taken = set[str]()
+    for place, job in enumerate(batch.jobs):
+        batch.jobs[place] = named = replace(job, name=stem(name, job, taken))
+        taken.add(named.name)
+    return batch
+
+
+def parse(said: Any) -> dict[str, Any]:
+    """Settings of one line: a prompt, or a mapping. Raises UserError for unknown keys and values of the wrong kind."""
+    if isinstance(said, UserError):
+        raise said
+    if isinstance(said, str):
+        return {"prompt": said.lstrip(MARK)}
+    if not isinstance(said, dict):
+        raise UserError(f"expected a prompt or a mapping of settings, got {str(said)[:80]!r}")
+    given: dict[str, Any] = {}
+    for key, value in said.items():
+        if value is None or value == "":
+            continue  # an empty cell of a csv
+        ours = ALIASES.get(key, key)
+        if ours not in KINDS:
+            raise UserError(f"unknown key {key!r}: known are {', '.join([*KINDS, *ALIASES])}")
+        if ours in given:
+            raise UserError(f"{key!r} is said twice")
+        given[ours] = _as(KINDS[ours], key, value)
+    if "prompt" not in given:
+        raise UserError("there is no prompt")
+    return given | {"prompt": given["prompt"].lstrip(MARK)}
+
+
+def _as(kind: type, key: str, value: Any) -> Any:
+    if kind is str:
+        if isinstance(value, str):
+            return value
+        raise UserError(f"{key} must be text, got {value!r}")
+    try:
+        number = float(value)
+        if isinstance(value, bool) or not math.isfinite(number):
+            raise ValueError
+        if kind is float:
+            return number
+        whole = int(value)  # of a string this knows integers of any length, which a float does not
+        if whole != number and not isinstance(value, str):
+            raise ValueError
+        return whole
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{key} must be a {'whole ' if kind is int else ''}number, got {str(value)[:80]!r}") from None
+
+
+def check_name(template: str) -> None:
+    """Raises UserError for a --name that has unknown fields or would leave the folder."""
+    example = Job(0, {"prompt": "a", "seed": 0})
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        if unknown := [name for name in fields if name not in _fields(example)]:
+            raise UserError(f"--name: unknown field {{{unknown[0]}}}: known are {', '.join(_fields(example))}", 2)
+        name = template.format(**_fields(example))
+    except (ValueError, IndexError, KeyError) as error:
+        raise UserError(f"--name {template!r} is not a name such as {NAME!r} ({error})", 2) from None
+    if not name.strip() or name.startswith(".") or half_pair(name) or any(c in "/\\:\0" or ord(c) < 32 for c in name):
+        raise UserError(f"--name {template!r} must be a plain file name: no / \\ : and no dot in front", 2)
+
+
+def _fields(job: Job) -> dict[str, Any]:
+    settings = job.settings()
+    return {
+        "index": job.index, "slug": slug(settings.prompt), "seed": settings.seed, "hash": job.hash,
+        "preset": slug("custom" if settings.custom else settings.preset), "steps": settings.steps,
+        "frames": settings.frames, "height": settings.height, "width": settings.width,
+    }  # fmt: skip
+
+
+def stem(template: str, job: Job, taken: set[str]) -> str:
+    """File name of a job, its hash added where another has the name already. Raises UserError if it is too long."""
+    name = template.format(**_fields(job))
+    if len(name.encode()) > LONGEST_NAME:
+        raise UserError(f"--name {template!r} makes a name of {len(name.encode())} bytes: at most {LONGEST_NAME}", 2)
+    return f"{name}-{job.hash[:8]}" if name in taken else name

@@ -1,0 +1,157 @@
+"""`render(job)`: one clip, by one pipeline that stays loaded. Every way in (command line, batches, web page) ends here."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastdit.apps.render.generate import Clip, generate
+from fastdit.apps.render.jobs import Job
+from fastdit.apps.render.load import check_shape, defaults, denoisers, dropped_tokens, load, tokens
+from fastdit.apps.render.media import UserError, contact_sheet, encode, ffmpeg, png, to_uint8
+from fastdit.apps.render.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastdit import Report
+
+
+@dataclass
+class Result:
+    """record: what the manifest keeps, all JSON; report: of the run; said: in words.
+
+    files: {suffix: content}, the clip itself last, so that what is there is all there.
+    """
+
+    record: dict[str, Any]
+    report: Report
+    files: dict[str, bytes]
+    said: str
+
+
+def record(settings: Settings, pipe: Any) -> dict[str, Any]:
+    """What every sidecar begins with: settings, what ran them."""
+    import platform
+
+    import diffusers
+    import torch
+    import transformers
+
+    import fastdit
+
+    device = str(next(denoisers(pipe)).device)
+    versions = {m.__name__: m.__version__ for m in (fastdit, torch, diffusers, transformers)}
+    return {
+        "settings": settings.to_dict(),
+        "versions": versions | {"python": platform.python_version()},
+        "pipeline": type(pipe).__name__,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
+        "dtype": str(next(denoisers(pipe)).dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+class Renderer:
+    """Renders jobs one after the other, and keeps the pipeline loaded from one to the next where it is the same."""
+
+    def __init__(self, show: bool = True) -> None:
+        self.show = show
+        self.pipe: Any = None
+        self._loaded: tuple[Any, ...] | None = None
+        self._seconds = 0.0
+        self._handle: Any = None
+
+    def load(self, settings: Settings) -> Any:
+        """The pipeline of the settings."""
+        if self._loaded != settings.pipeline:
+            self.close()
+            start = time.perf_counter()
+            self.pipe = load(settings)
+            self._loaded, self._seconds = settings.pipeline, time.perf_counter() - start
+        return self.pipe
+
+    def accelerate(self, settings: Settings) -> None:
+        """Installed once for jobs of one configuration, so that a compiled denoiser is compiled once."""
+        import fastdit
+
+        if self._handle is None or self._handle.config != settings.config():
+            self._handle = fastdit.accelerate(self.pipe, settings.config())
+
+    def close(self) -> None:
+        """Give the pipeline back as it was, and let go of it."""
+        self.restore()
+        self._loaded = self.pipe = None
+
+    def restore(self) -> None:
+        if self._handle is not None:
+            self._handle.restore()
+        self._handle = None
+
+    def render(self, job: Job, on_step: Callable[[int, Tensor], None] = lambda step, latents: None) -> Result:
+        """One job. Raises UserError for what its user can mend, Stopped if `on_step` does."""
+        import fastdit
+        from fastdit.apps.compare.runs import both
+
+        before = job.settings()
+        before.check()
+        if before.format == "mp4":
+            ffmpeg()
+        seconds = {"load": 0.0 if self._loaded == before.pipeline else 1.0}
+        pipe = self.load(before)
+        seconds["load"] *= self._seconds
+        settings = job.settings(**defaults(pipe)) if before.model else before
+        check_shape(pipe, settings.frames, settings.height, settings.width)
+        facts = {"job": job.hash, "state": "done", "index": job.index, "where": job.where, "seed": settings.seed}
+        facts |= record(settings, pipe) | {"dropped_tokens": dropped_tokens(pipe, settings.prompt)}
+        facts["tokens"] = count = tokens(pipe, settings.frames, settings.height, settings.width)
+        if count % (parts := settings.ulysses * settings.ring):
+            raise UserError(f"{count} tokens cannot be shared by {parts} processes: change the height or width", 2)
+        if job.repeats:
+            self.restore()
+            result = both(pipe, settings, job.repeats, facts, self.show, on_step)
+        else:
+            self.accelerate(settings)
+            clip = generate(pipe, settings, show=self.show, on_step=on_step)
+            result = self._result(clip, settings, fastdit.report(pipe), facts)
+        result.record["seconds"] = seconds | result.record["seconds"]
+        return result
+
+    def _result(self, clip: Clip, settings: Settings, report: Report, facts: dict[str, Any]) -> Result:
+        start = time.perf_counter()
+        clip_files = encode(clip.frames, settings.format, settings.fps, settings.crf, facts["settings"])
+        sheet = {"-sheet.png": png(contact_sheet([(settings.prompt[:80], clip.frames)], 8, 2), facts["settings"])}
+        facts |= {
+            "seconds": clip.seconds | {"encode": time.perf_counter() - start},
+            "step_seconds": clip.step_seconds,
+            "phases": phases(clip, report),
+            "density": report.density,
+            "error": max((site.error for site in report.sites if site.error is not None), default=None),
+            "frames_sha256": sha256(clip),
+        }
+        said = f"{report}\n" + "  ".join(f"{stage} {taken:.2f} s" for stage, taken in facts["seconds"].items())
+        return Result(facts, report, ({} if len(clip.frames) == 1 else sheet) | clip_files, said)
+
+
+def sha256(clip: Clip) -> str:
+    """Of the frames as they are encoded, 8 bits a channel."""
+    return hashlib.sha256(to_uint8(clip.frames).tobytes()).hexdigest()
+
+
+def phases(clip: Clip, report: Report) -> list[dict[str, Any]]:
+    """Every phase that the run came through: noise levels, policy, density, error, and seconds of its denoising steps."""
+    ran: dict[int, int | None] = {}
+    for _, call in report.calls:
+        ran.setdefault(call.step, call.phase)
+    spent: dict[int | None, float] = {}
+    for phase, seconds in zip(ran.values(), clip.step_seconds, strict=False):
+        spent[phase] = spent.get(phase, 0.0) + seconds
+    names = [i if i < len(report.config.phases) else None for i in range(len(report.phases))]
+    return [
+        {"sigma": list(p.sigma), "policy": p.policy, "quant": p.quant, "density": p.density, "error": p.error,
+         "seconds": spent.get(name, 0.0)}
+        for name, p in zip(names, report.phases, strict=True) if p.calls
+    ]  # fmt: skip

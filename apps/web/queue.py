@@ -1,0 +1,245 @@
+"""Whose turn it is: one thread draws for everybody, in the order in which they came, with limits that the operator sets.
+
+A `Place` is one person's in the queue; a `Ticket` is a place with a clip to draw, and what has become of it. The thread calls
+`batch.run`, as the command line does: files and manifest are the same, whoever made them. Nothing here knows Gradio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+import traceback
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastdit.apps.render import batch, jobs
+from fastdit.apps.render.generate import Stopped
+from fastdit.apps.render.media import UserError
+from fastdit.apps.render.renderer import Renderer
+from fastdit.apps.render.settings import Settings
+from fastdit.apps.web import estimate
+from fastdit.apps.web.limits import Limits
+from fastdit.apps.workers.pool import attempt
+
+EMBEDDED = "embedded model"
+HEARTBEAT = 1.0  # seconds: so soon it is noticed that somebody has gone
+KEYS = ("prompt", "negative", "model", "preset", "frames", "height", "width", "steps", "guidance", "seed", "image")
+"""What a person may say; everything else is the operator's."""
+
+
+@dataclass
+class Place:
+    """stop: it is wanted no more; notify: something about it has changed."""
+
+    user: str
+    stop: threading.Event = field(default_factory=threading.Event, kw_only=True)
+    notify: Callable[[], Any] = field(default=lambda: None, kw_only=True)
+
+
+@dataclass
+class Ticket(Place):
+    """state: waiting, starting, denoising, finishing, then done, stopped or failed. steps: all that will run.
+
+    latents: as the last step left them. record: of the manifest; report: what ran in every call; error: a sentence.
+    """
+
+    job: jobs.Job
+    folder: Path
+    steps: int
+    state: str = "waiting"
+    step: int = 0
+    marks: list[float] = field(default_factory=list)
+    latents: Any = None
+    record: dict[str, Any] | None = None
+    report: Any = None
+    error: str = ""
+
+    def become(self, state: str) -> None:
+        self.state = state
+        self.notify()
+
+    @property
+    def over(self) -> bool:
+        return self.state in ("done", "stopped", "failed")
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of denoising, by the mean of the steps after the first one."""
+        if len(self.marks) < 2 or self.step >= self.steps:
+            return None
+        return (self.marks[-1] - self.marks[0]) / (len(self.marks) - 1) * (self.steps - self.step)
+
+    # what `batch.run` tells
+    def begin(self, jobs: int) -> None:
+        self.become("starting")
+
+    def on_step(self, step: int, latents: Any) -> None:
+        if self.stop.is_set():
+            raise Stopped
+        if step == 0:  # a comparison measures errors
+            self.become("finishing")
+            return
+        self.step += 1
+        self.marks.append(time.perf_counter())
+        self.latents = latents
+        self.become("denoising" if self.step < self.steps else "finishing")
+
+    def done(self, record: dict[str, Any], said: str) -> None:
+        self.record = record
+
+    def failed(self, record: dict[str, Any]) -> None:
+        self.error = str(record["error"])
+
+
+class Studio:
+    """models: name on the page -> folder or Hub id (None: embedded). fixed: settings of every clip."""
+
+    def __init__(self, out: Path, models: dict[str, str | None], limits: Limits, fixed: dict[str, Any] | None = None) -> None:
+        self.out, self.models, self.limits, self.fixed = out, models, limits, fixed or {}
+        self.worker = ThreadPoolExecutor(1, "fastdit-render")
+        self.renderer = Renderer(show=False)
+        self.facts: dict[str | None, estimate.Facts] = {}
+        self.queue: list[Place] = []
+        self.lock = threading.Lock()
+        self.warm = self.worker.submit(self._load, Settings(prompt="x", model=next(iter(models.values())), **self.fixed))
+
+    def _load(self, settings: Settings) -> None:
+        self.facts[settings.model] = estimate.facts(self.renderer.load(settings))
+
+    def job(self, said: dict[str, Any], custom: Any = None, repeats: int = 0) -> jobs.Job:
+        """What a person said, checked as the command line checks it. Raises UserError."""
+        given = {key: value for key, value in said.items() if value is not None and value != ""}
+        if unknown := set(given) - set(KEYS):
+            raise UserError(f"unknown setting {sorted(unknown)[0]!r}: known are {', '.join(KEYS)}")
+        name = given.pop("model", next(iter(self.models)))
+        if name not in self.models:
+            raise UserError(f"no model {str(name)[:80]!r} here: choose one of {', '.join(self.models)}")
+        base = self.fixed | {"seed": 0} | ({} if self.models[name] is None else {"model": self.models[name]})
+        if custom is not None:
+            base["custom"] = custom
+            given.pop("preset", None)
+        made = jobs.make([("the web page", given)], base, repeats=repeats)
+        if made.errors:
+            raise UserError(made.errors[0][1])
+        settings = made.jobs[0].settings()
+        self.limits.check(settings)
+        if settings.image is not None:
+            self.limits.check_picture(settings.image)
+        return made.jobs[0]
+
+    def enter(self, place: Place) -> int:
+        """Put it at the end of the queue; how many come first. Raises UserError if that, or the user's share of it, is full."""
+        with self.lock:
+            if sum(other.user == place.user for other in self.queue) >= self.limits.each:
+                raise UserError(f"you have {self.limits.each} clips waiting already: wait for one of them, or stop it")
+            if len(self.queue) >= self.limits.queue:
+                raise UserError("too many people are waiting: try again in a few minutes")
+            self.queue.append(place)
+            return len(self.queue) - 1
+
+    def ahead(self, ticket: Place) -> int:
+        """How many come first."""
+        with self.lock:
+            return self.queue.index(ticket) if ticket in self.queue else 0
+
+    def stop(self, user: str) -> None:
+        """End what this user has under way, within a denoising step."""
+        with self.lock:
+            for ticket in self.queue:
+                if ticket.user == user:
+                    ticket.stop.set()
+                    ticket.notify()
+
+    async def follow(self, user: str, job: jobs.Job, folder: Path) -> AsyncGenerator[Ticket, None]:
+        """Draw, and yield the ticket at every change, and every `HEARTBEAT` besides. Closing it stops the drawing."""
+        settings = job.settings()
+        ticket = Ticket(user, job, folder, settings.steps * max(1, 2 * job.repeats))
+        self.enter(ticket)
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        ticket.notify = functools.partial(loop.call_soon_threadsafe, changed.set)
+        future = self.worker.submit(self._draw, ticket)
+        try:
+            while True:
+                changed.clear()
+                over = ticket.over  # of what is yielded, not of what becomes of it meanwhile
+                yield ticket
+                if over:
+                    return
+                await _either(changed, HEARTBEAT)
+                if ticket.stop.is_set() and future.cancel():  # before its turn
+                    ticket.state = "stopped"
+        finally:
+            ticket.stop.set()
+            ticket.notify = lambda: None
+            if future.cancel() or future.done():
+                self._leave(ticket)
+
+    def _leave(self, ticket: Place) -> None:
+        with self.lock:
+            if ticket in self.queue:
+                self.queue.remove(ticket)
+
+    def _draw(self, ticket: Ticket) -> None:
+        try:
+            ticket.become(self._drawn(ticket))
+        except UserError as error:
+            ticket.error = str(error)
+            ticket.become("failed")
+        except BaseException as error:
+            traceback.print_exc()
+            ticket.error = f"something went wrong in the server ({type(error).__name__}): its log says more"
+            ticket.become("failed")
+            raise
+        finally:
+            self._leave(ticket)
+
+    def _drawn(self, ticket: Ticket) -> str:
+        def pool(todo: list[jobs.Job], stop: Callable[[], bool]) -> Any:
+            for job in todo:
+                try:
+                    outcome = attempt(self.renderer, job, ticket.on_step)
+                except Stopped:
+                    return
+                ticket.report = getattr(outcome, "report", None)
+                yield job, outcome
+
+        summary = batch.run([ticket.job], ticket.folder, pool, ticket, ticket.stop.is_set)
+        for record in summary.skipped:  # drawn before
+            ticket.record = record
+        if self.renderer.pipe is not None:
+            model = ticket.job.settings().model
+            self.facts.setdefault(model, estimate.facts(self.renderer.pipe))
+        return "stopped" if summary.left else "done"
+
+    def close(self) -> None:
+        """End what is under way within a denoising step, and forget what waits."""
+        with self.lock:
+            for ticket in self.queue:
+                ticket.stop.set()
+        self.worker.shutdown(cancel_futures=True)
+
+    def call(self, user: str, function: Callable[[], Any]) -> tuple[Future[Any], int]:
+        """Run something else that needs the model or the cores in its turn, and how many come first. As `enter`."""
+        place = Place(user)
+        ahead = self.enter(place)
+
+        def run() -> Any:
+            if place.stop.is_set():
+                raise UserError("stopped before its turn")
+            return function()
+
+        future = self.worker.submit(run)
+        future.add_done_callback(lambda _: self._leave(place))  # also when it is cancelled
+        return future, ahead
+
+
+async def _either(changed: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(changed.wait(), seconds)
+    except TimeoutError:
+        return

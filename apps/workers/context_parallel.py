@@ -1,0 +1,103 @@
+"""One video over several GPUs: the processes that torchrun started render every job together, each a part of the sequence.
+
+diffusers splits the denoiser (`enable_parallelism`: Ulysses, arXiv 2309.14509, exchanges heads for tokens; a ring, arXiv
+2310.01889, passes keys around). The first process decides what is rendered, tells the others, and alone writes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from fastdit.apps.render.load import denoisers
+from fastdit.apps.render.media import UserError
+
+if TYPE_CHECKING:
+    from fastdit.apps.render.jobs import Job
+
+
+def join(ulysses: int, ring: int) -> int:
+    """Meet the other processes; the rank of this one, on whose GPU it works from now on. Raises UserError."""
+    import torch
+    import torch.distributed as dist
+
+    count = ulysses * ring
+    if int(os.environ.get("WORLD_SIZE", "1")) != count:
+        raise UserError(
+            f"--ulysses {ulysses} and --ring {ring} need {count} processes, here is {os.environ.get('WORLD_SIZE', '1')}: start "
+            f"torchrun --nproc-per-node {count} -m fastdit render ...", 2,
+        )  # fmt: skip
+    local = int(os.environ["LOCAL_RANK"])
+    if (there := torch.accelerator.device_count()) <= local:
+        raise UserError(f"--ulysses and --ring need a GPU for every process: PyTorch sees {there} on this machine")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return dist.get_rank()
+
+
+def split(pipe: Any, ulysses: int, ring: int) -> None:
+    """Split the sequence of every denoiser. Raises UserError for a model that diffusers cannot split so."""
+    from diffusers import ContextParallelConfig
+
+    for model in denoisers(pipe):
+        split_over: Any = getattr(model, "enable_parallelism", None)
+        name, heads = type(model).__name__, getattr(model.config, "num_attention_heads", None)
+        if split_over is None or getattr(model, "_cp_plan", None) is None:
+            raise UserError(f"--ulysses, --ring: diffusers does not know how to split {name} over GPUs")
+        if isinstance(heads, int) and heads % ulysses:
+            raise UserError(f"--ulysses {ulysses} must divide the {heads} attention heads of {name}: use --ring")
+        split_over(config=ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring))
+
+
+def lead(jobs: Iterable[Job], stop: Callable[[], bool], show: bool) -> Iterator[tuple[Job, Any]]:
+    """The pool of the first process: render with the others, in order; `stop` counts between clips.
+
+    Raises UserError after a failure that the others may not have had: they might wait for this process in their attention.
+    """
+    from fastdit.apps.render.renderer import Renderer
+    from fastdit.apps.workers.pool import Failure, attempt
+
+    renderer = Renderer(show)
+    for job in jobs:
+        if stop():
+            break
+        _tell(job)
+        outcome = attempt(renderer, job)
+        lost = isinstance(outcome, Failure) and outcome.unforeseen
+        try:
+            yield job, outcome
+        except GeneratorExit:
+            if not lost:
+                _tell(None)
+            raise
+        if lost:
+            raise UserError("the processes are out of step after this failure: run the same command again to go on")
+    _tell(None)
+
+
+def follow() -> int:
+    """The life of every other process: render what the first one says, and keep nothing."""
+    from fastdit.apps.render.renderer import Renderer
+    from fastdit.apps.workers.pool import Failure, attempt
+
+    renderer = Renderer(show=False)
+    while (job := _tell(None)) is not None:
+        outcome = attempt(renderer, job)
+        if isinstance(outcome, Failure) and outcome.unforeseen:
+            print(outcome.trace or outcome.error, file=sys.stderr)
+            return 1  # torchrun ends the others
+    return 0
+
+
+def _tell(job: Job | None) -> Job | None:
+    """What the first process says, heard by all."""
+    import torch
+    import torch.distributed as dist
+
+    said = [job]
+    dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
+    return said[0]

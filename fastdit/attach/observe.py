@@ -1,0 +1,116 @@
+"""Where a call of a denoiser begins: what it was called with is read once, before its first attention site.
+
+The pre-hook is traced in a compiled model, so it only passes on what follows from the arguments. The opaque op
+`fastdit::begin_forward` takes it in (`Handle.enter`) and gives a token, by which the sites find their call. The token is data:
+the order of the ops is a dependence of the graph, sizes are no constants of it, and two threads have two tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.attach.cuda_graphs import STAYS_OUT, refuse_capture
+from fastdit.attach.handle import Denoiser, Handle
+from fastdit.planning.sequence import SequenceSpec
+from fastdit.runs import fingerprint, loops
+from fastdit.runs.branches import Call
+from fastdit.runs.verdict import to_host
+
+
+@dataclass(eq=False)
+class Hook:
+    """Of a denoiser. A pickled model is the stock model: `None.__init__` takes any arguments and does nothing, also where
+    fastdit is not installed. A copy has its own."""
+
+    denoiser: Denoiser
+
+    def __reduce__(self) -> Any:
+        return getattr, (None, "__init__")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return type(self)(copy.deepcopy(self.denoiser, memo))
+
+
+@dataclass(eq=False)
+class Observe(Hook):
+    """Forward pre-hook: reads what the denoiser is called with."""
+
+    def __post_init__(self) -> None:
+        # A tensor, not integers: those would be constants of a graph that several copies of a model share.
+        self.ids = torch.tensor([self.denoiser.handle.number, self.denoiser.number], dtype=torch.int64, device="cpu")
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        denoiser = self.denoiser
+        call = dict(zip(denoiser.names, args, strict=False)) | kwargs
+        facts = denoiser.adapter.facts(model, args, kwargs)
+        where = facts.grid if isinstance(facts.grid, Tensor) else None
+        sides = [side for grid in (facts.grid, *facts.coarser) if not isinstance(grid, Tensor) for side in grid]
+        denoiser.call.facts = facts
+        denoiser.call.token = _begin_forward(
+            facts.sigma, facts.timestep, where, fingerprint.latents_of(call), fingerprint.conditioning_of(call), self.ids,
+            sides, facts.before, facts.after, facts.ragged, facts.unread, facts.missing,
+        )  # fmt: skip
+
+
+class Over(Hook):
+    """Forward hook: the call is over, and what calls a layer by itself later has no facts."""
+
+    def __call__(self, *_: Any) -> None:
+        self.denoiser.call.token = None
+
+
+@torch.library.custom_op("fastdit::begin_forward", mutates_args=(), **STAYS_OUT)
+def _begin_forward(
+    sigma: Tensor,
+    timestep: Tensor | None,
+    where: Tensor | None,
+    latents: Tensor | None,
+    conditioning: list[Tensor],
+    ids: Tensor,
+    sides: list[int],
+    before: int,
+    after: int,
+    ragged: bool,
+    unread: bool,
+    missing: str | None,
+) -> Tensor:
+    number, model = ids.tolist()
+    handle = Handle.find(number)
+    denoiser = handle.denoisers[model]
+    with torch.autocast(sigma.device.type, enabled=False):  # sums of the conditioning in float32
+        given = (
+            [sigma.amax()] + ([] if timestep is None else [timestep.amax()]) + ([] if where is None else list(where.unbind()))
+        )
+        pieces = [fingerprint.summed(each) for each in conditioning] + (
+            [] if latents is None else [fingerprint.sampled(latents)]
+        )
+        read = to_host([*given, *pieces])
+    numbers = [float(piece) for piece in read[: len(given)]]
+    grids = [(sides[i], sides[i + 1], sides[i + 2]) for i in range(0, len(sides), 3)]
+    if where is not None:
+        t, h, w = (int(side) for side in numbers[-3:])
+        if t * h * w == 0:
+            missing = missing or "the tokens' coordinates are not those of one image"
+        grids.insert(0, (t, h, w))
+    read = read[len(given) :]
+    sample = torch.zeros(0, dtype=torch.float32) if latents is None else read.pop()
+    call = Call(
+        model, loops.name_of(denoiser.model()), b"".join(piece.numpy().tobytes() for piece in read),
+        () if latents is None else tuple(latents.shape), sample,
+    )  # fmt: skip
+    sequence = SequenceSpec(tuple(grids), before, after, ragged, unread, missing)
+    time = None if timestep is None else numbers[1] if timestep.is_floating_point() else round(numbers[1])
+    with torch.autocast("cpu", enabled=False):  # cosines of latents in float32
+        forward = denoiser.call.forward = handle.enter(numbers[0], time, call, sequence)
+    return torch.tensor([forward.number], dtype=torch.int64, device="cpu")
+
+
+@_begin_forward.register_fake
+def _(*_: Any) -> Tensor:
+    refuse_capture()
+    return torch.empty(1, dtype=torch.int64, device="cpu")

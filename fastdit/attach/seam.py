@@ -1,0 +1,224 @@
+"""The seam: each attention module keeps its own processor, of which only the core attention is replaced.
+
+A bound processor runs a clone of the original processor's `__call__` in whose globals `dispatch_attention_fn` and
+`F.scaled_dot_product_attention` are ours. So projections, norms, rotary embedding, LoRA and fused weights stay the
+model's own code. Both names end in one opaque op (`fastdit.attach.site_call`), which decides at run time (noise level,
+phase, plan), so that a compiled denoiser is one graph for all steps and, block by block, one graph for all layers.
+
+What fastdit does not do (causal or grouped attention, dropout, cross-attention) goes to the
+original function, with the original backend, and is reported.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+from fastdit.attach import context_parallel
+from fastdit.attach.handle import Site
+from fastdit.attach.site_call import SDPA, attend
+from fastdit.runs.forward import Forward
+from fastdit.runs.site_state import CallRecord
+
+_current = threading.local()
+"""`.site`: the bound processor that is running in this thread, between its call and the core attention; `.reached`: whether it
+came to the core attention."""
+
+
+class _Alike(type):
+    """Of bound classes: equal to the class that they stand for. diffusers looks processors up by their class, in dictionaries
+    (`AttentionProcessorRegistry`) and in tuples (`set_default_attn_processor`)."""
+
+    original: type[Any]
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or cls.__dict__.get("original") is other
+
+    def __hash__(cls) -> int:
+        return hash(cls.__dict__.get("original", cls.__name__))
+
+
+class BoundProcessor(metaclass=_Alike):
+    """One attention module's processor around its original one, `inner`, of whose class it is a subclass (`bound_class`), and
+    whose attributes it shares: what diffusers sets on a processor is set on both.
+
+    site: None for one that a loader made by the class alone; `replace` gives it one.
+    """
+
+    __slots__ = ("inner", "layer", "site")
+    inner: Any
+    site: Site | None
+    layer: Tensor | None
+
+    def __new__(cls, inner: Any = None, site: Site | None = None) -> Any:
+        bound = object.__new__(cls)
+        inner = cls.original() if inner is None else inner
+        # A tensor, not integers: integers would be constants of the compiled graph, one graph per layer.
+        layer = None if site is None else torch.tensor([site.layer], dtype=torch.int64, device="cpu")
+        for name, value in (("__dict__", inner.__dict__), ("inner", inner), ("site", site), ("layer", layer)):
+            object.__setattr__(bound, name, value)  # a processor may be a module, which would take its inner one for a part
+        return bound
+
+    def __init__(self, inner: Any = None, site: Site | None = None) -> None:
+        pass
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BoundProcessor:
+        site = copy.deepcopy(self.site, memo)
+        return type(self)(copy.deepcopy(self.inner, memo), site)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled, it is its original, also where fastdit is not installed."""
+        return copy.copy, (self.inner,)
+
+
+@functools.cache
+def bound_class(inner: Any) -> type[BoundProcessor]:
+    original: Any = inner.__call__
+    if original is nn.Module.__call__:  # a processor that is a module and calls itself as one
+        original = inner.forward
+    namespace = dict(original.__globals__)
+    namespace.update(
+        {name: ours for name, ours in (("dispatch_attention_fn", _dispatch), ("F", _functional)) if name in namespace}
+    )
+    # torch.compile looks an inlined function's globals up by re-importing the module of this name: the original's.
+    namespace.pop("__name__", None)
+    clone = types.FunctionType(original.__code__, namespace, original.__name__, original.__defaults__, original.__closure__)
+    clone.__kwdefaults__ = original.__kwdefaults__
+
+    def __call__(self: BoundProcessor, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        if self.site is None:
+            return self.inner(attn, *args, **kwargs)
+        outer, _current.site, _current.reached = getattr(_current, "site", None), self, False
+        try:
+            out = clone(self.inner, attn, *args, **kwargs)
+            if not _current.reached:
+                _left(self, "its processor computes attention by itself")
+            return out
+        finally:  # or this thread would keep the pipeline's statistics alive
+            _current.site, _current.reached = outer, True
+
+    # diffusers' Attention.forward passes only the keyword arguments that it finds in the processor's signature.
+    __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    body = {"__call__": __call__, "original": inner, "__doc__": inner.__doc__, "__module__": inner.__module__}
+    bound: Any = _Alike(f"Fast{inner.__name__}", (BoundProcessor, inner), body)
+    return bound
+
+
+def _left(bound: BoundProcessor, reason: str) -> None:
+    """This call is not ours, and why. Raises RuntimeError if the configuration is strict."""
+    site = bound.site
+    assert site is not None
+    site.refusal = site.denoiser.handle.config.accept(site.name, reason)
+    token = getattr(site.denoiser.call, "token", None)
+    if token is None or torch.compiler.is_compiling():  # which would trace the note, and not take it at every call
+        return
+    forward = Forward.find(int(token))
+    forward.state(site.layer).calls.append(CallRecord(None, 1.0, "dense", reason, forward.step, forward.sigma))
+
+
+def _dispatch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    attention_kwargs: dict[str, Any] | None = None,
+    *,
+    backend: Any = None,
+    parallel_config: Any = None,
+) -> Tensor:
+    """Stands for diffusers' `dispatch_attention_fn`: q, k, v [B, N, H, D]."""
+    bound = _current.site
+    refusal = _refusal(bound, query, key, value, dropout_p, is_causal, enable_gqa)
+    if attention_kwargs and refusal is None:
+        refusal = f"its processor passes {', '.join(map(str, attention_kwargs))} on to the attention backend"
+    if parallel_config is not None and refusal is None:
+        refusal = context_parallel.refusal(bound.site.denoiser, parallel_config, attn_mask)
+    if refusal is not None:
+        _left(bound, refusal)
+        return dispatch_attention_fn(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
+            backend=backend, parallel_config=parallel_config,
+        )  # fmt: skip
+    name = "" if backend is None else str(AttentionBackendName(backend).value)
+    query, key, value = _autocast(query, key, value)
+    if parallel_config is not None:
+        return context_parallel.attention(
+            bound.site.denoiser, bound.layer, query, key, value, attn_mask, scale, name, parallel_config
+        )
+    return attend(bound.site.denoiser.call.token, bound.layer, query, key, value, attn_mask, scale, name)
+
+
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Stands for `F.scaled_dot_product_attention`: q, k, v [B, H, N, D]."""
+    bound = _current.site
+    refusal = _refusal(bound, query.transpose(1, 2), key.transpose(1, 2), value, dropout_p, is_causal, enable_gqa)
+    if refusal is not None:
+        _left(bound, refusal)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    query, key, value = (x.transpose(1, 2) for x in _autocast(query, key, value))
+    return attend(bound.site.denoiser.call.token, bound.layer, query, key, value, attn_mask, scale, SDPA).transpose(1, 2)
+
+
+_functional = types.ModuleType("fastdit_functional")
+_functional.__dict__.update({name: thing for name, thing in vars(F).items() if not name.startswith("__")})
+_functional.scaled_dot_product_attention = _sdpa  # type: ignore[attr-defined]
+
+
+def _refusal(
+    bound: BoundProcessor, query: Tensor, key: Tensor, value: Tensor, dropout_p: float, is_causal: bool, enable_gqa: bool
+) -> str | None:
+    _current.reached = True
+    if is_causal or enable_gqa or dropout_p:
+        return "causal or grouped attention, or dropout"
+    if query.shape[1] != key.shape[1]:
+        return "cross-attention"
+    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+        return f"q, k and v are of different dtypes: {query.dtype}, {key.dtype}, {value.dtype}"
+    if mode := _intercepting():
+        return f"{mode} may change attention"
+    if bound.site is None or getattr(bound.site.denoiser.call, "token", None) is None:
+        return "called outside of its denoiser's forward"
+    return None
+
+
+def _intercepting() -> str | None:
+    """What intercepts torch's functions here, as diffusers' guidance does with attention to skip it: our op would hide them."""
+    for mode in _get_current_function_mode_stack():
+        if not isinstance(mode, DeviceContext):  # `with torch.device(...)`, which only makes tensors elsewhere
+            return type(mode).__name__
+    return None
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast hands them to SDPA: it does not see inside our op."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)

@@ -1,0 +1,231 @@
+"""One attention call of a site: it looks its plan up, runs it, and has the answer checked. It decides nothing.
+
+Opaque to torch.compile (`fastdit::site_attention`), so that noise levels, phases, prompt lengths and statistics never cost a
+graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor
+
+from fastdit import ops
+from fastdit.approx import error_guard, step_cache
+from fastdit.attach.cuda_graphs import STAYS_OUT, refuse_capture
+from fastdit.planning import key_padding
+from fastdit.planning.forward_plan import CallPlan
+from fastdit.planning.key_padding import Runs
+from fastdit.runs.clock import Stopwatch
+from fastdit.runs.forward import Forward
+from fastdit.runs.site_state import CallRecord, SiteState
+from fastdit.runs.verdict import BROKEN, Verdict
+
+NEW = "no earlier step of its branch: the conditioning or the noise is new"
+EXACT = ("refresh", "dense")
+"""Answers that every key was read for: there is no error to measure."""
+SDPA = "F.scaled_dot_product_attention"
+"""The backend of processors that call it themselves, instead of diffusers' `dispatch_attention_fn`."""
+
+
+def attend(
+    token: Tensor,
+    layer: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    backend: str,
+    at: Tensor | None = None,
+) -> Tensor:
+    """[B, N, H, D] -> [B, N, H, D] at a layer of the denoiser's running call. Traced by torch.compile.
+
+    token, layer: int64 [1] on the CPU, the `Forward` and the index of the site in it. at: int64 [n], where q has only n of the
+    sequence's tokens: which ones.
+    """
+    return _site_attention(q, k, v, mask, token, layer, at, scale, backend, torch.compiler.is_compiling())
+
+
+@torch.library.custom_op("fastdit::site_attention", mutates_args=(), **STAYS_OUT)
+def _site_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    token: Tensor,
+    layer: Tensor,
+    at: Tensor | None,
+    scale: float | None,
+    backend: str,
+    compiled: bool,
+) -> Tensor:
+    call = SiteCall(Forward.find(int(token)), int(layer), at, scale, backend)
+    # What autocast asks for was done before; products of our own, in float32, are not its business.
+    with ops.on_device(q), torch.autocast(q.device.type, enabled=False):
+        return call.answer(q, k, v, mask, compiled).contiguous()
+
+
+@_site_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    refuse_capture()
+    return q.new_empty(q.shape)
+
+
+def _no_backward(*_: Any) -> None:
+    raise RuntimeError("a pipeline accelerated by fastdit is for inference only: call fastdit.restore(pipe) before training")
+
+
+torch.library.register_autograd("fastdit::site_attention", _no_backward)
+
+
+@dataclass
+class SiteCall:
+    """Tensors [B, N, H, D]. nth: of the site's calls in this forward."""
+
+    forward: Forward
+    layer: int
+    at: Tensor | None
+    scale: float | None
+    backend: str
+    state: SiteState = field(init=False)
+    nth: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state, self.nth = self.forward.state(self.layer), self.forward.count(self.layer)
+
+    def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, compiled: bool) -> Tensor:
+        """Batch elements that a mask leaves the same keys are answered together, without the others."""
+        forward = self.forward
+        if (why := forward.plan.sequence.missing) is not None:
+            return self.dense(forward.dense(self.layer, why), q, k, v, mask)
+        if mask is None:
+            return self.run(q, k, v)
+        keys = forward.kept_keys(mask, q.shape[0], q.shape[1], k.shape[1], compiled)
+        if isinstance(keys, str):
+            return self.dense(forward.dense(self.layer, keys), q, k, v, mask)
+        groups = key_padding.alike(keys.kept)
+        if set(groups) == {((0, k.shape[1]),)}:
+            return self.run(q, k, v)
+        if len(groups) == 1:
+            return self.trimmed(q, k, v, next(iter(groups)), keys.square)
+        out = q.new_empty(q.shape)
+        for runs, rows in groups.items():
+            out[rows] = self.trimmed(q[rows], k[rows], v[rows], runs, keys.square)
+        return out
+
+    def trimmed(self, q: Tensor, k: Tensor, v: Tensor, runs: Runs, square: bool) -> Tensor:
+        """Hidden tokens are no keys. As queries they attend what is left. They stay 0 if the mask is square, or if they are
+        text and nobody reads what becomes of it."""
+        hidden = key_padding.gaps(runs, q.shape[1])
+        query, key, value = (key_padding.gather_runs(x, runs) for x in (q, k, v))
+        out = q.new_empty(q.shape)
+        key_padding.scatter_runs(out, self.run(query, key, value, k.shape[1], runs, key_padding.count(hidden)), runs)
+        if hidden:
+            sequence = self.forward.plan.sequence
+            unread = square or (sequence.unread and not isinstance(sequence.span(k.shape[1], runs), str))
+            others = key_padding.gather_runs(q, hidden)
+            rest = torch.zeros_like(others) if unread else self.original(others, key, value)
+            key_padding.scatter_runs(out, rest, hidden)
+        return out
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: int | None = None, kept: Runs | None = None, trimmed: int = 0
+    ) -> Tensor:
+        """As planned, or dense. keys: tokens of the sequence, of which a mask leaves `kept`, which k has."""
+        forward, state = self.forward, self.state
+        plan = forward.call(self.layer, q.transpose(1, 2), keys or k.shape[1], kept)
+        # also for a dense phase: what another phase remembers ends with it
+        memory = state.memory(plan.phase, forward.branch, self.nth, kept, plan.span, q.shape, q.dtype, plan.level)
+        if plan.reason is None and (why := state.too_dense.get(plan.phase)) is not None:
+            plan = plan.dense(why)
+        if plan.reason is not None:
+            return self.dense(plan, q, k, v, trimmed=trimmed)
+        watch, roll = Stopwatch(q), plan.roll
+        # queries that are only some of them stay where they are
+        query = (q if self.at is not None else _roll(q, roll)).transpose(1, 2)
+        key, value = (_roll(x, roll).transpose(1, 2) for x in (k, v))
+        if plan.policy is not None:
+            plan = memory.with_map(plan, query, key, value)
+            if plan.reason is not None:
+                return self.dense(plan, q, k, v, trimmed=trimmed)
+        if self.at is not None and plan.block_mask is not None:
+            plan = replace(plan, block_mask=plan.block_mask.for_queries(self.at, roll))
+
+        def dense() -> Tensor:
+            return self.original(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+        out, how = step_cache.attention(query, key, value, plan, plan.reuse, memory, self.scale, dense, forward.held)
+        note = memory.no_room
+        if how == "refresh":
+            state.peak_bytes = max(state.peak_bytes, state.bytes())
+            if forward.branch.first == forward.run.clock.step > 0:
+                note = NEW
+        if memory.no_room and forward.run.forget(1):
+            memory.no_room = None  # the next call of this branch tries again
+        if forward.run.last:
+            memory.drop()  # decoding, which comes next, needs the room
+        record = self.record(plan, how, note, watch, trimmed)
+        out = self.checked(query, key, value, out, dense, plan, record)
+        return out.transpose(1, 2) if self.at is not None else _roll(out.transpose(1, 2), -roll)
+
+    def checked(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: Callable[[], Tensor], plan: CallPlan, record: CallRecord
+    ) -> Tensor:
+        """The answer out [B, H, N, D], or the dense one in its place if it is not finite or its error is above the budget."""
+        run, state, budget, exact = self.forward.run, self.state, self.forward.config.error_budget, record.how in EXACT
+        error = None if budget is None or exact else error_guard.probe(q, k, v, out, self.scale)
+        fault = error_guard.fault(out, error, budget)
+        if q.is_cuda:
+            ops.repair(q, k, v, out, self.scale, fault)
+        elif fault and not out.isfinite().all() and not all(bool(x.isfinite().all()) for x in (q, k, v)):
+            fault |= BROKEN
+        elif fault:
+            out = dense()
+        share = None
+        if not exact:
+            known = 0.0 if record.how == "reuse" and plan.reuse.kind == "broadcast" else plan.density
+            share, known = (known, 0.0) if isinstance(known, Tensor) else (None, known)
+            record = record._replace(density=known)
+        state.calls.append(record)
+        run.pending.append(Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, budget or math.inf))
+        if not q.is_cuda:
+            run.settle()
+        return out
+
+    def dense(self, plan: CallPlan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, trimmed: int = 0) -> Tensor:
+        forward, state = self.forward, self.state
+        if plan.wanting:
+            forward.config.accept(forward.names[self.layer], str(plan.reason))
+        watch = Stopwatch(q)
+        out = self.original(q, k, v, mask)
+        reason = state.guarded if plan.level == error_guard.DENSE and state.guarded else plan.reason
+        state.calls.append(self.record(plan, "dense", reason, watch, trimmed))
+        return out
+
+    def record(self, plan: CallPlan, how: str, reason: str | None, watch: Stopwatch, trimmed: int) -> CallRecord:
+        forward = self.forward
+        return CallRecord(
+            plan.phase, 1.0, how, reason, forward.step, forward.sigma, str(plan.quant), trimmed, None, plan.level, watch.stop()
+        )
+
+    def original(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Dense, by the function and the backend that the model's own processor names."""
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype)  # as autocast does
+        if self.backend == SDPA:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale).transpose(1, 2)
+        backend = AttentionBackendName(self.backend) if self.backend else None
+        return dispatch_attention_fn(q, k, v, mask, scale=self.scale, backend=backend)
+
+
+def _roll(x: Tensor, tokens: int) -> Tensor:
+    """The last `tokens` of [B, N, H, D] to the front. Attention does not mind the order, only the layout of the tiles does."""
+    return torch.roll(x, tokens, 1) if tokens else x

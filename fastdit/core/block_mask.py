@@ -1,0 +1,94 @@
+"""The kernel's form of a tile map: for each query tile, how many key tiles it attends and which.
+
+`kv_num_blocks` and `kv_indices` are named after torch's `BlockMask` (`torch.nn.attention.flex_attention`). `q_order` and
+`k_order` say which token sits in which slot of which tile, so that a kernel can gather from and scatter to token order
+itself and nobody pays for a permutation of the whole sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fastdit.core.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMask:
+    """Which key tiles each query tile attends.
+
+    kv_num_blocks: int32 [b, h, q_tiles]; kv_indices: int32 [b, h, q_tiles, k_tiles], ascending, of which the first
+    kv_num_blocks entries count; b and h are 1 where all batch elements or heads share the map. q_order [q_tiles, slots]
+    and k_order [k_tiles, slots]: int64 token in each slot, -1 (padding) behind a tile's real tokens; q_len and k_len: tokens.
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    q_order: Tensor
+    k_order: Tensor
+    q_len: int
+    k_len: int
+
+    @classmethod
+    def from_tile_map(cls, tile_map: Tensor, layout: Layout) -> BlockMask:
+        """bool [b, h, num_tiles, num_tiles] of a layout -> BlockMask."""
+        tiles = layout.num_tiles
+        if tile_map.dtype != torch.bool or tile_map.ndim != 4 or tile_map.shape[2:] != (tiles, tiles):
+            raise ValueError(f"tile map must be bool [b, h, {tiles}, {tiles}], got {tile_map.dtype} {tuple(tile_map.shape)}")
+        order = layout.order(tile_map.device)
+        column = torch.arange(tiles, dtype=torch.int32, device=tile_map.device)
+        rank = tile_map.cumsum(-1, dtype=torch.int32)  # not argsort: on a GPU it would cost more than most policies
+        place = torch.where(tile_map, rank - 1, tiles - 1 - column + rank)  # dropped tiles fill the list from behind
+        indices = torch.empty_like(rank).scatter_(-1, place.long(), column.expand_as(rank))
+        return cls(rank[..., -1].contiguous(), indices, order, order, layout.length, layout.length)
+
+    def for_queries(self, at: Tensor, roll: int = 0) -> BlockMask:
+        """The same for some of the queries: at, int64 [n], says which token of the sequence each of them is, before all were
+        rolled by `roll` places. The latest answer is kept: a ring asks the same at every site and step."""
+        latest = _latest.get(self)
+        if latest is None or latest[0] is not at or latest[1] != roll:
+            latest = _latest[self] = at, roll, self._for_queries((at + roll) % self.q_len)
+        return latest[2]
+
+    def _for_queries(self, at: Tensor) -> BlockMask:
+        new = torch.full((self.q_len,), -1, dtype=torch.long, device=at.device)
+        new[at] = torch.arange(len(at), device=at.device)
+        order = torch.where(self.q_order >= 0, new[self.q_order.clamp(min=0)], -1)
+        order = order.gather(1, (order < 0).to(torch.int8).argsort(dim=1, stable=True))  # padding behind real tokens
+        tiles = order[:, 0] >= 0
+        return replace(
+            self, kv_num_blocks=self.kv_num_blocks[..., tiles].contiguous(),
+            kv_indices=self.kv_indices[..., tiles, :].contiguous(), q_order=order[tiles], q_len=len(at),
+        )  # fmt: skip
+
+    def to_tile_map(self) -> Tensor:
+        """Back to bool [b, h, q_tiles, k_tiles]."""
+        return tile_map(self.kv_num_blocks, self.kv_indices)
+
+    def density(self) -> float:
+        """Attended / all (query, key) pairs, padding excluded, in [0, 1]."""
+        return float(density(self.to_tile_map(), self.q_order, self.k_order))
+
+
+_latest: WeakKeyDictionary[BlockMask, tuple[Tensor, int, BlockMask]] = WeakKeyDictionary()
+
+
+def density(tile_map: Tensor, q_order: Tensor, k_order: Tensor) -> Tensor:
+    """Attended / all (query, key) pairs of a tile map bool [b, h, q_tiles, k_tiles], padding excluded: float64 [] in [0, 1]."""
+    q_counts, k_counts = ((order >= 0).sum(-1).double() for order in (q_order, k_order))
+    keys = (tile_map.float() @ k_counts.float()).double()  # of each query tile: whole numbers below 2²⁴, so exact
+    return (keys @ q_counts).mean() / (q_counts.sum() * k_counts.sum())
+
+
+def version(x: Tensor) -> int:
+    """How often a tensor was changed in place, where PyTorch counts it: not in `torch.inference_mode`."""
+    return -1 if x.is_inference() else x._version
+
+
+def tile_map(kv_num_blocks: Tensor, kv_indices: Tensor) -> Tensor:
+    """Block mask -> bool tile map [b, h, q_tiles, k_tiles]."""
+    kept = torch.arange(kv_indices.shape[-1], device=kv_indices.device) < kv_num_blocks[..., None]
+    return torch.zeros_like(kept).scatter_(-1, kv_indices.long(), kept)

@@ -1,0 +1,218 @@
+"""What every number format means: FP8, INT8 and INT4 attention, computed exactly as a tensor core would, in eager torch.
+
+x ≈ x_q · scale, with scale = max|x| / q_max over a group of elements and q_max = 448 (FP8 E4M3), 127 (INT8) or 7 (INT4,
+symmetric). Q and K have one scale per tile, per head or per tensor (`granularity`); V has one per channel of each head,
+over the whole sequence; P, relative to its row's maximum and so in [0, 1], has the fixed scale 1/448 or 1/127
+(FPSAttention, arXiv 2506.04648 §3.2; SageAttention2, arXiv 2411.10958 §3). Row sums use P before rounding.
+
+Smoothing takes out what a scale would otherwise be spent on, and puts it back exactly (SageAttention, arXiv 2410.02367
+§4.2, and SageAttention2 §3.1):
+
+    K: k − mean over all keys: shifts each row of logits by a constant, which softmax does not see (the LSE gets it back)
+    Q: q − mean over its tile: the lost q̄·Kᵀ is added to the logits in full precision
+    V: v − mean over all keys: added back to the output, since the rows of softmax sum to 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fastdit.core.reference import attention
+
+Format = Literal["none", "fp8", "int8", "int4"]
+Granularity = Literal["tile", "head", "tensor"]
+
+STORAGE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.int8}
+"""INT4 codes are int8 until `pack_int4`."""
+LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
+BLOCK = 128
+"""Tokens of a tile where attention has no tiles: consecutive ones, as SageAttention takes of queries."""
+
+
+@dataclass(frozen=True)
+class Quant:
+    """How exactly Q·Kᵀ (`qk`) and P·V (`pv`) are computed; the default is the inputs' own dtype."""
+
+    qk: Format = "none"
+    pv: Format = "none"
+    smooth_q: bool = False
+    smooth_k: bool = False
+    smooth_v: bool = False
+    granularity: Granularity = "tile"
+
+    def __post_init__(self) -> None:
+        if self.qk not in get_args(Format):
+            raise ValueError(f"quant: qk must be one of {', '.join(get_args(Format))}, got {self.qk!r}")
+        if self.pv not in ("none", "fp8", "int8"):
+            raise ValueError(f"quant: pv must be one of none, fp8, int8 (P in [0, 1] needs more than 4 bits), got {self.pv!r}")
+        if self.granularity not in get_args(Granularity):
+            raise ValueError(f"quant: granularity must be tile, head or tensor, got {self.granularity!r}")
+        if self.qk == "none" and (self.smooth_q or self.smooth_k):
+            raise ValueError("quant: smooth_q and smooth_k need a format for qk: there is nothing to smooth for")
+        if self.pv == "none" and self.smooth_v:
+            raise ValueError("quant: smooth_v needs a format for pv: there is nothing to smooth for")
+
+    @property
+    def is_none(self) -> bool:
+        return self.qk == self.pv == "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Quant:
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"quant: {error}") from None
+
+    def __str__(self) -> str:
+        """qk/pv+smoothed@granularity: "int4/fp8+qk", "int8/none@head"; "none"."""
+        if self.is_none:
+            return "none"
+        smooth = "".join(x for x in "qkv" if getattr(self, f"smooth_{x}"))
+        return f"{self.qk}/{self.pv}{smooth and '+' + smooth}{'' if self.granularity == 'tile' else '@' + self.granularity}"
+
+    @classmethod
+    def parse(cls, text: str) -> Quant:
+        """Inverse of `str`. Raises ValueError."""
+        if text == "none":
+            return cls()
+        formats, _, granularity = text.partition("@")
+        formats, _, smooth = formats.partition("+")
+        qk, slash, pv = formats.partition("/")
+        if not slash or set(smooth) - set("qkv"):
+            raise ValueError(f'quant: expected "qk/pv", "qk/pv+qkv" or "qk/pv+qkv@granularity", got {text!r}')
+        smoothed = {f"smooth_{x}": True for x in smooth}
+        return cls.from_dict({"qk": qk, "pv": pv, "granularity": granularity or "tile", **smoothed})
+
+
+def scale_of(x: Tensor, fmt: str, dims: tuple[int, ...]) -> Tensor:
+    """max|x| / q_max over `dims` (kept as 1); 1 where x is all zero."""
+    scale = x.abs().amax(dims, keepdim=True) / LARGEST[fmt]
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def quantize(x: Tensor, fmt: str, scale: Tensor) -> Tensor:
+    """x -> codes in the format's storage dtype, x ≈ codes · scale; rounds half to even and saturates."""
+    scaled = (x / scale).clamp(-LARGEST[fmt], LARGEST[fmt])
+    return (scaled if fmt == "fp8" else scaled.round()).to(STORAGE[fmt])
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes · scale, in the scale's dtype. A scale that is not finite (NaN or infinity went in) gives NaN, never a number."""
+    return codes.to(scale.dtype) * scale
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """int8 codes in [-8, 7], [..., D] with D even -> uint8 [..., D / 2]; the even index is the low nibble."""
+    if codes.shape[-1] % 2:
+        raise ValueError(f"INT4 codes are packed in pairs: the last side must be even, got {codes.shape[-1]}")
+    low, high = (codes & 0xF).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | (high << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Inverse of `pack_int4`."""
+    nibbles = torch.stack([packed & 0xF, packed >> 4], -1).flatten(-2)
+    return ((nibbles ^ 8).to(torch.int8)) - 8
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """Q, K and V rounded to their formats, as float32 (float64 for float64 inputs), with what smoothing must put back.
+
+    q [B, H, Nq, D'], k [B, H, Nk, D'], v [B, H, Nk, D]: q·k is the logit without `scale`; with Q-smoothing D' = 2 D, the
+    second half holding q̄ and the K it is multiplied with in full precision. shift: [B, H, Nq], added to logits of a row,
+    times `scale`; mean: [B, H, 1, D], added to the output.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    shift: Tensor | None
+    mean: Tensor | None
+
+    def finish(self, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Undo the smoothing: (out, lse) of attention over q, k, v -> that over the original inputs."""
+        if self.mean is not None:
+            out = out + self.mean * (lse > float("-inf"))[..., None]
+        return out, lse if self.shift is None else lse + scale * self.shift
+
+
+def emulate(
+    q: Tensor, k: Tensor, v: Tensor, quant: Quant, q_order: Tensor | None = None, k_order: Tensor | None = None
+) -> Operands:
+    """Round q, k, v [B, H, N, D] (token order) as `quant` says; orders [tiles, slots] as in `BlockMask`, None: `BLOCK`s."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    shift = mean = None
+    if quant.qk != "none":
+        query_tiles = Tiles(q.shape[2], q_order, q.device)
+        if quant.smooth_k:
+            k_mean = k.mean(2, keepdim=True)
+            shift = (q * k_mean).sum(-1)
+            k = k - k_mean
+        exact_k, q_mean = k, None
+        if quant.smooth_q:
+            q_mean = query_tiles.mean(q)
+            q = q - q_mean
+        q = _round_trip(q, quant, query_tiles)
+        k = _round_trip(k, quant, Tiles(k.shape[2], k_order, k.device))
+        if q_mean is not None:
+            q, k = torch.cat([q, q_mean], -1), torch.cat([k, exact_k], -1)
+    if quant.pv != "none":
+        if quant.smooth_v:
+            mean = v.mean(2, keepdim=True)
+            v = v - mean
+        scale = scale_of(v, quant.pv, (2,))
+        v = dequantize(quantize(v, quant.pv, scale), scale)
+    return Operands(q, k, v, shift, mean)
+
+
+def rounded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, pv: str) -> tuple[Tensor, Tensor]:
+    """Attention whose P is rounded to `pv` relative to its row's maximum; shapes as in `Operands`, materialises Nq × Nk."""
+    if pv == "none":
+        return attention(q, k, v, scale=scale)
+    logits = (q @ k.mT) * scale
+    top = logits.amax(-1, keepdim=True)
+    p = (logits - top).exp()
+    total = p.sum(-1, keepdim=True)
+    step = torch.full((), 1 / LARGEST[pv], dtype=p.dtype, device=p.device)
+    return dequantize(quantize(p, pv, step), step) @ v / total, (top + total.log())[..., 0]
+
+
+class Tiles:
+    """Groups of tokens: those of `order` [tiles, slots] (-1: none), or runs of `BLOCK` tokens without one."""
+
+    def __init__(self, length: int, order: Tensor | None, device: torch.device) -> None:
+        if order is None:
+            order = torch.arange(-(-length // BLOCK) * BLOCK, device=device).view(-1, BLOCK)
+            order = order.masked_fill(order >= length, -1)
+        self.order, self.real = order, (order >= 0)[..., None]
+        self.of = torch.empty(length, dtype=torch.long, device=device)
+        self.of[order[order >= 0]] = torch.arange(len(order), device=device)[:, None].expand_as(order)[order >= 0]
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, H, N, D] -> [B, H, tiles, slots, D], zeros in padded slots."""
+        return x[:, :, self.order.clamp(min=0)].masked_fill(~self.real, 0)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """[B, H, N, D] -> [B, H, N, D]: the mean over each token's tile."""
+        return (self._split(x).sum(3) / self.real.sum(1).clamp(min=1))[:, :, self.of]
+
+    def scale(self, x: Tensor, fmt: str) -> Tensor:
+        """[B, H, N, D] -> [B, H, N, 1]: the scale of each token's tile."""
+        return scale_of(self._split(x), fmt, (3, 4))[:, :, self.of, 0]
+
+
+def _round_trip(x: Tensor, quant: Quant, tiles: Tiles) -> Tensor:
+    if quant.granularity == "tile":
+        scale = tiles.scale(x, quant.qk)
+    else:
+        scale = scale_of(x, quant.qk, (2, 3) if quant.granularity == "head" else (0, 1, 2, 3))
+    return dequantize(quantize(x, quant.qk, scale), scale)

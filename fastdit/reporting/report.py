@@ -1,0 +1,206 @@
+"""What ran: per phase and per site, how densely, how exactly and how long, and why each call that stayed dense did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fastdit.approx import error_guard
+from fastdit.attach.handle import Handle, Site
+from fastdit.config import Config, Phase
+from fastdit.runs.site_state import CallRecord, SiteState
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """sigma (high, low); density: mean over the phase's calls, in [0, 1] of all query-key pairs; calls: site calls; seconds:
+    of their attention; error: mean relative L2 on the guard's rows (None: not measured); reused: calls that statistics
+    completed."""
+
+    sigma: tuple[float, float]
+    policy: str
+    quant: str
+    remainder: str
+    reuse: str
+    density: float
+    calls: int
+    seconds: float
+    error: float | None
+    reused: int
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """ran: "sparse", "dense", "mixed" or "never"; quant: the number format of most calls; reason: the most frequent cause of a
+    call that stayed dense, or of statistics not kept; error: the largest measured; rung: of the guard, in words; reused:
+    calls that statistics completed; memory: bytes held from step to step, when they were most."""
+
+    name: str
+    ran: str
+    density: float
+    quant: str
+    reason: str | None
+    seconds: float
+    error: float | None
+    rung: str
+    reused: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The latest run of a pipeline. density: mean over all calls of all sites; memory: bytes of statistics held, every
+    site's when they were most; after the last step of a run they are gone."""
+
+    config: Config
+    density: float
+    phases: tuple[PhaseReport, ...]
+    sites: tuple[SiteReport, ...]
+    memory: int
+    calls: tuple[tuple[int, CallRecord], ...]
+    """(index of the site, what it did) in the order in which they ran."""
+    left: tuple[tuple[str, int], ...] = ()
+    """(why, how many) of the attention modules that are no self-attention of the picture and were not touched."""
+
+    @classmethod
+    def of(cls, handle: Handle, pipeline: Any = None) -> Report:
+        """Of the latest run, a pipeline's where several share a model."""
+        config, run = handle.config, handle.run_of(pipeline)
+        run.settle()
+        timed = [[_timed(ran) for ran in state.calls] for state in run.sites]
+        calls = [(site.index, ran) for site, rans in zip(handle.sites, timed, strict=True) for ran in rans]
+        calls.sort(key=lambda call: call[1].step)
+        total = [ran for _, ran in calls]
+        phases = [_phase(phase, [ran for ran in total if ran.phase == i]) for i, phase in enumerate(config.phases)]
+        if outside := [ran for ran in total if ran.phase is None]:  # noise levels and layers that no phase names
+            phases.append(_phase(Phase(), outside))
+        unserved = {site.index: why for denoiser in handle.denoisers for site, why in denoiser.unserved()}
+        sites = tuple(
+            _site(site, state, rans, unserved.get(site.index))
+            for site, state, rans in zip(handle.sites, run.sites, timed, strict=True)
+        )
+        left = sum((denoiser.left for denoiser in handle.denoisers), Counter())
+        memory = sum(site.memory for site in sites)
+        return cls(config, _density(total), tuple(phases), sites, memory, tuple(calls), tuple(left.most_common()))
+
+    def to_dict(self, calls: bool = False) -> dict[str, Any]:
+        """For JSON. calls: with a row for every call of every site."""
+        found: dict[str, Any] = {
+            "config": self.config.to_dict(),
+            "density": self.density,
+            "memory": self.memory,
+            "phases": [vars(phase) | {"sigma": list(phase.sigma)} for phase in self.phases],
+            "sites": [dict(vars(site)) for site in self.sites],
+            "left": dict(self.left),
+            "trimmed": self.trimmed,
+        }
+        return found | {"calls": [{"site": site} | ran._asdict() for site, ran in self.calls]} if calls else found
+
+    @property
+    def trimmed(self) -> int:
+        """Padded keys cut from all calls together."""
+        return sum(ran.trimmed for _, ran in self.calls)
+
+    def heatmap(self, what: str = "density") -> Image:
+        """A picture over steps (x) and sites (y) of "density", "error" or "seconds". Raises ValueError for anything else."""
+        from fastdit.reporting.heatmap import of_calls
+
+        return of_calls(self.calls, what, len(self.sites))
+
+    def __str__(self) -> str:
+        rows = [("noise level", "policy", "quant", "remainder", "reuse", "density", "error", "seconds", "calls", "reused")]
+        rows += [
+            (
+                f"{p.sigma[0]:g} … {p.sigma[1]:g}", p.policy, p.quant, p.remainder, p.reuse, f"{p.density:.3f}",
+                _number(p.error), f"{p.seconds:.3f}", str(p.calls), str(p.reused),
+            )
+            for p in self.phases
+        ]  # fmt: skip
+        sites = Counter((site.ran, site.reason or "", site.rung) for site in self.sites)
+        notes = [
+            f"{count} sites {ran}"
+            + (f" ({reason})" if reason else "")
+            + (f", now {rung}" if rung != error_guard.LEVELS[0] else "")
+            for (ran, reason, rung), count in sites.items()
+        ]
+        notes += [f"{count} modules left alone ({why})" for why, count in self.left]
+        if gaps := self.config.gaps():
+            named = ", ".join(f"{high:g} … {low:g}" for high, low in gaps)
+            notes.append(f"no phase names the noise levels {named}: dense there")
+        if self.trimmed:
+            notes.append(f"padded text cut: {self.trimmed / len(self.calls):.0f} keys a call")
+        if self.memory:
+            notes.append(f"statistics held: {self.memory / 2**20:.1f} MB")
+        return "\n".join([*_table(rows), *notes, f"density over all calls: {self.density:.3f}"])
+
+    def layers(self) -> str:
+        """A table with a row for every site, where `str` of the report only counts them."""
+        rows = [("site", "ran", "quant", "density", "error", "seconds", "reused", "MB held", "guard", "reason")]
+        rows += [
+            (
+                s.name, s.ran, s.quant, f"{s.density:.3f}", _number(s.error), f"{s.seconds:.3f}", str(s.reused),
+                f"{s.memory / 2**20:.1f}", s.rung, s.reason or "",
+            )
+            for s in self.sites
+        ]  # fmt: skip
+        return "\n".join(_table(rows))
+
+
+def _timed(ran: CallRecord) -> CallRecord:
+    if not isinstance(ran.seconds, tuple):
+        return ran
+    start, end = ran.seconds
+    end.synchronize()
+    return ran._replace(seconds=start.elapsed_time(end) / 1000)
+
+
+def _phase(phase: Phase, ran: Sequence[CallRecord]) -> PhaseReport:
+    measured = [r.error for r in ran if r.error is not None]
+    return PhaseReport(
+        phase.sigma, str(phase.policy), str(phase.quant), phase.remainder, str(phase.reuse), _density(ran), len(ran),
+        sum(r.seconds for r in ran), sum(measured) / len(measured) if measured else None, sum(r.how == "reuse" for r in ran),
+    )  # fmt: skip
+
+
+def _density(ran: Sequence[CallRecord]) -> float:
+    return sum(r.density for r in ran) / len(ran) if ran else 1.0
+
+
+def _site(site: Site, state: SiteState, timed: Sequence[CallRecord], unserved: str | None) -> SiteReport:
+    lost = state.lost or unserved
+    if not timed:
+        lost = lost or site.refusal
+        ran = "dense" if lost else "never"
+        return SiteReport(
+            site.name, ran, 1.0, "none", lost or "not called yet", 0.0, None, error_guard.LEVELS[state.level], 0, 0
+        )
+    # statistics that no step before could serve were all that there was to it
+    dense = sum(r.how == "dense" or (r.how == "refresh" and r.reason is not None) for r in timed)
+    reasons = Counter(r.reason for r in timed if r.reason is not None)
+    return SiteReport(
+        site.name,
+        "dense" if dense == len(timed) else "mixed" if dense or lost else "sparse",
+        _density(timed),
+        Counter(r.quant for r in timed).most_common(1)[0][0],
+        lost or (reasons.most_common(1)[0][0] if reasons else None),
+        sum(r.seconds for r in timed),
+        max((r.error for r in timed if r.error is not None), default=None),
+        error_guard.LEVELS[state.level],
+        sum(r.how == "reuse" for r in timed),
+        state.peak_bytes,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2e}"
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,95 @@
+"""The branches of a run: which of the calls that it makes at every step this one is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdit.runs import fingerprint
+
+
+class Call(NamedTuple):
+    """What tells one call of a denoiser from another. model: its number among the pipeline's. name: the pipeline's for it.
+    conditioning: its fingerprint. shape: of the latents. latents: a sample of them (`fingerprint.sampled`)."""
+
+    model: int
+    name: str | None
+    conditioning: bytes
+    shape: tuple[int, ...]
+    latents: Tensor
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self[:4]
+
+    @property
+    def content(self) -> bytes:
+        """Of the latents."""
+        return self.latents.numpy().tobytes()
+
+
+@dataclass(eq=False)
+class Branch:
+    """One of the calls that a run makes at every step (conditional, unconditional, one window of several, …). latents, sigma,
+    step: of its last call."""
+
+    key: tuple[Any, ...]
+    latents: Tensor
+    sigma: float
+    step: int
+    first: int = 0
+    """The step of its first call."""
+
+    def cosine(self, call: Call) -> float:
+        return fingerprint.cosine(self.latents, call.latents)
+
+
+class Branches:
+    """All branches of a run, told by their name and conditioning, and by the latents that they go on from."""
+
+    def __init__(self) -> None:
+        self.known: list[Branch] = []
+        self._now: dict[tuple[Any, ...], set[bytes]] = {}  # latents by key, at this noise level
+        self._before: dict[tuple[Any, ...], set[bytes]] = {}  # and at the one before
+
+    def move(self) -> None:
+        """The run goes on to another noise level."""
+        self._before, self._now = self._now, {}
+
+    def seen(self, call: Call) -> bool:
+        """Whether there was the very same call at this noise level."""
+        return call.content in self._now.get(call.key, ())
+
+    def goes_on(self, sigma: float, call: Call) -> bool:
+        """Whether a call goes on from latents of the run. The very same latents at another noise level do not: they are those
+        of a run that begins anew with the same seed."""
+        return any(
+            fingerprint.likely(branch.cosine(call), sigma, branch.sigma) and not torch.equal(branch.latents, call.latents)
+            for branch in self.known
+            if branch.key == call.key
+        )
+
+    def find(self, sigma: float, step: int, call: Call) -> tuple[Branch, Branch | None]:
+        """The branch that a call is of, perhaps a new one, and the one that it ends.
+
+        Guidance may call for the same latents twice with one conditioning (layers skipped): then order tells. Calls for several
+        latents are of windows or views, of which each must find its own.
+        """
+        now = self._now.setdefault(call.key, set())
+        now.add(call.content)
+        several = max(len(now), len(self._before.get(call.key, ()))) > 1
+        free = [branch for branch in self.known if branch.key == call.key and branch.step != step]
+        found = max(free, key=lambda branch: branch.cosine(call), default=None)
+        accept = fingerprint.near if several else fingerprint.likely
+        if found is not None and accept(found.cosine(call), sigma, found.sigma):
+            found.latents, found.sigma, found.step = call.latents, sigma, step
+            return found, None
+        new = Branch(call.key, call.latents, sigma, step, step)
+        self.known.append(new)
+        return new, None if several else found  # its noise was drawn anew: nobody will go on from it
+
+    def drop(self, gone: list[Branch]) -> None:
+        self.known = [branch for branch in self.known if branch not in gone]

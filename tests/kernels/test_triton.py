@@ -1,0 +1,171 @@
+"""The Triton kernels, interpreted or on a GPU, against float64: every format, ragged shapes, hurtful inputs.
+
+Budget of an error: twice what the same format costs in eager emulation, plus a rounding of the output's type. bfloat16 runs
+through the interpreter's repair (`interpreter.py`): what is tested of it is the kernel's arithmetic, not the hardware's.
+"""
+
+import pytest
+import torch
+from device import DEVICE, there
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+from fastdit.core.block_mask import BlockMask
+from fastdit.core.layout import Layout
+from fastdit.core.quant import Quant
+from fastdit.core.reference import attention, relative_error, token_mask
+from fastdit.kernels import cpu
+from fastdit.kernels import cuda as kernels
+from fastdit.kernels.cuda import unsupported
+from fastdit.kernels.pack import Rows
+
+block_sparse_attention, dense_attention = there(kernels.block_sparse_attention), there(kernels.dense_attention)
+ROUNDING = {torch.float32: 2**-20, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+FORMATS = [
+    Quant(),
+    Quant("fp8", "fp8"),
+    Quant("int8", "fp8", smooth_k=True),
+    Quant("int8", smooth_k=True, granularity="head"),
+    Quant("int4", "fp8", smooth_q=True, smooth_k=True, smooth_v=True),
+    Quant("int4", smooth_k=True),
+    Quant("fp8", "fp8", smooth_v=True, granularity="tensor"),
+    Quant("none", "fp8"),
+    Quant("int8", "int8", smooth_k=True, smooth_v=True),
+]
+
+
+def hurtful(batch, heads, tokens, dim, dtype, seed=0):
+    """Channel-biased K, a spike, V with a mean; in diffusers' strides, inside a buffer of NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, tokens, heads, dim, generator=generator) for _ in range(3))
+    k = k + 3 * torch.randn(dim, generator=generator)
+    q[0, tokens // 2] *= 4
+    v = v + 1
+    poisoned = [torch.full((batch, tokens, heads, dim + 8), float("nan"), dtype=dtype) for _ in range(3)]
+    for buffer, x in zip(poisoned, (q, k, v), strict=True):
+        buffer[..., :dim] = x.to(dtype)
+    return [buffer[..., :dim].transpose(1, 2) for buffer in poisoned]
+
+
+def check(layout, tile_map, q, k, v, quant, scale=None, splits=None):
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    m = BlockMask.from_tile_map(tile_map, layout)
+    masks = (m.kv_num_blocks, m.kv_indices, m.q_order, m.k_order)
+    exact, exact_lse = attention(q.double(), k.double(), v.double(), token_mask(layout, tile_map), scale)
+    emulated, emulated_lse = cpu.block_sparse_attention(q.float(), k.float(), v.float(), *masks, scale, quant)
+    rounding = ROUNDING[q.dtype]
+    budget = 2 * relative_error(emulated, exact) + rounding
+    seen = ~exact_lse.isneginf()
+    worst = (emulated_lse - exact_lse)[seen].abs().max() if seen.any() else 0
+    # On a GPU short sequences are cut into parts: whole lists are another kernel.
+    for parts in {splits, 1} if DEVICE == "cuda" else {splits}:
+        out, lse = block_sparse_attention(q, k, v, *masks, scale, quant, splits=parts)
+        assert out.dtype == q.dtype
+        assert out.stride() == torch.empty_like(q).stride()
+        assert out.isfinite().all()
+        assert relative_error(out, exact) <= budget
+        if exact.norm() > 0:
+            assert abs(float(out.double().norm() / exact.norm()) - 1) <= budget
+        assert torch.equal(lse.isneginf(), ~seen)
+        assert not seen.any() or (lse - exact_lse)[seen].abs().max() <= 2 * worst + 8 * rounding
+        assert (out[~seen] == 0).all()
+
+
+@pytest.mark.parametrize("quant", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=lambda dtype: str(dtype)[6:])
+def test_every_format_and_dtype(quant, dtype):
+    layout = Layout((1, 12, 8), (1, 8, 8), text_len=9)
+    tile_map = torch.rand(1, 2, layout.num_tiles, layout.num_tiles, generator=torch.Generator().manual_seed(1)) < 0.5
+    tile_map[:, 1, 1] = False  # rows that see nothing
+    check(layout, tile_map, *hurtful(1, 2, layout.length, 64, dtype), quant)
+
+
+@pytest.mark.parametrize("dim", [16, 40, 64, 72, 80, 96, 128, 160, 256])
+@pytest.mark.parametrize("quant", [Quant(), Quant("int4", "fp8", smooth_q=True, smooth_k=True)], ids=str)
+def test_every_head_dim(dim, quant):
+    layout = Layout((1, 7, 8), (1, 4, 8))
+    tile_map = torch.tensor([[1, 0], [1, 1]], dtype=torch.bool)[None, None]
+    check(layout, tile_map, *hurtful(1, 1, layout.length, dim, torch.float16), quant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [16, 40, 64, 72, 80, 96, 128, 160, 256])
+@pytest.mark.parametrize("quant", FORMATS, ids=str)
+@pytest.mark.parametrize("dense", [True, False])
+def test_every_head_dim_in_every_format(dim, quant, dense):
+    layout = Layout((1, 7, 8), (1, 4, 8), text_len=3)
+    tile_map = torch.tensor([[1, dense, dense], [1, 1, dense], [dense, dense, 1]]).bool()[None, None]
+    check(layout, tile_map, *hurtful(1, 2, layout.length, dim, torch.float16), quant)
+
+
+@pytest.mark.parametrize("tile", [(2, 3, 3), (2, 8, 8), (3, 8, 8), (2, 9, 8), (6, 8, 8)])
+def test_tiles_of_any_size(tile):
+    layout = Layout((3, 10, 9), tile)
+    tile_map = torch.rand(1, 1, layout.num_tiles, layout.num_tiles, generator=torch.Generator().manual_seed(2)) < 0.6
+    check(layout, tile_map, *hurtful(1, 1, layout.length, 32, torch.float16), Quant("fp8", "fp8"))
+
+
+side = st.integers(1, 3)
+
+
+@given(
+    grid=st.tuples(side, side, side), tile=st.tuples(side, side, side), text=st.integers(0, 5), first=st.booleans(),
+    share=st.floats(0, 1), seed=st.integers(0, 99), quant=st.sampled_from(FORMATS),
+    shared=st.tuples(st.booleans(), st.booleans()),
+)  # fmt: skip
+@settings(deadline=None, max_examples=30)
+def test_any_grid_tile_and_map(grid, tile, text, first, share, quant, shared, seed):
+    layout = Layout(grid, tile, text, first)
+    shape = (1 if shared[0] else 2, 1 if shared[1] else 2, layout.num_tiles, layout.num_tiles)
+    tile_map = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+    check(layout, tile_map, *hurtful(2, 2, layout.length, 16, torch.float32, seed), quant, scale=0.3)
+
+
+@pytest.mark.parametrize("quant", FORMATS, ids=str)
+def test_dense_is_tiles_of_consecutive_tokens(quant):
+    q, k, v = hurtful(1, 2, 150, 32, torch.float32)
+    out, lse = dense_attention(q, k, v, 0.2, quant)
+    expected, expected_lse = cpu.dense_attention(q, k, v, 0.2, quant)
+    assert relative_error(out, expected) < {"none": 1e-5, "int8": 0.005, "fp8": 0.03}[quant.pv]  # P is rounded block by block
+    # An FP8 product on Hopper keeps some 13 bits of what it adds up: a few thousandths of logits of this size
+    imprecise = quant.qk == "fp8" and DEVICE == "cuda"
+    torch.testing.assert_close(lse, expected_lse, atol=4e-3 if imprecise else 1e-4, rtol=1e-5)
+
+
+def test_nan_is_not_hidden():
+    layout = Layout((1, 8, 8), (1, 8, 8))
+    for quant in FORMATS:
+        q, k, v = (x.clone() for x in hurtful(1, 1, 64, 32, torch.float32))
+        k[0, 0, 5, 3] = float("nan")
+        m = BlockMask.from_tile_map(torch.ones(1, 1, 1, 1, dtype=torch.bool), layout)
+        out, _ = block_sparse_attention(q, k, v, m.kv_num_blocks, m.kv_indices, m.q_order, m.k_order, 0.2, quant)
+        assert out.isnan().any(), str(quant)
+
+
+@pytest.mark.parametrize(
+    ("slots", "block", "parts"), [(64, 64, 1), (60, 64, 1), (16, 32, 1), (384, 128, 3), (144, 32, 5), (512, 128, 4)]
+)
+def test_blocks_pad_least(slots, block, parts):
+    assert Rows.of(slots) == Rows(slots, block, parts)
+
+
+@pytest.mark.parametrize(
+    ("capability", "quant", "dtype", "dim", "reason"),
+    [
+        ((7, 5), Quant(), torch.float16, 64, "8.0"),
+        ((8, 6), Quant("fp8"), torch.float16, 64, "FP8"),
+        ((8, 6), Quant("int8", smooth_k=True), torch.float16, 64, None),
+        ((8, 0), Quant("int8", "int8"), torch.float16, 64, None),
+        ((8, 0), Quant("int8", "fp8"), torch.float16, 64, "FP8"),
+        ((9, 0), Quant(), torch.float64, 64, "float64"),
+        ((9, 0), Quant(), torch.float16, 320, "256"),
+        ((9, 0), Quant(), torch.float32, 160, "128"),
+        ((9, 0), Quant("fp8", "fp8"), torch.float32, 160, None),
+        ((12, 0), Quant("fp8", "fp8"), torch.bfloat16, 128, None),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_named(capability, quant, dtype, dim, reason):
+    got = unsupported(torch.empty(1, 1, 1, dim, dtype=dtype), quant, capability)
+    assert got is None if reason is None else reason in got
