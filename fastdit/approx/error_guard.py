@@ -39,13 +39,6 @@ def probe(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None, row
     return (found - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def fault(out: Tensor, error: Tensor | None = None, budget: float | None = None) -> Tensor:
-    """int32 [1]: 1 if an answer is not finite or its error is above the budget, else 0."""
-    # A sum that is not finite says the same as `isfinite().all()`, without a mask as large as the answer
-    bad = ~out.sum(dtype=torch.promote_types(out.dtype, torch.float32)).isfinite()
-    return (bad if error is None or budget is None else bad | (error > budget)).to(torch.int32).reshape(1)
-
-
 @byte_cache(1 << 20)
 def _rows(length: int, rows: int, device: torch.device) -> Tensor:
     drawn = torch.randperm(length, generator=torch.Generator().manual_seed(length), device="cpu")[:rows]

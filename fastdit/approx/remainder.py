@@ -46,18 +46,26 @@ def attention(
     scale: float | None = None,
     remainder: str = "none",
     seed: int = 0,
+    fault: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ops.attention` with any remainder; seed: of the draw. Raises ValueError for a remainder that is none."""
+    """`ops.run` with any remainder. seed: of the draw; fault: int32 [1], into which 1 is ORed where the answer is not finite.
+    Raises ValueError for an unknown remainder."""
     if remainder not in REMAINDERS:
         raise ValueError(f"remainder must be one of {', '.join(REMAINDERS)}, got {remainder!r}")
+    quant, scale = quant or Quant(), q.shape[-1] ** -0.5 if scale is None else scale
     if block_mask is None:  # nothing is dropped
-        return ops.attention(q, k, v, None, quant, scale)
+        return ops.run(q, k, v, None, quant, scale, fault=fault)
     if remainder in ("none", "pooled"):
-        return ops.attention(q, k, v, block_mask, quant, scale, remainder)
-    kept = ops.attention(q, k, v, block_mask, quant, scale)
+        return ops.run(q, k, v, block_mask, quant, scale, remainder, fault=fault)
+    kept = ops.run(q, k, v, block_mask, quant, scale)
     if remainder == "sampled":
-        return merge([kept, sampled(q, k, v, block_mask, scale, SAMPLES, seed)])
-    return merge([kept, stripes(q, k, v, block_mask, kept[1], scale)])
+        rest = sampled(q, k, v, block_mask, scale, SAMPLES, seed)
+    else:
+        rest = stripes(q, k, v, block_mask, kept[1], scale)
+    out, lse = merge([kept, rest])
+    if fault is not None:  # a sum that is not finite says the same as `isfinite().all()`, without a mask as large as the answer
+        fault |= ~out.sum(dtype=torch.promote_types(out.dtype, torch.float32)).isfinite()
+    return out, lse
 
 
 def sampled(

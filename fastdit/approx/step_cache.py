@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit import ops
 from fastdit.approx import remainder
 from fastdit.approx.memory_budget import free_bytes
 from fastdit.config import Reuse
@@ -122,17 +121,17 @@ def _taken(size: int, pinned: bool) -> int:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: CallPlan, reuse: Reuse, memory: Memory, scale: float | None,
     dense: Callable[[], Tensor], held: Callable[[torch.device], int] = lambda device: 0,
-    compute: Callable[..., tuple[Tensor, Tensor]] = remainder.attention,
+    compute: Callable[..., tuple[Tensor, Tensor]] = remainder.attention, fault: Tensor | None = None,
 ) -> tuple[Tensor, str]:  # fmt: skip
     """One call with what was remembered, which it updates: q, k, v [B, H, N, D] -> out like q, and how: "sparse",
     "refresh" or "reuse"; "dense" where there is no room to remember anything.
 
     dense: the best dense attention there is for these inputs; held: bytes that all sites remember already on a device; compute:
-    `remainder.attention`, or what stands in its place.
+    `remainder.attention`, or what stands in its place; fault: int32 [1], into which 1 is ORed where an answer is not finite.
     """
 
     def sparse() -> tuple[Tensor, Tensor]:
-        return compute(q, k, v, plan.block_mask, plan.quant, scale, plan.remainder)
+        return compute(q, k, v, plan.block_mask, plan.quant, scale, plan.remainder, fault=fault)
 
     if memory.no_room:
         return dense(), "dense"
@@ -168,7 +167,7 @@ def attention(
         out = dense()
         memory.kept = Stored.of(out, reuse.store, host)
         return out, "refresh"
-    full, lse_full = ops.attention(q, k, v, scale=scale)
+    full, lse_full = remainder.attention(q, k, v, None, scale=scale, fault=fault)
     less, lse = sparse()
     if reuse.kind != "residual":
         memory.ratio = (lse - lse_full).exp().clamp(max=1)

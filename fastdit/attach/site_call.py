@@ -7,7 +7,6 @@ graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,11 +24,9 @@ from fastdit.planning.key_padding import Runs
 from fastdit.runs.clock import Stopwatch
 from fastdit.runs.forward import Forward
 from fastdit.runs.site_state import CallRecord, SiteState
-from fastdit.runs.verdict import BROKEN, Verdict
+from fastdit.runs.verdict import Verdict
 
 NEW = "no earlier step of its branch: the conditioning or the noise is new"
-EXACT = ("refresh", "dense")
-"""Answers that every key was read for: there is no error to measure."""
 SDPA = "F.scaled_dot_product_attention"
 """The backend of processors that call it themselves, instead of diffusers' `dispatch_attention_fn`."""
 
@@ -161,7 +158,10 @@ class SiteCall:
         def dense() -> Tensor:
             return self.original(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
 
-        out, how = step_cache.attention(query, key, value, plan, plan.reuse, memory, self.scale, dense, forward.held)
+        fault = forward.flag(q.device)
+        out, how = step_cache.attention(
+            query, key, value, plan, plan.reuse, memory, self.scale, dense, forward.held, fault=fault
+        )
         note = memory.no_room
         if how == "refresh":
             state.peak_bytes = max(state.peak_bytes, state.bytes())
@@ -171,33 +171,29 @@ class SiteCall:
             memory.no_room = None  # the next call of this branch tries again
         if forward.run.last:
             memory.drop()  # decoding, which comes next, needs the room
-        record = self.record(plan, how, note, watch, trimmed)
-        out = self.checked(query, key, value, out, dense, plan, record)
+        self.check(query, key, value, out, fault, plan, self.record(plan, how, note, watch, trimmed))
         return out.transpose(1, 2) if self.at is not None else _roll(out.transpose(1, 2), -roll)
 
-    def checked(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: Callable[[], Tensor], plan: CallPlan, record: CallRecord
-    ) -> Tensor:
-        """The answer out [B, H, N, D], or the dense one in its place if it is not finite or its error is above the budget."""
-        run, state, budget, exact = self.forward.run, self.state, self.forward.config.error_budget, record.how in EXACT
-        error = None if budget is None or exact else error_guard.probe(q, k, v, out, self.scale)
-        fault = error_guard.fault(out, error, budget)
-        if q.is_cuda:
-            ops.repair(q, k, v, out, self.scale, fault)
-        elif fault and not out.isfinite().all() and not all(bool(x.isfinite().all()) for x in (q, k, v)):
-            fault |= BROKEN
-        elif fault:
-            out = dense()
-        share = None
-        if not exact:
-            known = 0.0 if record.how == "reuse" and plan.reuse.kind == "broadcast" else plan.density
-            share, known = (known, 0.0) if isinstance(known, Tensor) else (None, known)
-            record = record._replace(density=known)
+    def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, fault: Tensor, plan: CallPlan, record: CallRecord) -> None:
+        """Put the dense answer into out [B, H, N, D] if it is not finite or its error is above the budget; keep the record."""
+        run, state, budget = self.forward.run, self.state, self.forward.config.error_budget
+        error = share = None
+        if record.how in ("sparse", "reuse"):
+            if budget is not None:
+                error = error_guard.probe(q, k, v, out, self.scale)
+                fault |= error > budget
+            density = 0.0 if record.how == "reuse" and plan.reuse.kind == "broadcast" else plan.density
+            if isinstance(density, Tensor):
+                share = density
+            else:
+                record = record._replace(density=density)
+        ops.repair(q, k, v, out, q.shape[-1] ** -0.5 if self.scale is None else self.scale, fault)
         state.calls.append(record)
-        run.pending.append(Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, budget or math.inf))
-        if not q.is_cuda:
+        run.pending.append(
+            Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, math.inf if budget is None else budget)
+        )
+        if reads_at_once(q.device):
             run.settle()
-        return out
 
     def dense(self, plan: CallPlan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, trimmed: int = 0) -> Tensor:
         forward, state = self.forward, self.state
@@ -229,3 +225,8 @@ class SiteCall:
 def _roll(x: Tensor, tokens: int) -> Tensor:
     """The last `tokens` of [B, N, H, D] to the front. Attention does not mind the order, only the layout of the tiles does."""
     return torch.roll(x, tokens, 1) if tokens else x
+
+
+def reads_at_once(device: torch.device) -> bool:
+    """Whether flags are read behind each call: on the CPU, where there is nobody to wait for."""
+    return device.type == "cpu"

@@ -211,7 +211,12 @@ def _static(policy: Policy, layout: Layout, first_frame: bool, device: str) -> t
 def _select(policy: Policy, layout: Layout, first_frame: bool, *qkv: Tensor) -> tuple[BlockMask, float | Tensor]:
     video = (layout.to_tiles(x)[:, :, : layout.video_tiles] for _, x in zip(policy.reads, qkv, strict=False))
     block_mask, share = _listed(complete(policy.select(layout, *video), layout, first_frame), layout)
-    return block_mask, share if share.is_cuda else float(share)
+    return block_mask, on_host(share)
+
+
+def on_host(share: Tensor) -> float | Tensor:
+    """As a number, unless that would have to be waited for."""
+    return share if share.is_cuda else float(share)
 
 
 def _listed(kept: Tensor, layout: Layout) -> tuple[BlockMask, Tensor]:

@@ -22,6 +22,7 @@ from fastdit.runs.branches import Branch
 from fastdit.runs.run import Run
 from fastdit.runs.site_state import SiteState
 
+FLAGS = 64
 _numbers = itertools.count()
 _forwards: WeakValueDictionary[int, Forward] = WeakValueDictionary()
 
@@ -51,6 +52,7 @@ class Forward:
         self.seen: Counter[int] = Counter()
         self._plans: dict[tuple[Any, ...], CallPlan] = {}
         self._masks: dict[int, tuple[Tensor, int, KeptKeys | str]] = {}
+        self._flags: dict[torch.device, tuple[Tensor, int]] = {}
         _forwards[self.number] = self
 
     @staticmethod
@@ -73,6 +75,14 @@ class Forward:
         if (plan := self._plans.get(key)) is None:
             plan = self._plans[key] = self.plan.call(layer, q, keys, kept, self.masks)
         return plan
+
+    def flag(self, device: torch.device) -> Tensor:
+        """int32 [1], 0: of one answer. Pieces of buffers, which are filled once for many."""
+        buffer, used = self._flags.get(device, (None, FLAGS))
+        if buffer is None or used == FLAGS:
+            buffer, used = torch.zeros(FLAGS, dtype=torch.int32, device=device), 0
+        self._flags[device] = buffer, used + 1
+        return buffer[used : used + 1]
 
     def dense(self, layer: int, reason: str) -> CallPlan:
         """For want of something."""
