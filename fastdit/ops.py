@@ -3,6 +3,10 @@
 One `torch.library.custom_op`, so that torch.compile sees a single opaque node. CPU tensors go to `kernels/cpu.py`, CUDA
 tensors to Triton (`kernels/cuda.py`), which is imported only then. What has no kernel is refused by name, never
 computed some other way: whoever calls decides what to do instead.
+
+`run` and `repair` are the same without the op and its checks, for an op that calls them for a call it has planned (an op inside
+an op costs its wrappers twice). An answer that is not finite raises a flag on the device, and `repair`, behind every `run`,
+replaces it there: nobody waits for the GPU to see whether.
 """
 
 from __future__ import annotations
@@ -58,6 +62,51 @@ def attention(
     return _attention(q, k, v, *masks, str(quant), scale, remainder == "pooled", bias_q, bias_k)
 
 
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: BlockMask | None,
+    quant: Quant,
+    scale: float,
+    remainder: str = "none",
+    bias_q: Tensor | None = None,
+    bias_k: Tensor | None = None,
+    fault: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What `attention` computes, at once: no custom op, no check, no gradient. For arguments that are known to fit.
+
+    fault: one int32 on q's device, into which 1 is ORed where the answer is not finite: a NaN or infinity in `out` as it is
+    stored, a NaN or +∞ in `lse` (−∞ is a query whose tiles hold no key). Never read here, so nothing waits for it. `out` has
+    the shape and dtype of q, and its strides where the channels of q lie together.
+    """
+    masks = None if block_mask is None else (
+        block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.q_order, block_mask.k_order
+    )  # fmt: skip
+    return _run(q, k, v, masks, quant, scale, remainder == "pooled", bias_q, bias_k, fault)
+
+
+def repair(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, fault: Tensor, lse: Tensor | None = None) -> None:
+    """Where `fault` has the 1 that `run` ORs into it: dense attention of the same q, k, v in their own dtype, with scores and
+    sums in float32, into `out` [B, H, Nq, D] (any strides) and, if given, `lse` [B, H, Nq] (contiguous, float32; float64
+    beside float64 inputs), in place. If that is not finite either, ORs 2: the inputs were broken. Else it changes nothing.
+
+    The device decides: no wait, no memory, so it may be captured in a CUDA graph. A flag is of one `run` and its repair; put it
+    back to 0 before the next. Whatever has a kernel in some format (`unsupported` is None) can be repaired.
+
+    Raises NotImplementedError for what has no kernel, ValueError for a flag or an answer that does not fit.
+    """
+    if q.device.type != "cpu" and (refusal := _irreparable(q)):
+        raise NotImplementedError(f"fastdit.ops.repair: {refusal}")
+    if fault.dtype != torch.int32 or fault.numel() != 1 or fault.device != q.device:
+        found = f"{fault.dtype} {tuple(fault.shape)} on {fault.device}"
+        raise ValueError(f"repair needs one int32 on {q.device} as flag, got {found}")
+    if out.shape != q.shape or out.dtype != q.dtype or (lse is not None and not lse.is_contiguous()):
+        raise ValueError(f"repair needs an answer like q {tuple(q.shape)} in {q.dtype}, got {tuple(out.shape)} in {out.dtype}")
+    with on_device(q):
+        _kernels(q).repair(q, k, v, out, scale, fault, lse)
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Within it, kernels are launched on the GPU that a tensor lies on, whichever is the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
@@ -74,6 +123,11 @@ def unsupported(q: Tensor, quant: Quant) -> str | None:
     from fastdit.kernels import cuda as triton_kernels
 
     return triton_kernels.unsupported(q, quant, torch.cuda.get_device_capability(q.device))
+
+
+def _irreparable(q: Tensor) -> str | None:
+    """As `unsupported`, of the format with the widest kernels; nothing is quantized."""
+    return unsupported(q, Quant("int8", "int8"))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask | None) -> None:
@@ -123,6 +177,25 @@ def _kernels(q: Tensor) -> Any:
     return triton_kernels
 
 
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    masks: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    quant: Quant,
+    scale: float,
+    pooled: bool,
+    bias_q: Tensor | None,
+    bias_k: Tensor | None,
+    fault: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    kernels = _kernels(q)
+    with on_device(q):
+        if masks is None:
+            return kernels.dense_attention(q, k, v, scale, quant, bias_q, bias_k, fault)  # nothing dropped: no remainder
+        return kernels.block_sparse_attention(q, k, v, *masks, scale, quant, bias_q, bias_k, pooled, fault)
+
+
 @torch.library.custom_op("fastdit::attention", mutates_args=())
 def _attention(
     q: Tensor,
@@ -138,14 +211,10 @@ def _attention(
     bias_q: Tensor | None = None,
     bias_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    fmt = Quant.parse(quant)
-    kernels = _kernels(q)
-    with on_device(q):
-        if kv_num_blocks is None or kv_indices is None or q_order is None or k_order is None:
-            out, lse = kernels.dense_attention(q, k, v, scale, fmt, bias_q, bias_k)  # nothing is dropped: no remainder
-        else:
-            masks = (kv_num_blocks, kv_indices, q_order, k_order)
-            out, lse = kernels.block_sparse_attention(q, k, v, *masks, scale, fmt, bias_q, bias_k, pooled)
+    masks = None
+    if not (kv_num_blocks is None or kv_indices is None or q_order is None or k_order is None):
+        masks = (kv_num_blocks, kv_indices, q_order, k_order)
+    out, lse = _run(q, k, v, masks, Quant.parse(quant), scale, pooled, bias_q, bias_k)
     expected = torch.empty_like(q)  # the memory layout the fake kernel promised to the compiler
     return (out if out.stride() == expected.stride() else expected.copy_(out)), lse.contiguous()
 

@@ -21,10 +21,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastdit.core.block_mask import version
 from fastdit.core.byte_cache import byte_cache
 from fastdit.core.quant import BLOCK, LARGEST, Quant
-from fastdit.core.reference import merge
 from fastdit.kernels import launch
 from fastdit.kernels import pooled as remainder
 from fastdit.kernels.pack import Rows, pack, pack_values, strides
+from fastdit.kernels.parts import merge
+from fastdit.kernels.repair import repair as repair
 from fastdit.kernels.triton_forward import forward
 
 LOG2_E = math.log2(math.e)
@@ -107,7 +108,7 @@ def lists_of(num: Tensor, index: Tensor, k_order: Tensor, rows: int, batch: int,
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, q_order: Tensor, k_order: Tensor,
     scale: float, quant: Quant, bias_q: Tensor | None = None, bias_k: Tensor | None = None, pooled: bool = False,
-    splits: int | None = None,
+    fault: Tensor | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The contract of `kernels/cpu.py`, on CUDA: q [B, H, Nq, D], k and v [B, Hkv, Nk, D] in token order, H a multiple of Hkv
     -> out (strides of q), lse [B, H, Nq].
@@ -115,7 +116,8 @@ def block_sparse_attention(
     bias_q [b, h, Nq, R] and bias_k [b, h, Nk, R]: added to the logits as bias_q·bias_kᵀ (b, h: 1 or B, H), in float32, since
     16 bits lose positions; bias_k alone, R = 1: added to all logits of a key (log n for a key that stands for n, −inf for
     one that is masked; FlashBias, arXiv 2505.12044). pooled: a dropped tile enters as one key and value, the means of its
-    own, with log n on its logit. splits: parts of each list, merged by LSE; default: enough to fill the GPU.
+    own, with log n on its logit. splits: parts of each list, merged by LSE; default: enough to fill the GPU. fault: one int32,
+    into which 1 is ORed by the kernel that writes the answer if that is not finite, or an LSE is NaN or +∞; for `repair`.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     B, H, Nq, D = q.shape
@@ -123,7 +125,7 @@ def block_sparse_attention(
     if pooled:
         masks = kv_num_blocks, kv_indices, q_order, k_order
         out, lse = block_sparse_attention(q, k, v, *masks, scale, quant, bias_q, bias_k, splits=splits)
-        remainder.add(q, k, v, *masks, scale * LOG2_E, out, lse)
+        remainder.add(q, k, v, *masks, scale * LOG2_E, out, lse, fault)
         return out, lse
     if quant.smooth_q:
         turn = max(1, BIAS_BYTES // (4 * B * group * len(q_order) * k_order.numel())) * group
@@ -134,7 +136,7 @@ def block_sparse_attention(
                 left, right = (None if x is None else _heads(x, part) for x in (bias_q, bias_k))
                 masks = _heads(kv_num_blocks, part), _heads(kv_indices, part), q_order, k_order
                 heads = q[:, part], k[:, shared], v[:, shared]
-                done.append(block_sparse_attention(*heads, *masks, scale, quant, left, right))
+                done.append(block_sparse_attention(*heads, *masks, scale, quant, left, right, fault=fault))
             out, lse = (torch.cat(x, 1) for x in zip(*done, strict=True))
             return torch.empty_like(q).copy_(out), lse
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)  # the interpreter has none
@@ -169,7 +171,7 @@ def block_sparse_attention(
 
         ragged = lists.count, kv_num_blocks, lists.whole, index, lists.schedule
         shape = q_rows, k_rows, width, quant, scale * LOG2_E, group, chosen.stages, padded, (num_b, num_h)
-        return attend(q, queries, keys, values, q_order, ragged, *shape)
+        return attend(q, queries, keys, values, q_order, ragged, *shape, fault)
     programs = q_tiles * q_rows.parts * B * H
     if splits is None:
         splits = launch.splits(programs, k_tiles * k_rows.parts, q.device)
@@ -179,7 +181,7 @@ def block_sparse_attention(
         q if queries is None else queries.data, q, keys.data, values.data, out, lse,
         None if queries is None else queries.scale, keys.scale, values.scale, values.mean, tile_bias, factor_q, factor_k,
         keys.mean, q_order, lists.count, kv_num_blocks, lists.whole,
-        index, lists.schedule,
+        index, lists.schedule, fault,
         scale * LOG2_E, H, group, Nq, q_tiles, k_tiles, q_rows.slots, splits, q.stride(0), q.stride(1), q.stride(2),
         *out.stride()[:4], num_b, num_h, *((0, 0) if factor_q is None else strides(factor_q)),
         *((0, 0) if factor_k is None else strides(factor_k, 1)),
@@ -187,19 +189,23 @@ def block_sparse_attention(
         QK=quant.qk, PV=quant.pv, PADDED=padded, TILE_BIAS=tile_bias is not None, RANK=rank,
         KEY_BIAS=factor_k is not None and rank == 0, CENTRED_K=keys.mean is not None, CENTRED_V=quant.smooth_v,
         P_SHIFT=math.log2(LARGEST[quant.pv]) if quant.pv != "none" else 0.0, LOCAL=chosen.local,
-        SPLIT=splits > 1, ASM=q.is_cuda, num_warps=chosen.warps(q_rows.block, D), num_stages=chosen.stages,
+        SPLIT=splits > 1, ASM=q.is_cuda, FLAG=fault is not None and splits == 1, num_warps=chosen.warps(q_rows.block, D),
+        num_stages=chosen.stages,
     )  # fmt: skip
-    if splits > 1:
-        whole, total = merge(list(zip(out, lse, strict=True)))
-        out, lse = torch.empty_like(q).copy_(whole)[None], total[None]
-    return out[0], lse[0]
+    if splits == 1:
+        return out[0], lse[0]
+    whole, total = torch.empty_like(q), torch.empty_like(lse[0])
+    merge(out, lse, whole, total, fault)
+    return whole, total
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, quant: Quant, bias_q: Tensor | None = None, bias_k: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, scale: float, quant: Quant, bias_q: Tensor | None = None, bias_k: Tensor | None = None,
+    fault: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Every query attends every key, in tiles of `BLOCK` consecutive tokens."""
-    return block_sparse_attention(q, k, v, *_everything(q.shape[2], k.shape[2], str(q.device)), scale, quant, bias_q, bias_k)
+    masks = _everything(q.shape[2], k.shape[2], str(q.device))
+    return block_sparse_attention(q, k, v, *masks, scale, quant, bias_q, bias_k, fault=fault)
 
 
 @byte_cache(64 << 20)

@@ -120,11 +120,11 @@ def _step(
 @gluon.jit
 def _consume(
     W: gl.constexpr, q_s, k_s, v_s, ready, free,
-    Q, RawQ, Out, Lse, QScale, KScale, VScale, VMean, KMean, QOrder, KCount, Index,
+    Q, RawQ, Out, Lse, QScale, KScale, VScale, VMean, KMean, QOrder, KCount, Index, Fault,
     scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps, whole, q_n, o_n,
     D: gl.constexpr, DP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_PARTS: gl.constexpr, K_PARTS: gl.constexpr,
     STAGES: gl.constexpr, QK: gl.constexpr, PV: gl.constexpr, PADDED: gl.constexpr, CENTRED_K: gl.constexpr,
-    CENTRED_V: gl.constexpr, P_SHIFT: gl.constexpr,
+    CENTRED_V: gl.constexpr, P_SHIFT: gl.constexpr, FLAG: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup W: rows 64·W to 64·W + 63 of the block."""
     Q8: gl.constexpr = QK != "none"
@@ -213,6 +213,10 @@ def _consume(
     out = gl.convert_layout(out.to(Out.dtype.element_ty), IO)
     gl.store(Out + token[:, None] * o_n + d[None, :], out, mask=inside)
     gl.store(Lse + bh * n_q + token, lse, mask=token >= 0)
+    if FLAG:  # as `raise_fault` of `triton_forward.py` does
+        wrong = (gl.sum(out.to(gl.float32) * 0, 1) != 0) | ~(lse < float("inf"))
+        where = Fault[0] + gl.full([64], 0, gl.int32, token.type.layout)
+        gl.atomic_or(where, gl.full([64], 1, gl.int32, token.type.layout), mask=wrong & (token >= 0), sem="relaxed")
 
 
 @gluon.jit
@@ -242,13 +246,13 @@ def _produce(
         async_load(values, [block * ROWS, 0], ready.index(stage), v_s.index(stage))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize_on_alignment=["Fault"])
 def forward(
-    keys, values, Q, RawQ, Out, Lse, QScale, KScale, VScale, VMean, KMean, QOrder, KCount, Num, Whole, Index, Schedule,
+    keys, values, Q, RawQ, Out, Lse, QScale, KScale, VScale, VMean, KMean, QOrder, KCount, Num, Whole, Index, Schedule, Fault,
     scale, heads, group, n_q, q_tiles, k_tiles, slots, q_b, q_h, q_n, o_b, o_h, o_n, num_b, num_h,
     D: gl.constexpr, DP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_PARTS: gl.constexpr, K_PARTS: gl.constexpr,
     STAGES: gl.constexpr, QK: gl.constexpr, PV: gl.constexpr, PADDED: gl.constexpr, CENTRED_K: gl.constexpr,
-    CENTRED_V: gl.constexpr, P_SHIFT: gl.constexpr,
+    CENTRED_V: gl.constexpr, P_SHIFT: gl.constexpr, FLAG: gl.constexpr,
 ):  # fmt: skip
     """One program a block of BM = 64 or 128 queries of a tile. keys [rows, DP]; values [rows, DP], FP8 [blocks · DP, BN]."""
     GROUPS: gl.constexpr = BM // 64
@@ -283,25 +287,26 @@ def forward(
     fence_async_shared()
     K_BYTES: gl.constexpr = BN * DP * (1 if QK != "none" else 2)
     V_BYTES: gl.constexpr = BN * DP * (1 if V8 else 2)
+    fault = (Fault,) if FLAG else ()  # what is not needed is not handed over: the kernel without is as it was
     if GROUPS == 2:
         gl.warp_specialize([
             (_consume, (0, q_s.index(0), k_s, v_s, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
-                        VMean, KMean, QOrder, KCount, Index, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps,
-                        whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
-                        P_SHIFT)),
+                        VMean, KMean, QOrder, KCount, Index, fault, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots,
+                        steps, whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
+                        P_SHIFT, FLAG)),
             (_consume, (1, q_s.index(1), k_s, v_s, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
-                        VMean, KMean, QOrder, KCount, Index, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps,
-                        whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
-                        P_SHIFT)),
+                        VMean, KMean, QOrder, KCount, Index, fault, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots,
+                        steps, whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
+                        P_SHIFT, FLAG)),
             (_produce, (keys, values, k_s, v_s, ready, free, Index, steps, kv, k_tiles, DP, BN, K_PARTS,
                         STAGES, V8, K_BYTES, V_BYTES)),
         ], [4, 4], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (0, q_s.index(0), k_s, v_s, ready, free, Q, RawQ, Out, Lse, QScale, KScale, VScale,
-                        VMean, KMean, QOrder, KCount, Index, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots, steps,
-                        whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
-                        P_SHIFT)),
+                        VMean, KMean, QOrder, KCount, Index, fault, scale, bh, kv, tile, part, q_tiles, k_tiles, n_q, slots,
+                        steps, whole, q_n, o_n, D, DP, BM, BN, Q_PARTS, K_PARTS, STAGES, QK, PV, PADDED, CENTRED_K, CENTRED_V,
+                        P_SHIFT, FLAG)),
             (_produce, (keys, values, k_s, v_s, ready, free, Index, steps, kv, k_tiles, DP, BN, K_PARTS,
                         STAGES, V8, K_BYTES, V_BYTES)),
         ], [4], [24])  # fmt: skip
@@ -319,12 +324,13 @@ def _blocks(data: Tensor, rows: int, columns: int) -> TensorDescriptor:
 def attend(
     q: Tensor, queries: Packed | None, keys: Packed, values: Packed, q_order: Tensor, lists: tuple[Tensor, ...], q_rows: Rows,
     k_rows: Rows, width: int, quant: Quant, scale: float, group: int, stages: int, padded: bool,
-    num_step: tuple[int, int],
+    num_step: tuple[int, int], fault: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [B, H, N, D] and what `pack.py` made of it, K and V -> out (strides of q), lse [B, H, N].
 
     lists: (tokens of each key tile, length of each list, how many of it lack none, tiles, schedule) as in `Lists`; scale in
-    base 2; num_step: steps of the lists' lengths from one batch element and head to the next.
+    base 2; num_step: steps of the lists' lengths from one batch element and head to the next; fault as in
+    `cuda.block_sparse_attention`.
     """
     B, H, N, D = q.shape
     count, num, whole, index, schedule = lists
@@ -336,11 +342,11 @@ def attend(
         _blocks(values.data, width, k_rows.block) if eight else _blocks(values.data, k_rows.block, width),
         q if queries is None else queries.data, q, out, lse,
         *(blank if x is None else x for x in (queries and queries.scale, keys.scale, values.scale, values.mean, keys.mean)),
-        q_order, count, num, whole, index, schedule,
+        q_order, count, num, whole, index, schedule, fault,
         scale, H, group, N, len(q_order), index.shape[-1], q_rows.slots, *q.stride()[:3], *out.stride()[:3], *num_step,
         D=D, DP=width, BM=q_rows.block, BN=k_rows.block, Q_PARTS=q_rows.parts, K_PARTS=k_rows.parts, STAGES=stages,
         QK=quant.qk, PV=quant.pv, PADDED=padded, CENTRED_K=keys.mean is not None, CENTRED_V=quant.smooth_v,
-        P_SHIFT=math.log2(LARGEST["fp8"]) if eight else 0.0, num_warps=4,
+        P_SHIFT=math.log2(LARGEST["fp8"]) if eight else 0.0, FLAG=fault is not None, num_warps=4,
         maxnreg=None if q_rows.block == 128 else 128,  # two blocks of one warpgroup share a multiprocessor
     )  # fmt: skip
     return out, lse

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdit.core.block_mask import tile_map
 from fastdit.kernels.pack import Rows, strides, tile_means
+from fastdit.kernels.triton_forward import raise_fault
 
 LN_2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1e30)
@@ -34,11 +35,11 @@ def settings(dim: int, wide: bool) -> dict[str, int]:
 
 def add(
     q: Tensor, k: Tensor, v: Tensor, kv_num_blocks: Tensor, kv_indices: Tensor, q_order: Tensor, k_order: Tensor, scale: float,
-    out: Tensor, lse: Tensor,
+    out: Tensor, lse: Tensor, fault: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Brings attention to the kept tiles, out [B, H, Nq, D] and lse [B, H, Nq], to attention to all of them, in place.
 
-    q, k, v and the mask as in `attention.block_sparse_attention`; scale in base 2.
+    q, k, v, the mask and fault as in `cuda.block_sparse_attention`; scale in base 2.
     """
     B, H, N, D = q.shape
     launch = settings(D, q.element_size() == 4)
@@ -50,17 +51,18 @@ def add(
     kept = F.pad(tile_map(kv_num_blocks, kv_indices), (0, more), value=True)
     weight = F.pad((k_order >= 0).sum(-1).float().log2(), (0, more)).where(~kept, float("-inf")).contiguous()
     _add[(len(q_order) * rows.parts, B * H)](
-        q, *means, centre, weight, q_order, out, lse,
+        q, *means, centre, weight, q_order, out, lse, fault,
         scale, H, H // k.shape[1], N, weight.shape[-1], rows.slots, *q.stride()[:3],
-        *out.stride()[:3], *strides(weight), D=D, DP=width, Q_PARTS=rows.parts, **launch | {"BM": rows.block},
+        *out.stride()[:3], *strides(weight), D=D, DP=width, Q_PARTS=rows.parts, FLAG=fault is not None,
+        **launch | {"BM": rows.block},
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["Fault"])
 def _add(
-    Q, K, V, Centre, Weight, QOrder, Out, Lse,
+    Q, K, V, Centre, Weight, QOrder, Out, Lse, Fault,
     scale, heads, group, n_q, tiles, slots, q_b, q_h, q_n, o_b, o_h, o_n, w_b, w_h,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, Q_PARTS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, Q_PARTS: tl.constexpr, FLAG: tl.constexpr,
 ):  # fmt: skip
     """One program a block of a query tile. K, V [B·Hkv, tiles, DP]; Centre [B·Hkv, D] of K; Weight [.., q_tiles, tiles]:
     log2 n, −inf of kept tiles."""
@@ -104,5 +106,9 @@ def _add(
     inside = live[:, None] & (d < D)[None, :]
     seen = total != 0
     total = tl.where(seen, total, 1.0)
-    tl.store(Out + token[:, None] * o_n + d[None, :], (acc / total[:, None]).to(Out.dtype.element_ty), mask=inside)
-    tl.store(Lse + token, tl.where(seen, (top + shift + tl.math.log2(total)) * LN_2, float("-inf")), mask=live)
+    out = (acc / total[:, None]).to(Out.dtype.element_ty)
+    tl.store(Out + token[:, None] * o_n + d[None, :], out, mask=inside)
+    lse = tl.where(seen, (top + shift + tl.math.log2(total)) * LN_2, float("-inf"))
+    tl.store(Lse + token, lse, mask=live)
+    if FLAG:
+        raise_fault(Fault, out, lse, live, 1)

@@ -21,15 +21,25 @@ FLOOR = tl.constexpr(-1e30)
 
 
 @triton.jit
+def raise_fault(Fault, out, lse, live, BIT: tl.constexpr):
+    """ORs BIT into an int32 where a row that is stored is not finite: out as it is rounded, lse −inf where no key was seen.
+
+    A row at a time, so that no warp waits for another: where all is well it costs a sum and a predicate that is never true.
+    """
+    wrong = (tl.sum(out.to(tl.float32) * 0, 1) != 0) | ~(lse < float("inf"))  # 0·x is NaN where x is not finite
+    tl.atomic_or(Fault + tl.zeros_like(lse).to(tl.int32), tl.full(lse.shape, BIT, tl.int32), mask=wrong & live, sem="relaxed")
+
+
+@triton.jit(do_not_specialize_on_alignment=["Fault"])
 def forward(
     Q, RawQ, K, V, Out, Lse, QScale, KScale, VScale, VMean, TileBias, BiasQ, BiasK, KMean,
-    QOrder, KCount, Num, Whole, Index, Schedule,
+    QOrder, KCount, Num, Whole, Index, Schedule, Fault,
     scale, heads, group, n_q, q_tiles, k_tiles, slots, parts, q_b, q_h, q_n, o_s, o_b, o_h, o_n, num_b, num_h, bq_b, bq_h,
     bk_b, bk_h,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, Q_PARTS: tl.constexpr, K_PARTS: tl.constexpr,
     QK: tl.constexpr, PV: tl.constexpr, PADDED: tl.constexpr, TILE_BIAS: tl.constexpr, RANK: tl.constexpr,
     KEY_BIAS: tl.constexpr, CENTRED_K: tl.constexpr, CENTRED_V: tl.constexpr,
-    P_SHIFT: tl.constexpr, LOCAL: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr,
+    P_SHIFT: tl.constexpr, LOCAL: tl.constexpr, SPLIT: tl.constexpr, ASM: tl.constexpr, FLAG: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     item = tl.load(Schedule + block // Q_PARTS)  # heavy tiles first: the last programs to run are short ones
@@ -172,5 +182,8 @@ def forward(
         Out += split * o_s
         Lse += split * (tl.num_programs(0) // (q_tiles * Q_PARTS)) * n_q
     where = Out + b * o_b + h * o_h + token[:, None] * o_n + d[None, :]
-    tl.store(where, out.to(Out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    out = out.to(Out.dtype.element_ty)
+    tl.store(where, out, mask=live[:, None] & inside[None, :])
     tl.store(Lse + bh * n_q + token, lse, mask=live)
+    if FLAG:
+        raise_fault(Fault, out, lse, live, 1)

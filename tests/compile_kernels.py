@@ -2,7 +2,8 @@
 
 A program of its own: in the test process Triton is in interpreter mode. `controls`: each of `CONTROLS`; `options`: kernels with
 what can be asked for beside the format, and those of float32. `hopper DIM ...`: the warp-specialized kernel of sm_90 (a minute
-each on a slow machine); `hopper-short`: two of it. `scores`: antidiagonal scores. `pooled`: the pooled remainder.
+each on a slow machine); `hopper-short`: two of it, and one that raises the flag. `scores`: antidiagonal scores. `pooled`: the
+pooled remainder, `repair`: the dense launch behind a call, `merge`: parts of lists. `flag`: kernels that raise the flag.
 """
 
 import importlib.util
@@ -63,14 +64,26 @@ if __name__ == "__main__":
         elif sys.argv[1:] == ["hopper-short"]:
             for quant in HOPPER[:2]:
                 print(json.dumps({"slots": 128} | sass.compile_hopper(128, quant, padded=False)), flush=True)
+            print(json.dumps({"slots": 128} | sass.compile_hopper(128, Quant(), padded=False, flag=True)), flush=True)
         elif sys.argv[1:] == ["scores"]:
             for arch in sass.SHARED:
                 for wide in (False, True):
                     print(json.dumps(sass.compile_scores(arch, 128, wide)), flush=True)
-        elif sys.argv[1:] == ["pooled"]:
+        elif sys.argv[1:] in (["pooled"], ["repair"]):
+            compiled = sass.compile_pooled if sys.argv[1] == "pooled" else sass.compile_repair
             for arch in sass.SHARED:
                 for dim, wide in ((64, False), (128, False), (256, False), (128, True), (256, True)):
-                    print(json.dumps(sass.compile_pooled(arch, dim, wide)), flush=True)
+                    print(json.dumps(compiled(arch, dim, wide)), flush=True)
+        elif sys.argv[1:] == ["merge"]:
+            for arch in sass.SHARED:
+                for dim in (64, 256):
+                    print(json.dumps(sass.compile_merge(arch, dim)), flush=True)
+        elif sys.argv[1:] == ["flag"]:
+            for arch in sass.SHARED:
+                for quant in (Quant(), Quant("int8", "none" if arch < 89 else "fp8", smooth_k=True)):
+                    for flag in (False, True) if quant.is_none else (True,):
+                        print(json.dumps({"flag": flag} | sass.compile_forward(arch, 128, quant, FLAG=flag)), flush=True)
+                print(json.dumps({"pooled": True} | sass.compile_pooled(arch, 128, False, flag=True)), flush=True)
         elif sys.argv[1:] == ["options"]:
             whole = {"PADDED": True, "SPLIT": True}
             for arch in sass.SHARED:

@@ -78,3 +78,49 @@ def test_what_does_not_fit_is_named(change, message):
 def test_a_device_without_a_kernel_is_refused():
     with pytest.raises(NotImplementedError, match="meta"):
         ops.attention(*(x.to("meta") for x in qkv()))
+
+
+def test_run_is_attention_without_the_op():
+    (q, k, v), m = qkv(), block_mask(2)
+    raised = torch.zeros((), dtype=torch.int32)
+    for mask, quant, remainder in (
+        (m, Quant("int8", "fp8"), "pooled"),
+        (m, Quant(), "none"),
+        (None, Quant("fp8", "fp8"), "none"),
+    ):
+        expected = ops.attention(q, k, v, mask, quant, 0.25, remainder)
+        for got, exact in zip(ops.run(q, k, v, mask, quant, 0.25, remainder, fault=raised), expected, strict=True):
+            assert torch.equal(got, exact)
+        assert int(raised) == 0
+    bias = torch.randn(1, 1, 32, 1)
+    found = ops.run(q, k, v, m, Quant(), 0.25, bias_k=bias)
+    assert all(map(torch.equal, found, ops.attention(q, k, v, m, scale=0.25, bias_k=bias)))
+
+
+def test_run_and_repair():
+    (q, k, v), m, raised = qkv(), block_mask(), torch.zeros(1, dtype=torch.int32)
+    ops.run(q, k, v * float("nan"), m, Quant(), 0.25, fault=raised)
+    assert raised.tolist() == [1]
+    out = torch.full_like(q, float("nan"))
+    ops.repair(q, k, v, out, 0.25, raised)
+    assert raised.tolist() == [1]
+    assert torch.equal(out, ops.attention(q, k, v, scale=0.25)[0])
+    kept = out.clone()
+    ops.repair(q, k, v * float("nan"), out, 0.25, raised * 0)
+    assert torch.equal(out, kept)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda q, k, v, out, raised: (q, k, v, out, raised.long()), ValueError, "one int32"),
+        (lambda q, k, v, out, raised: (q, k, v, out, raised.expand(2)), ValueError, "one int32"),
+        (lambda q, k, v, out, raised: (q, k, v, out.half(), raised), ValueError, "like q"),
+        (lambda q, k, v, out, raised: (q, k, v, out[:, :, 1:], raised), ValueError, "like q"),
+        (lambda *x: tuple(y.to("meta") for y in x), NotImplementedError, "meta"),
+    ],
+)
+def test_what_cannot_be_repaired_is_named(change, error, message):
+    q, k, v, out, raised = change(*qkv(), qkv()[0], torch.zeros(1, dtype=torch.int32))
+    with pytest.raises(error, match=message):
+        ops.repair(q, k, v, out, 0.25, raised)

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 import triton
-from fastdit.kernels.attention import unsupported
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdit.core.quant import LARGEST, Quant
 from fastdit.kernels import launch
+from fastdit.kernels.cuda import unsupported
 from fastdit.kernels.triton_forward import forward
 
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -60,10 +60,11 @@ def compile_forward(
         "D": dim, "DP": width, "BM": block_q, "BN": block_k, "Q_PARTS": 1, "K_PARTS": 1, "QK": quant.qk, "PV": quant.pv,
         "PADDED": False, "TILE_BIAS": quant.smooth_q, "RANK": 0, "KEY_BIAS": False,
         "CENTRED_K": quant.smooth_k, "CENTRED_V": quant.smooth_v, "P_SHIFT": LARGEST.get(quant.pv, 1.0),
-        "LOCAL": chosen.local, "SPLIT": False, "ASM": True,
+        "LOCAL": chosen.local, "SPLIT": False, "ASM": True, "FLAG": False, "Fault": None,
     }  # fmt: skip
     for name, value in changes.items():
         (options if name in options else constants)[name] = value
+    flagged = _flagged(constants)
     plain = "fp32" if wide else "bf16"
     eight = {"none": plain, "fp8": "fp8e4nv", "int8": "i8", "int4": "i8"}
     kinds = {"Q": eight[quant.qk], "RawQ": plain, "K": eight[quant.qk], "V": eight[quant.pv], "Out": plain, "QOrder": "i64"}
@@ -71,12 +72,20 @@ def compile_forward(
     kinds |= dict.fromkeys(("Lse", "QScale", "KScale", "VScale", "VMean", "TileBias", "BiasQ", "BiasK", "KMean"), "fp32")
     row = {"arch": arch, "dim": dim, "quant": str(quant), "triton": triton.__version__, "block_q": block_q, "block_k": block_k}
     row |= {"warps": options["num_warps"], "stages": options["num_stages"]}
-    facts, code = _facts(_source(kernel, kinds, constants, "o_s"), arch, options)
+    facts, code = _facts(_source(kernel, kinds | flagged, constants, "o_s"), arch, options)
     loop = _inner_loop(code)
     return row | facts | {"loop": len(loop), "mix": _mix(loop)}
 
 
-def compile_hopper(dim: int, quant: Quant, slots: int = 128, padded: bool = True) -> dict[str, Any]:
+def _flagged(constants: dict[str, Any]) -> dict[str, str]:
+    """The pointer to the flag, where a kernel raises it; None, as a launch without passes it, is a constant."""
+    if not constants["FLAG"]:
+        return {}
+    del constants["Fault"]
+    return {"Fault": "i32"}
+
+
+def compile_hopper(dim: int, quant: Quant, slots: int = 128, padded: bool = True, flag: bool = False) -> dict[str, Any]:
     """The kernel of `hopper.py` for query tiles of `slots` tokens in bfloat16. Its loop is the one without a mask."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -97,15 +106,16 @@ def compile_hopper(dim: int, quant: Quant, slots: int = 128, padded: bool = True
     constants = {
         "D": dim, "DP": width, "BM": block_q, "BN": block_k, "Q_PARTS": 1, "K_PARTS": 1, "STAGES": chosen.stages,
         "QK": quant.qk, "PV": quant.pv, "PADDED": padded, "CENTRED_K": quant.smooth_k, "CENTRED_V": quant.smooth_v,
-        "P_SHIFT": LARGEST.get(quant.pv, 1.0),
+        "P_SHIFT": LARGEST.get(quant.pv, 1.0), "FLAG": flag, "Fault": None,
     }  # fmt: skip
     kinds = {"Q": k_type, "RawQ": "bf16", "Out": "bf16", "QOrder": "i64"}
     kinds |= dict.fromkeys(("KCount", "Num", "Whole", "Index", "Schedule"), "i32")
     kinds |= dict.fromkeys(("Lse", "QScale", "KScale", "VScale", "VMean", "KMean"), "fp32")
+    kinds |= _flagged(constants)
     signature = {name: f"*{kind}" for name, kind in kinds.items()} | {"scale": "fp32", "keys": blocks(k_type, block_k, width)}
     signature["values"] = blocks(v_type, *((block_k, width) if quant.pv == "none" else (width, block_k)))
     signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    aligned = [*kinds, "q_b", "q_h", "q_n", "o_b", "o_h", "o_n"]
+    aligned = [*(kinds.keys() - {"Fault"}), "q_b", "q_h", "q_n", "o_b", "o_h", "o_n"]
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     options = {"num_warps": 4, "enable_fp_fusion": True} | ({} if block_q == 128 else {"maxnreg": 128})
     facts, code = _facts(GluonASTSource(kernel, signature, constants, attributes), 90, options)
@@ -117,7 +127,7 @@ def compile_hopper(dim: int, quant: Quant, slots: int = 128, padded: bool = True
     }  # fmt: skip
 
 
-def compile_pooled(arch: int, dim: int, wide: bool) -> dict[str, Any]:
+def compile_pooled(arch: int, dim: int, wide: bool, flag: bool = False) -> dict[str, Any]:
     """The kernel of the pooled remainder; wide: of float32, else of bfloat16."""
     from fastdit.kernels.pooled import _add as kernel
     from fastdit.kernels.pooled import settings
@@ -125,8 +135,31 @@ def compile_pooled(arch: int, dim: int, wide: bool) -> dict[str, Any]:
     launch, plain = settings(dim, wide), "fp32" if wide else "bf16"
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
     kinds = dict.fromkeys(("Q", "K", "V", "Out"), plain) | {"Centre": "fp32", "Weight": "fp32", "QOrder": "i64", "Lse": "fp32"}
-    constants = launch | {"D": dim, "DP": triton.next_power_of_2(dim), "Q_PARTS": 1}
+    constants = launch | {"D": dim, "DP": triton.next_power_of_2(dim), "Q_PARTS": 1, "FLAG": flag, "Fault": None}
+    kinds |= _flagged(constants)
     return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(kernel, kinds, constants, "tiles"), arch, options)[0]
+
+
+def compile_repair(arch: int, dim: int, wide: bool) -> dict[str, Any]:
+    """The dense launch that repairs an answer; wide: of float32, else of bfloat16."""
+    from fastdit.kernels.repair import _repair as kernel
+    from fastdit.kernels.repair import settings
+
+    chosen, plain = settings(dim, wide), "fp32" if wide else "bf16"
+    options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
+    kinds = dict.fromkeys(("Q", "K", "V", "Out"), plain) | {"Lse": "fp32", "Fault": "i32"}
+    constants = chosen | {"D": dim, "DP": triton.next_power_of_2(dim), "LSE": True} | {f"{x}_d": 1 for x in "qkvo"}
+    return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(kernel, kinds, constants), arch, options)[0]
+
+
+def compile_merge(arch: int, dim: int, flag: bool = True) -> dict[str, Any]:
+    """The kernel that joins parts of split lists, into bfloat16."""
+    from fastdit.kernels.parts import _merge as kernel
+
+    kinds = {"Parts": "fp32", "Lses": "fp32", "Out": "bf16", "Lse": "fp32"}
+    constants = {"D": dim, "DP": triton.next_power_of_2(dim), "BM": 32, "FLAG": flag, "Fault": None}
+    kinds |= _flagged(constants)
+    return {"arch": arch, "dim": dim} | _facts(_source(kernel, kinds, constants), arch, {"num_warps": 4})[0]
 
 
 def compile_scores(arch: int, dim: int, wide: bool) -> dict[str, Any]:
@@ -144,8 +177,9 @@ def _source(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], *more
     """A kernel whose pointers (to `kinds`) and strides of q, k and the answer are multiples of 16, and so is `more`."""
     signature = {name: f"*{kind}" for name, kind in kinds.items()} | {"scale": "fp32"}
     signature = {name: signature.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    strides = {f"{x}_{axis}" for x in "qko" for axis in "bhn"}
+    strides = {f"{x}_{axis}" for x in "qkvo" for axis in "bhn"}
     aligned = [name for name in kernel.arg_names if name in kinds or name in strides or name in more]
+    aligned = [name for name in aligned if name not in constants and name != "Fault"]  # one of many flags in a row
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     return ASTSource(kernel, signature, constants, attributes)
 
