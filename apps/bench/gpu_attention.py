@@ -73,7 +73,7 @@ def remembered(repeats: int) -> Rows:
             config = Config((Phase(policy=Window(density=0.125), quant=quant, reuse=reuse),), tile)
             plan = plan_call(config, 0.5, grid, q, k, v)
             calls[reuse.kind] = _step(q, k, v, plan, reuse, step_cache.Memory(), lines)
-        yield from _kinds("remembered", calls, quant, lines, plan.density, q.shape[2], repeats)
+        yield from _kinds("remembered", calls, quant, lines, float(plan.density), q.shape[2], repeats)
 
 
 def remainder(repeats: int) -> Rows:

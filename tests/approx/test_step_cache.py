@@ -232,8 +232,7 @@ def test_in_pieces_it_is_the_same_to_the_bit_and_small(monkeypatch, kind, store)
 
     answer = torch.empty_like(less).copy_(less)
     with Largest() as largest:
-        answer_is = {"compute": lambda *_, **__: (answer, lse)}
-        out, how = step_cache.attention(q, k, v, plan_of(), reuse, held, None, lambda: q, **answer_is)
+        out, how = step_cache.attention(
             q, k, v, plan_of(), reuse, held, None, lambda: q, compute=lambda *_, **__: (answer, lse)
         )
     assert how == "reuse"

@@ -15,7 +15,8 @@ from fastdit.policies import LSH, Antidiagonal, Dense, PowerOfTwo, Radial, Spati
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 POLICIES = [
-    Window(size=(1, 1, 1)), Radial(), SpatialTemporal(), Antidiagonal(), TopMass(), Stripe(), PowerOfTwo(), LSH(), Dense(),
+    Window(size=(1, 1, 1)), Radial(density=0.3), SpatialTemporal(density=0.3), Antidiagonal(density=0.3), TopMass(density=0.3),
+    Stripe(), PowerOfTwo(), LSH(density=0.3), Dense(),
 ]  # fmt: skip
 QUANTS = [Quant(), Quant("fp8", "fp8"), Quant("int8", "fp8")]
 
@@ -45,7 +46,7 @@ def run(model, sigma=0.9):
 
 
 def watched(model):
-    """From here on a wait between the model's pre-hooks and its hooks raises. fastdit's own pre-hook, which may wait, is first."""
+    """From here on a wait between the model's pre-hooks and its hooks raises. fastdit's own pre-hook, which may, is first."""
     model.register_forward_pre_hook(lambda *_: torch.cuda.set_sync_debug_mode("error"))
     model.register_forward_hook(lambda *_: torch.cuda.set_sync_debug_mode("default"), always_call=True)
 
