@@ -106,8 +106,6 @@ def _prepare(pipe: Any, settings: Settings, device: str) -> Any:
     else:
         pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
     if settings.ulysses * settings.ring > 1:
-        from fastdit.apps.workers.context_parallel import split
-
         split(pipe, settings.ulysses, settings.ring)
     if settings.compile:
         for model in denoisers(pipe):
@@ -117,6 +115,20 @@ def _prepare(pipe: Any, settings: Settings, device: str) -> Any:
             else:
                 model.compile()
     return pipe
+
+
+def split(pipe: Any, ulysses: int, ring: int) -> None:
+    """Split the sequence of every denoiser. Raises UserError for a model that diffusers cannot split so."""
+    from diffusers import ContextParallelConfig
+
+    for model in denoisers(pipe):
+        split_over: Any = getattr(model, "enable_parallelism", None)
+        name, heads = type(model).__name__, getattr(model.config, "num_attention_heads", None)
+        if split_over is None or getattr(model, "_cp_plan", None) is None:
+            raise UserError(f"--ulysses, --ring: diffusers does not know how to split {name} over GPUs")
+        if isinstance(heads, int) and heads % ulysses:
+            raise UserError(f"--ulysses {ulysses} must divide the {heads} attention heads of {name}: use --ring")
+        split_over(config=ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring))
 
 
 def defaults(pipe: Any) -> dict[str, Any]:

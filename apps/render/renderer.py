@@ -1,4 +1,4 @@
-"""`render(job)`: one clip, by one pipeline that stays loaded. Every way in (command line, batches, web page) ends here."""
+"""One clip, by one pipeline that stays loaded. Every way in (command line, batches, web page) ends here."""
 
 from __future__ import annotations
 
@@ -91,18 +91,14 @@ class Renderer:
             self._handle.restore()
         self._handle = None
 
-    def render(self, job: Job, on_step: Callable[[int, Tensor], None] = lambda step, latents: None) -> Result:
-        """One job. Raises UserError for what its user can mend, Stopped if `on_step` does."""
-        import fastdit
-        from fastdit.apps.compare.runs import both
-
+    def prepare(self, job: Job) -> tuple[Settings, dict[str, Any]]:
+        """Load the job's pipeline: all its settings, and what its record begins with. Raises UserError."""
         before = job.settings()
         before.check()
         if before.format == "mp4":
             ffmpeg()
-        seconds = {"load": 0.0 if self._loaded == before.pipeline else 1.0}
+        loaded = self._loaded == before.pipeline
         pipe = self.load(before)
-        seconds["load"] *= self._seconds
         settings = job.settings(**defaults(pipe)) if before.model else before
         check_shape(pipe, settings.frames, settings.height, settings.width)
         facts = {"job": job.hash, "state": "done", "index": job.index, "where": job.where, "seed": settings.seed}
@@ -110,29 +106,31 @@ class Renderer:
         facts["tokens"] = count = tokens(pipe, settings.frames, settings.height, settings.width)
         if count % (parts := settings.ulysses * settings.ring):
             raise UserError(f"{count} tokens cannot be shared by {parts} processes: change the height or width", 2)
-        if job.repeats:
-            self.restore()
-            result = both(pipe, settings, job.repeats, facts, self.show, on_step)
-        else:
-            self.accelerate(settings)
-            clip = generate(pipe, settings, show=self.show, on_step=on_step)
-            result = self._result(clip, settings, fastdit.report(pipe), facts)
-        result.record["seconds"] = seconds | result.record["seconds"]
-        return result
+        return settings, facts | {"seconds": {"load": 0.0 if loaded else self._seconds}}
+
+    def render(self, job: Job, on_step: Callable[[int, Tensor], None] = lambda step, latents: None) -> Result:
+        """One job, by its configuration alone. Raises UserError for what its user can mend, Stopped if `on_step` does."""
+        import fastdit
+
+        settings, facts = self.prepare(job)
+        self.accelerate(settings)
+        clip = generate(self.pipe, settings, show=self.show, on_step=on_step)
+        return self._result(clip, settings, fastdit.report(self.pipe), facts)
 
     def _result(self, clip: Clip, settings: Settings, report: Report, facts: dict[str, Any]) -> Result:
         start = time.perf_counter()
         clip_files = encode(clip.frames, settings.format, settings.fps, settings.crf, facts["settings"])
         sheet = {"-sheet.png": png(contact_sheet([(settings.prompt[:80], clip.frames)], 8, 2), facts["settings"])}
+        seconds = clip.seconds | {"encode": time.perf_counter() - start}
         facts |= {
-            "seconds": clip.seconds | {"encode": time.perf_counter() - start},
+            "seconds": facts["seconds"] | seconds,
             "step_seconds": clip.step_seconds,
             "phases": phases(clip, report),
             "density": report.density,
             "error": max((site.error for site in report.sites if site.error is not None), default=None),
             "frames_sha256": sha256(clip),
         }
-        said = f"{report}\n" + "  ".join(f"{stage} {taken:.2f} s" for stage, taken in facts["seconds"].items())
+        said = f"{report}\n" + "  ".join(f"{stage} {taken:.2f} s" for stage, taken in seconds.items())
         return Result(facts, report, ({} if len(clip.frames) == 1 else sheet) | clip_files, said)
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
 from fastdit.apps.render.media import UserError
-
-if TYPE_CHECKING:
-    from fastdit.apps.web.page import Page
+from fastdit.apps.web.page import Page
 
 
 def build(page: Page) -> None:

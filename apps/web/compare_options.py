@@ -8,7 +8,7 @@ from fastdit import Config, Phase, Quant
 from fastdit.approx.remainder import REMAINDERS
 from fastdit.config import Reuse
 from fastdit.policies import POLICIES, Dense
-from fastdit.presets import TILE
+from fastdit.config import TILE
 
 START = 0.98
 """Noise level down to which the presets stay dense."""

@@ -85,8 +85,9 @@ def serve(
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.staticfiles import StaticFiles
 
+    from fastdit.apps.web import tabs
     from fastdit.apps.web.limits import Limits
-    from fastdit.apps.web.page import Page, looks
+    from fastdit.apps.web.page import Page
     from fastdit.apps.web.queue import EMBEDDED, Studio
 
     try:
@@ -107,9 +108,10 @@ def serve(
     if scripts.is_dir():
         app.mount("/assets", StaticFiles(directory=scripts))
     gr.mount_gradio_app(
-        app, page.build(), "/", auth=None if users is None else Door(users).opens, run_history=False, footer_links=["settings"],
+        app, tabs.build(page), "/", auth=None if users is None else Door(users).opens, run_history=False,
+        footer_links=["settings"],
         max_file_size=f"{limits['upload_mb']}mb", show_error=False, ssr_mode=False, server_name=host, server_port=port,
-        **looks(),
+        **tabs.looks(),
     )  # fmt: skip
     at = listening.getsockname()[1]
     typer.echo(f"fastdit: http://{f'[{host}]' if ':' in host else host}:{at}  (clips go to {out}; Ctrl-C ends it)")

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
@@ -14,10 +14,8 @@ from fastdit import PRESETS, preset
 from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.web import estimate, html
+from fastdit.apps.web.page import Page
 from fastdit.apps.web.preview import preview
-
-if TYPE_CHECKING:
-    from fastdit.apps.web.page import Page
 
 EXAMPLES = [
     ["a red circle moving right"], ["a blue square moving up and a green triangle moving left"],

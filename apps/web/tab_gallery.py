@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
 from fastdit.apps.render import manifest
 from fastdit.apps.web import compare_options, html
+from fastdit.apps.web.page import Page
 from fastdit.apps.web.queue import EMBEDDED
-
-if TYPE_CHECKING:
-    from fastdit.apps.web.page import Page
 
 MANY = 24  # clips shown at first, and with every press of Older
 LABEL = 120  # characters of a prompt under its picture

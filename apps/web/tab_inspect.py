@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 import torch
@@ -15,15 +15,13 @@ from fastdit.apps.cli import show
 from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.web import html
+from fastdit.apps.web.page import Page
 from fastdit.core.layout import Grid, Layout
 from fastdit.pipelines import embedded
 from fastdit.policies import POLICIES
-from fastdit.presets import TILE
+from fastdit.config import TILE
 from fastdit.reporting.head_profile import retained, tile_mass
 from fastdit.reporting.heatmap import colour
-
-if TYPE_CHECKING:
-    from fastdit.apps.web.page import Page
 
 POLICY = [name for name in POLICIES if name not in ("dense", "head_profile", "power_of_two", "stripe")]
 MOST = 10_000

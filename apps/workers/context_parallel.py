@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastdit.apps.render.load import denoisers
+from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.media import UserError
-
-if TYPE_CHECKING:
-    from fastdit.apps.render.jobs import Job
+from fastdit.apps.render.renderer import Renderer
+from fastdit.apps.workers.pool import Failure, attempt
 
 
 def join(ulysses: int, ring: int) -> int:
@@ -39,28 +38,11 @@ def join(ulysses: int, ring: int) -> int:
     return dist.get_rank()
 
 
-def split(pipe: Any, ulysses: int, ring: int) -> None:
-    """Split the sequence of every denoiser. Raises UserError for a model that diffusers cannot split so."""
-    from diffusers import ContextParallelConfig
-
-    for model in denoisers(pipe):
-        split_over: Any = getattr(model, "enable_parallelism", None)
-        name, heads = type(model).__name__, getattr(model.config, "num_attention_heads", None)
-        if split_over is None or getattr(model, "_cp_plan", None) is None:
-            raise UserError(f"--ulysses, --ring: diffusers does not know how to split {name} over GPUs")
-        if isinstance(heads, int) and heads % ulysses:
-            raise UserError(f"--ulysses {ulysses} must divide the {heads} attention heads of {name}: use --ring")
-        split_over(config=ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring))
-
-
 def lead(jobs: Iterable[Job], stop: Callable[[], bool], show: bool) -> Iterator[tuple[Job, Any]]:
     """The pool of the first process: render with the others, in order; `stop` counts between clips.
 
     Raises UserError after a failure that the others may not have had: they might wait for this process in their attention.
     """
-    from fastdit.apps.render.renderer import Renderer
-    from fastdit.apps.workers.pool import Failure, attempt
-
     renderer = Renderer(show)
     for job in jobs:
         if stop():
@@ -81,9 +63,6 @@ def lead(jobs: Iterable[Job], stop: Callable[[], bool], show: bool) -> Iterator[
 
 def follow() -> int:
     """The life of every other process: render what the first one says, and keep nothing."""
-    from fastdit.apps.render.renderer import Renderer
-    from fastdit.apps.workers.pool import Failure, attempt
-
     renderer = Renderer(show=False)
     while (job := _tell(None)) is not None:
         outcome = attempt(renderer, job)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
+from fastdit.apps.compare.runs import both
 from fastdit.apps.render.generate import Stopped
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.media import UserError
@@ -48,7 +49,7 @@ Outcome = Result | Failure
 def attempt(renderer: Renderer, job: Job, on_step: Callable[[int, Any], None] = lambda step, latents: None) -> Outcome:
     """Render, whatever happens. Raises Stopped if `on_step` does."""
     try:
-        return renderer.render(job, on_step)
+        return both(renderer, job, on_step) if job.repeats else renderer.render(job, on_step)
     except UserError as error:
         return Failure(str(error), error.code)
     except Stopped:

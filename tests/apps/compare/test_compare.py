@@ -18,7 +18,7 @@ from util import decode, fastdit
 import fastdit as package
 from fastdit import Config, Dense, Phase, Window
 from fastdit.apps.compare.measure import Recorder, measure, velocity_error
-from fastdit.apps.compare.runs import describe
+from fastdit.apps.compare.runs import both, describe
 from fastdit.apps.render.generate import generate
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.load import denoisers
@@ -118,7 +118,7 @@ def test_frames_that_are_not_finite_are_refused(pipe: Any) -> None:
 
 def test_files(sparse_fast: None, pipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fastdit.apps.render.renderer.load", lambda settings: pipe)
-    result = Renderer(show=False).render(Job(0, vars(small(preset="fast")), repeats=2))
+    result = both(Renderer(show=False), Job(0, vars(small(preset="fast")), repeats=2))
     assert list(result.files) == ["-sheet.png", "-dense.mp4", ".mp4"]
     facts = result.record
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
