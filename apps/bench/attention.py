@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import flex_attention as flexible
+from torch.profiler import ProfilerActivity, profile
 
 from fastdit import ops
 from fastdit.core.block_mask import BlockMask
@@ -105,8 +107,6 @@ def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
 
 def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: BlockMask) -> Callable[[], Any]:
     """FlexAttention over the same tiles, the permutation into tile order included; slow to compile."""
-    from torch.nn.attention import flex_attention as flexible
-
     block, kept = layout.tile_tokens, mask.to_tile_map()
     kept = kept.expand(q.shape[0], q.shape[1], -1, -1)
 
@@ -169,8 +169,6 @@ def items(call: Callable[[], Any], device: str) -> dict[str, float]:
     """Milliseconds of one call: its GPU kernels for packing, for attention and for everything else, and the CPU."""
     if device == "cpu":
         return {}
-    from torch.profiler import ProfilerActivity, profile
-
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.apps.bench.presets import cpu_name
+from fastdit.apps.render import jobs
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 2}
 MIDDLE = {"frames": 17, "height": 64, "width": 64, "steps": 10}
@@ -46,7 +47,6 @@ class Watch:
 def batch(count: int, pool: Callable[..., Any], **settings: Any) -> Watch:
     """Render so many clips into a folder that is thrown away."""
     from fastdit.apps.render import batch as runner
-    from fastdit.apps.render import jobs
 
     made = jobs.make([(str(i), f"a red circle moving right {i}") for i in range(count)], {"seed": 0} | settings)
     watch = Watch()

@@ -7,6 +7,7 @@ Weights are random: no time depends on them. Two measurements. *forward*: one ca
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import time
 from collections.abc import Callable
@@ -39,8 +40,6 @@ def bench_encoder(
     ] = None,
 ) -> None:
     """Measure encoder propagation on Stable Diffusion 1.5's UNet, or write the table of what was measured."""
-    import json
-
     rows: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     if table is not None:
         write_block(table, BEGIN, END, "\n".join(lines(rows)))

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastdit.apps.bench import gpu_tests, tables
 from fastdit.apps.bench.presets import write_block
 from fastdit.apps.render.media import UserError, write_json
 
@@ -28,8 +29,6 @@ def bench_gpu(
 ) -> None:
     """Measure attention and Wan-shaped denoisers on a CUDA GPU, correctness first."""
     if table is not None:
-        from fastdit.apps.bench import tables
-
         page = table.read_text(encoding="utf-8")
         wanted = [(name, text) for name, text in tables.tables(out) if f"<!-- gpu:{name} -->" in page]
         for name, text in wanted:
@@ -40,7 +39,6 @@ def bench_gpu(
 
     if not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA GPU here: fastdit bench and fastdit bench kernel measure on a CPU")
-    from fastdit.apps.bench import gpu_tests
     from fastdit.apps.bench.attention import wrong
     from fastdit.apps.bench.gpu_attention import FORMATS, SECTIONS
     from fastdit.apps.bench.gpu_denoisers import denoisers

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
 
 import fastdit
 from fastdit import Config, Phase, Quant, Window
@@ -68,8 +69,6 @@ def denoisers(repeats: int) -> Iterator[dict[str, Any]]:
 @torch.no_grad()
 def measure(name: str, repeats: int) -> Iterator[dict[str, Any]]:
     """Rows of one denoiser: stock against every configuration."""
-    from diffusers import WanTransformer3DModel
-
     denoiser: Any = WanTransformer3DModel  # diffusers' own types hide nn.Module's methods
     layers, heads, ffn, latent = SHAPES[name]
     torch.manual_seed(0)

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import datetime
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastdit.apps.bench import roofline
 from fastdit.apps.bench.presets import cpu_name
 from fastdit.apps.render.media import UserError, write_json
 
@@ -94,15 +96,14 @@ def run(
 def print_model(formats: list[Quant], densities: list[float], dim: int, heads: int, tokens: int) -> None:
     """Compile each format for sm_90 and print the milliseconds of each pipe."""
     os.environ.pop("TRITON_INTERPRET", None)
-    from fastdit.apps.bench.roofline import H200, model
     from fastdit.apps.bench.sass import compile_forward
 
-    typer.echo(f"{H200.name}, {tokens} tokens, {heads} heads of {dim}, milliseconds of each pipe; nothing was run")
+    typer.echo(f"{roofline.H200.name}, {tokens} tokens, {heads} heads of {dim}, milliseconds of each pipe; nothing was run")
     for quant in formats:
-        row = compile_forward(H200.arch, dim, quant)
+        row = compile_forward(roofline.H200.arch, dim, quant)
         block = f"{row['block_q']}x{row['block_k']}, {row['warps']} warps, {row['loop']} instructions a step"
         for density in densities:
-            pipes = model(row, H200, tokens, heads, density)
+            pipes = roofline.model(row, roofline.H200, tokens, heads, density)
             typer.echo(f"{quant} at {density:g} ({block}): " + ", ".join(f"{name} {x:.2f}" for name, x in pipes.items()))
 
 
@@ -111,11 +112,9 @@ def _default(device: str) -> str:
 
 
 def _triton() -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
-        return version("triton")
-    except PackageNotFoundError:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
         return None
 
 

@@ -16,7 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fastdit.apps.compare.measure import measure
+from fastdit.apps.render.load import check_shape, denoisers, load
 from fastdit.apps.render.media import UserError, write_json
+from fastdit.apps.render.settings import Settings
 
 INCLUDES = "denoising loop: denoiser, guidance, scheduler; planning, block masks, permutation and quantization with it"
 BEGIN, END = "<!-- bench:main -->", "<!-- /bench:main -->"
@@ -75,10 +78,7 @@ def run(
     model: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure what the file lacks; returns all its rows. Raises UserError."""
-    from fastdit.apps.compare.measure import measure
     from fastdit.apps.compare.runs import describe
-    from fastdit.apps.render.load import check_shape, load
-    from fastdit.apps.render.settings import Settings
 
     cases = {
         size: [Settings(prompt, "", seed, model, name, *size, steps=steps, guidance=GUIDANCE) for name in presets]
@@ -126,7 +126,6 @@ def _machine(pipe: Any) -> dict[str, Any]:
     import torch
 
     import fastdit
-    from fastdit.apps.render.load import denoisers
 
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

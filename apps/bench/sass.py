@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdit.core.quant import LARGEST, Quant
-from fastdit.kernels import launch
+from fastdit.kernels import launch, pooled, tile_scores
 from fastdit.kernels.cuda import unsupported
 from fastdit.kernels.triton_forward import forward
 
@@ -119,25 +119,20 @@ def compile_hopper(dim: int, quant: Quant, slots: int = 128, padded: bool = True
 
 def compile_pooled(arch: int, dim: int, wide: bool) -> dict[str, Any]:
     """The kernel of the pooled remainder; wide: of float32, else of bfloat16."""
-    from fastdit.kernels.pooled import _add as kernel
-    from fastdit.kernels.pooled import settings
-
-    launch, plain = settings(dim, wide), "fp32" if wide else "bf16"
+    launch, plain = pooled.settings(dim, wide), "fp32" if wide else "bf16"
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
     kinds = dict.fromkeys(("Q", "K", "V", "Out"), plain) | {"Centre": "fp32", "Weight": "fp32", "QOrder": "i64", "Lse": "fp32"}
     constants = launch | {"D": dim, "DP": triton.next_power_of_2(dim), "Q_PARTS": 1}
-    return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(kernel, kinds, constants, "tiles"), arch, options)[0]
+    return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(pooled._add, kinds, constants, "tiles"), arch, options)[0]
 
 
 def compile_scores(arch: int, dim: int, wide: bool) -> dict[str, Any]:
     """The kernel of antidiagonal scores, tiles of 64 tokens in cells of eight; wide: of float32, else of bfloat16."""
-    from fastdit.kernels.tile_scores import BLOCKS
-    from fastdit.kernels.tile_scores import _cell_lse as kernel
-
     kinds = {"Q": "fp32" if wide else "bf16", "K": "fp32" if wide else "bf16", "Live": "i1", "Lse": "fp32"}
-    block = BLOCKS[4 if wide else 2]
+    block = tile_scores.BLOCKS[4 if wide else 2]
     constants = {"D": dim, "STRIDE": 8, "CELLS": 8, "TILES": block // 8, "BM": block, "BK": block}
-    return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(kernel, kinds, constants), arch, {"num_warps": 4})[0]
+    source = _source(tile_scores._cell_lse, kinds, constants)
+    return {"arch": arch, "dim": dim, "wide": wide} | _facts(source, arch, {"num_warps": 4})[0]
 
 
 def _source(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], *more: str) -> ASTSource:

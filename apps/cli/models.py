@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastdit.apps.bench.presets import write_block
+
 BEGIN, END = "<!-- families -->", "<!-- /families -->"
 
 
@@ -45,8 +47,6 @@ def models(
     """
     found = list(rows())
     if table is not None:
-        from fastdit.apps.bench.presets import write_block
-
         write_block(table, BEGIN, END, markdown(found))
         typer.echo(f"{table}: table written")
     elif as_json:

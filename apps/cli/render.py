@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
+from tqdm import tqdm
 
+from fastdit.apps.render import jobs
 from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import FORMATS, OFFLOADS, Settings
 from fastdit.apps.render.text import decode
@@ -77,8 +80,6 @@ def render(
     Each is a video, a JSON file and a contact sheet; the folder has a manifest, by which the same command goes on where it was
     stopped.
     """
-    from fastdit.apps.render import jobs
-
     base: dict[str, Any] = {
         "negative": negative_prompt, "seed": seed, "model": model, "preset": preset, "frames": frames, "height": height,
         "width": width, "steps": steps, "guidance": guidance, "fps": fps, "device": device, "dtype": dtype, "image": image,
@@ -156,8 +157,6 @@ class Talk:
         self.bar: Any = None
 
     def begin(self, jobs: int) -> None:
-        from tqdm import tqdm
-
         hidden = self.quiet or self.as_json or self.single or not jobs
         self.bar = tqdm(total=jobs, desc="clips", unit="clip", file=sys.stderr, disable=hidden)
 
@@ -225,8 +224,6 @@ def read_config(path: Path) -> Any:
         if path.suffix == ".toml":
             fields = tomllib.loads(text)
         elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
             fields = yaml.safe_load(text)
         else:
             fields = json.loads(text)

@@ -14,6 +14,7 @@ from fastdit.apps.bench.presets import around_block, write_block
 from fastdit.apps.cli.list import about
 from fastdit.apps.render.media import UserError
 from fastdit.apps.render.text import decode
+from fastdit.pipelines import embedded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -165,7 +166,6 @@ def attention_of(layout: Layout, sigma: float) -> tuple[Any, ...]:
     import torch
 
     from fastdit.apps.bench.quality import policy_table
-    from fastdit.pipelines import embedded
 
     t, h, w = layout.grid
     with torch.no_grad():

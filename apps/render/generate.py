@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from fastdit.apps.render.load import denoisers
 from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import Settings, local
@@ -48,7 +50,6 @@ def generate(
     from there to the frames.
     """
     import torch
-    from tqdm import tqdm
 
     call = arguments(pipe, settings)
     marks: list[float] = []

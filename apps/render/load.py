@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import Settings, here, hub_id, local, split_lora
+from fastdit.pipelines import embedded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +45,6 @@ def load(settings: Settings) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
-    from fastdit.pipelines import embedded
     from fastdit.pipelines.registry import adapter_for
 
     device, dtype = resolve(settings)

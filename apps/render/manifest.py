@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from fastdit.apps.render.media import Outputs, UserError
 
 FILE, LOCK = "manifest.jsonl", ".fastdit.lock"
@@ -50,8 +52,6 @@ class Manifest:
         self.records: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Manifest:
-        from filelock import FileLock, Timeout
-
         self.new = not self.folder.exists()
         self.lock = FileLock(self.folder / LOCK, timeout=0)
         try:

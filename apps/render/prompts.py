@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
+
 from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import local
 from fastdit.apps.render.text import blank, control, decode
@@ -98,8 +100,6 @@ def _csv(where: str, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _yaml(where: str, text: str) -> Iterator[tuple[str, Any]]:
-    import yaml
-
     text = text.translate(YAML_BREAKS)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)

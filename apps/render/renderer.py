@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,8 +36,6 @@ class Result:
 
 def record(settings: Settings, pipe: Any) -> dict[str, Any]:
     """What every sidecar begins with: settings, what ran them."""
-    import platform
-
     import diffusers
     import torch
     import transformers

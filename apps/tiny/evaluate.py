@@ -24,6 +24,7 @@ from fastdit.apps.tiny import clips
 from fastdit.apps.tiny.codec import Codec, psnr
 from fastdit.apps.tiny.judge import MEASURES, ask, judge, summary
 from fastdit.apps.tiny.tasks import Size, parse_sizes, tokens
+from fastdit.pipelines import embedded
 
 
 @torch.no_grad()
@@ -124,8 +125,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--json", type=Path)
     add("--sheets", type=Path, help="folder for contact sheets")
     args = ap.parse_args(argv)
-
-    from fastdit.pipelines import embedded
 
     try:
         pipe: Any = embedded.load(args.pipeline)

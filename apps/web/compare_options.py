@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from fastdit import Config, Phase, Quant
 from fastdit.approx.remainder import REMAINDERS
-from fastdit.config import Reuse
+from fastdit.config import TILE, Reuse
 from fastdit.policies import POLICIES, Dense
-from fastdit.config import TILE
 
 START = 0.98
 """Noise level down to which the presets stay dense."""

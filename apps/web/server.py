@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import os
 import re
+import socket
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ import typer
 from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.render.text import decode
+from fastdit.apps.web.limits import Limits
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PAUSE = 1.0
@@ -67,8 +69,6 @@ def serve(
     limits: dict[str, int],
 ) -> None:
     """Until interrupted. Raises UserError where Gradio is missing, or the port or folder cannot be used."""
-    import socket
-
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,7 +86,6 @@ def serve(
     from starlette.staticfiles import StaticFiles
 
     from fastdit.apps.web import tabs
-    from fastdit.apps.web.limits import Limits
     from fastdit.apps.web.page import Page
     from fastdit.apps.web.queue import EMBEDDED, Studio
 

@@ -16,10 +16,10 @@ from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.web import html
 from fastdit.apps.web.page import Page
+from fastdit.config import TILE
 from fastdit.core.layout import Grid, Layout
 from fastdit.pipelines import embedded
 from fastdit.policies import POLICIES
-from fastdit.config import TILE
 from fastdit.reporting.head_profile import retained, tile_mass
 from fastdit.reporting.heatmap import colour
 

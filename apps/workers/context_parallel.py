@@ -11,6 +11,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.media import UserError
 from fastdit.apps.render.renderer import Renderer
@@ -19,9 +22,6 @@ from fastdit.apps.workers.pool import Failure, attempt
 
 def join(ulysses: int, ring: int) -> int:
     """Meet the other processes; the rank of this one, on whose GPU it works from now on. Raises UserError."""
-    import torch
-    import torch.distributed as dist
-
     count = ulysses * ring
     if int(os.environ.get("WORLD_SIZE", "1")) != count:
         raise UserError(
@@ -74,9 +74,6 @@ def follow() -> int:
 
 def _tell(job: Job | None) -> Job | None:
     """What the first process says, heard by all."""
-    import torch
-    import torch.distributed as dist
-
     said = [job]
     dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
     return said[0]

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
+import torch
+
 from fastdit.apps.compare.runs import both
 from fastdit.apps.render.generate import Stopped
 from fastdit.apps.render.jobs import Job
@@ -194,7 +196,5 @@ def _serve(connection: Any, gpu: int | None, threads: int | None) -> None:
 
 
 def set_threads(count: int | None) -> None:
-    import torch
-
     if count is not None:
         torch.set_num_threads(count)

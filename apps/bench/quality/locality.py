@@ -23,6 +23,7 @@ from fastdit.apps.tiny.codec import Codec
 from fastdit.apps.tiny.model import encode_text, make_transformer, tokenize
 from fastdit.apps.tiny.tasks import Size, parse_sizes
 from fastdit.apps.tiny.words import caption
+from fastdit.pipelines import embedded
 
 SUMS = ("3x3x3", "5x9x9", "own frame", "best quarter of tiles")
 
@@ -104,8 +105,6 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--levels", default=".95,.8,.5,.2", help="noise levels, comma-separated")
     ap.add_argument("--json", type=Path)
     args = ap.parse_args(argv)
-
-    from fastdit.pipelines import embedded
 
     try:
         pipe: Any = embedded.load(args.pipeline)

@@ -11,6 +11,7 @@ import pytest
 from util import call
 
 from fastdit import PRESETS, Config, Dense, Phase, Window
+from fastdit.apps.bench import presets
 from fastdit.apps.bench.presets import BEGIN, END, cpu_name, markdown, parse_sizes, read_rows, run, save, write_table
 from fastdit.apps.render.media import UserError
 
@@ -66,9 +67,7 @@ def test_rows_and_table(measured: dict[str, Any], tmp_path: Path, monkeypatch: p
 
 
 def test_goes_on_where_it_stopped(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastdit.apps.compare import measure as module
-
-    real, asked = module.measure, []
+    real, asked = presets.measure, []
 
     def interrupted(pipe: Any, settings: Any, configs: Any, repeats: int) -> Any:
         if (settings.frames, list(configs)) == (9, ["balanced", "fast"]) and len(asked) == 1:
@@ -77,7 +76,7 @@ def test_goes_on_where_it_stopped(measured: dict[str, Any], monkeypatch: pytest.
         asked.append(f"{settings.frames} {' '.join(configs)}")
         return real(pipe, settings, configs, repeats, show=False)
 
-    monkeypatch.setattr(module, "measure", interrupted)
+    monkeypatch.setattr(presets, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(**measured)
     first = read_rows(measured["out"])
