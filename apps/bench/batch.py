@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastdit.apps.bench.presets import cpu_name
+from fastdit.apps.bench.markdown import cpu_name
 from fastdit.apps.render import jobs
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 2}

@@ -17,8 +17,9 @@ from typing import Annotated, Any
 import typer
 
 from fastdit.apps.bench import gpu_tests, tables
-from fastdit.apps.bench.presets import write_block
-from fastdit.apps.render.media import UserError, write_json
+from fastdit.apps.bench.markdown import write_block
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.outputs import write_json
 
 
 def bench_gpu(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 
 Rows = Iterator[dict[str, Any]]
 WORKERS = 14

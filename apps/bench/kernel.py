@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastdit.apps.bench import roofline
-from fastdit.apps.bench.presets import cpu_name
-from fastdit.apps.render.media import UserError, write_json
+from fastdit.apps.bench.markdown import cpu_name
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.outputs import write_json
 
 if TYPE_CHECKING:
     from fastdit.core.layout import Grid

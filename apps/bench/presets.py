@@ -9,16 +9,17 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from fastdit.apps.bench.markdown import cpu_name, write_block
 from fastdit.apps.compare.measure import measure
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.load import check_shape, denoisers, load
-from fastdit.apps.render.media import UserError, write_json
+from fastdit.apps.render.outputs import write_json
 from fastdit.apps.render.settings import Settings
 
 INCLUDES = "denoising loop: denoiser, guidance, scheduler; planning, block masks, permutation and quantization with it"
@@ -139,15 +140,6 @@ def _machine(pipe: Any) -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """The processor as it calls itself."""
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine()
-
-
 def read_rows(path: Path, must_exist: bool = False) -> list[dict[str, Any]]:
     """The rows of a file; none if it does not exist yet. Raises UserError for a file of another kind."""
     if not path.exists() and not must_exist:
@@ -203,22 +195,3 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     """The rows as a table, into a Markdown file. Raises UserError."""
     write_block(path, BEGIN, END, markdown(rows))
-
-
-def write_block(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace what stands between two marking lines of a Markdown file. Raises UserError if it has none."""
-    before, after = around_block(path, begin, end)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
-def around_block(path: Path, begin: str, end: str) -> tuple[str, str]:
-    """What stands before and behind two marking lines. Raises UserError if there are none."""
-    try:
-        old = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from None
-    before, found, rest = old.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise UserError(f"{path} has no {begin} … {end}: put these two lines where the table is to be")
-    return before, after

@@ -21,7 +21,8 @@ from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 import fastdit
-from fastdit.apps.bench.presets import cpu_name, parse_sizes, write_block
+from fastdit.apps.bench.markdown import cpu_name, write_block
+from fastdit.apps.bench.presets import parse_sizes
 from fastdit.attach.processor import installed
 from fastdit.attach.site_call import attend
 from fastdit.core.reference import relative_error

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdit.apps.render.media import UserError, ffmpeg
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.media import ffmpeg
 
 LEAST_DISK = 1 << 30
 EXTRAS = {"ray": ("cluster", "many machines"), "gradio": ("ui", "the web page"), "peft": ("lora", "LoRA")}

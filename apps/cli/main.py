@@ -16,14 +16,14 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 
 COMMANDS = {
     "render": "cli.render",
     "web": "web.server",
     "compare": "compare.files",
     "doctor": "cli.doctor",
-    "models": "cli.models",
+    "models": "cli.list",
     "bench": "bench.presets",
     "bench kernel": "bench.kernel",
     "bench gpu": "bench.gpu",

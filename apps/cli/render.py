@@ -15,8 +15,8 @@ import typer
 import yaml
 from tqdm import tqdm
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render import jobs
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import FORMATS, OFFLOADS, Settings
 from fastdit.apps.render.text import decode
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdit.apps.bench.presets import around_block, write_block
+from fastdit.apps.bench.markdown import around_block, write_block
 from fastdit.apps.cli.list import about
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.text import decode
 from fastdit.pipelines import embedded
 
@@ -165,12 +165,12 @@ def attention_of(layout: Layout, sigma: float) -> tuple[Any, ...]:
     """q, k and v of the embedded model's middle layer for one clip, in tile order."""
     import torch
 
-    from fastdit.apps.bench.quality import policy_table
+    from fastdit.apps.tiny.attention import add_noise, clean_latents, recorded_attention
 
     t, h, w = layout.grid
     with torch.no_grad():
-        inputs = policy_table.clean(embedded.load(), 1, ((t - 1) * 4 + 1, h * 8, w * 8))
-        return policy_table.watch(embedded.load(), policy_table.noised(*inputs, sigma, 0), layout.tile)[3]
+        inputs = clean_latents(embedded.load(), 1, ((t - 1) * 4 + 1, h * 8, w * 8))
+        return recorded_attention(embedded.load(), add_noise(*inputs, sigma, 0), layout.tile)[3]
 
 
 def quality(path: Path) -> list[str]:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdit.apps.render.media import Outputs, UserError, contact_sheet, png, to_json, write_mp4
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.media import contact_sheet, png, write_mp4
+from fastdit.apps.render.outputs import Outputs, to_json
 
 if TYPE_CHECKING:
     import numpy as np

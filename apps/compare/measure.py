@@ -19,9 +19,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import Clip, generate
 from fastdit.apps.render.load import denoisers
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import Settings
 
 if TYPE_CHECKING:

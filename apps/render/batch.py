@@ -14,9 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.manifest import Manifest
-from fastdit.apps.render.media import UserError, to_json
+from fastdit.apps.render.outputs import to_json
 from fastdit.apps.render.renderer import Result
 from fastdit.apps.workers.pool import Failure, Outcome
 

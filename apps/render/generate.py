@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.load import denoisers
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import Settings, local
 
 if TYPE_CHECKING:

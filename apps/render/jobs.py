@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from fastdit.apps.render.media import UserError, digest, slug
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.media import digest, slug
 from fastdit.apps.render.prompts import read as read
 from fastdit.apps.render.settings import Settings, content, split_lora
 from fastdit.apps.render.text import half_pair

@@ -17,7 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fastdit.apps.render.media import Outputs, UserError
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.outputs import Outputs
 
 FILE, LOCK = "manifest.jsonl", ".fastdit.lock"
 

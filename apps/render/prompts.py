@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.settings import local
 from fastdit.apps.render.text import blank, control, decode
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import Clip, generate
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.load import check_shape, defaults, denoisers, dropped_tokens, load, tokens
-from fastdit.apps.render.media import UserError, contact_sheet, encode, ffmpeg, png, to_uint8
+from fastdit.apps.render.media import contact_sheet, encode, ffmpeg, png, to_uint8
 from fastdit.apps.render.settings import Settings
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.apps.web.page import Page
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render import batch, jobs
 from fastdit.apps.render.generate import Stopped
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.renderer import Renderer
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.web import estimate

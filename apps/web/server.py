@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.render.text import decode
 from fastdit.apps.web.limits import Limits

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from fastdit import PRESETS, preset
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.web import estimate, html
 from fastdit.apps.web.page import Page

@@ -10,10 +10,10 @@ from typing import Any
 import gradio as gr
 import torch
 
-from fastdit.apps.bench.quality import policy_table
 from fastdit.apps.cli import show
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.settings import Settings
+from fastdit.apps.tiny.attention import add_noise, clean_latents, recorded_attention
 from fastdit.apps.web import html
 from fastdit.apps.web.page import Page
 from fastdit.config import TILE
@@ -109,8 +109,8 @@ def heads(policy: Any, layout: Layout, sigma: float) -> str:
     rows = ""
     with torch.no_grad():
         pipe = embedded.load()
-        inputs = policy_table.noised(*policy_table.clean(pipe, 1, ((t - 1) * 4 + 1, h * 8, w * 8)), sigma, 0)
-        calls = policy_table.watch(pipe, inputs, layout.tile)
+        inputs = add_noise(*clean_latents(pipe, 1, ((t - 1) * 4 + 1, h * 8, w * 8)), sigma, 0)
+        calls = recorded_attention(pipe, inputs, layout.tile)
         for layer, (q, k, v) in enumerate(calls):
             kept = policy.select(layout, *(() if policy.static else (q, k, v)[: len(policy.reads)]))
             shares = retained(tile_mass(q, k, layout), kept.float(), layout)[0].tolist()

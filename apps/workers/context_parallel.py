@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.jobs import Job
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.renderer import Renderer
 from fastdit.apps.workers.pool import Failure, attempt
 

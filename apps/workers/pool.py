@@ -22,9 +22,9 @@ from typing import Any, Protocol
 import torch
 
 from fastdit.apps.compare.runs import both
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import Stopped
 from fastdit.apps.render.jobs import Job
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.renderer import Renderer, Result
 
 ATTEMPTS = 3

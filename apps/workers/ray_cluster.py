@@ -6,8 +6,8 @@ import logging
 import socket
 from typing import Any
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.jobs import Job
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.renderer import Renderer
 from fastdit.apps.workers.pool import POLL, Died, Outcome, attempt, set_threads
 

@@ -12,8 +12,9 @@ from util import call
 
 from fastdit import PRESETS, Config, Dense, Phase, Window
 from fastdit.apps.bench import presets
-from fastdit.apps.bench.presets import BEGIN, END, cpu_name, markdown, parse_sizes, read_rows, run, save, write_table
-from fastdit.apps.render.media import UserError
+from fastdit.apps.bench.markdown import cpu_name
+from fastdit.apps.bench.presets import BEGIN, END, markdown, parse_sizes, read_rows, run, save, write_table
+from fastdit.apps.errors import UserError
 
 SIZES = [(5, 32, 32), (9, 64, 64)]
 FIELDS = (

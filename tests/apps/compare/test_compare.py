@@ -19,10 +19,10 @@ import fastdit as package
 from fastdit import Config, Dense, Phase, Window
 from fastdit.apps.compare.measure import Recorder, measure, velocity_error
 from fastdit.apps.compare.runs import both, describe
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import generate
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.load import denoisers
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.renderer import Renderer
 from fastdit.apps.render.settings import Settings
 

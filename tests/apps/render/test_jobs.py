@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdit import PRESETS, Config, Phase, Window
+from fastdit.apps.errors import UserError
 from fastdit.apps.render import jobs
 from fastdit.apps.render.jobs import make, parse, read
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import _sha256
 
 BASE = {"seed": 3, "preset": "fast"}

@@ -14,19 +14,9 @@ import pytest
 from PIL import Image
 from util import decode, probe
 
-from fastdit.apps.render.media import (
-    SLUG_LENGTH,
-    Outputs,
-    UserError,
-    contact_sheet,
-    digest,
-    ffmpeg,
-    png,
-    slug,
-    to_json,
-    to_uint8,
-    write_mp4,
-)
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.media import SLUG_LENGTH, contact_sheet, digest, ffmpeg, png, slug, to_uint8, write_mp4
+from fastdit.apps.render.outputs import Outputs, to_json
 
 
 def frames(count: int = 9, height: int = 32, width: int = 48) -> np.ndarray:

@@ -19,8 +19,8 @@ from util import call
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'fastdit[ui]'")
 
 from fastdit import PRESETS
+from fastdit.apps.errors import UserError
 from fastdit.apps.render import manifest
-from fastdit.apps.render.media import UserError
 from fastdit.apps.web import compare_options, html, tab_create, tab_inspect
 from fastdit.apps.web.limits import Limits
 from fastdit.apps.web.page import Page
