@@ -1,4 +1,7 @@
-"""`fastdit show presets`, `show policies`, and `models`; docs/families.md is made from the last."""
+"""`fastdit show presets`, `show policies`, `show settings` and `models`: what there is to choose from.
+
+The table of docs/cli.md is made from the settings, docs/families.md from the models.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from fastdit.apps.bench.markdown import write_block
+from fastdit.apps.cli import options
+from fastdit.apps.render.settings import DEFAULTS, SETTINGS
 
 BEGIN, END = "<!-- families -->", "<!-- /families -->"
 
@@ -48,6 +53,31 @@ def about(policy: type) -> str:
     """A policy in a line: its module's, or its own where a module holds several."""
     several = policy.__module__.endswith("compose")
     return ((policy if several else sys.modules[policy.__module__]).__doc__ or "").split("\n")[0]
+
+
+def show_settings(
+    table: Annotated[Path | None, typer.Option(help="Write the table into this Markdown file instead.")] = None,
+) -> None:
+    """List the settings of a clip: options of `render`, and keys of a line in a file of prompts."""
+    if table is not None:
+        write_block(table, "<!-- settings -->", "<!-- /settings -->", settings_table())
+        typer.echo(f"{table}: table written")
+        return
+    for name, about in SETTINGS.items():
+        typer.echo(f"{'prompt' if name == 'prompt' else ', '.join(options.names(name))}")
+        typer.echo(f"  {about.help}")
+
+
+def settings_table() -> str:
+    """Markdown: options, keys of a line, and what each setting is."""
+    lines = ["| option | in a line of a file | |", "|---|---|---|"]
+    for name, about in SETTINGS.items():
+        said = ["PROMPT"] if name == "prompt" else options.names(name)
+        keys = [key for key in (name, about.alias) if key] if about.line else []
+        default = "" if about.own or name == "prompt" else f" Default: {DEFAULTS[name]}."
+        cells = (", ".join(f"`{word}`" for word in words) for words in (said, keys))
+        lines.append(f"| {' | '.join(cells)} | {about.help}{default} |")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ COMMANDS = {
     "show policy": "cli.show",
     "show presets": "cli.list",
     "show policies": "cli.list",
+    "show settings": "cli.list",
     "show schedule": "cli.show",
     "show gallery": "cli.show",
 }

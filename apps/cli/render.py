@@ -15,18 +15,19 @@ import typer
 import yaml
 from tqdm import tqdm
 
+from fastdit.apps.cli.options import with_settings
 from fastdit.apps.errors import UserError
 from fastdit.apps.render import jobs
-from fastdit.apps.render.settings import FORMATS, OFFLOADS, Settings
+from fastdit.apps.render.settings import SETTINGS, Settings
 from fastdit.apps.render.text import decode
 
-INTERRUPTED = 130
 Text = str | None
 Whole = int | None
 
 
+@with_settings
 def render(
-    prompt: Annotated[Text, typer.Argument(help="What to draw.")] = None,
+    prompt: Annotated[Text, typer.Argument(help=SETTINGS["prompt"].help)] = None,
     prompts: Annotated[
         Text,
         typer.Option(help="File of prompts: txt, csv, jsonl, yaml, - for standard input. A line may override settings."),
@@ -34,59 +35,30 @@ def render(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; made if missing.")] = Path("."),
     name: Annotated[
         str, typer.Option(help="Of files: {index} {slug} {seed} {hash} {preset} {steps} {frames} {height} {width}.")
-    ] = ("{index:04d}-{slug}-s{seed}"),
-    model: Annotated[
-        Text, typer.Option("--model", "-m", help="Folder or Hub id of a diffusers pipeline. None: the embedded one.")
+    ] = jobs.NAME,
+    config: Annotated[
+        Path | None, typer.Option(help="File of a fastdit.Config (toml, yaml, json), which replaces the preset.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="How attention is accelerated; `fastdit show presets` lists them.")] = "balanced",
-    config: Annotated[Path | None, typer.Option(help="File of a fastdit.Config instead (toml, yaml, json).")] = None,
-    negative_prompt: Annotated[Text, typer.Option("--negative-prompt", "--negative", help="What not to draw.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise that every prompt starts from, unless its line says another.")] = 0,
     repeat: Annotated[int, typer.Option(help="Clips of each prompt, with seeds counted up.")] = 1,
-    frames: Annotated[Whole, typer.Option("--frames", "--num-frames", help="Number of frames. [embedded model: 33]")] = None,
-    height: Annotated[Whole, typer.Option(help="Pixels. [embedded model: 128; others: their own]")] = None,
-    width: Annotated[Whole, typer.Option(help="Pixels.")] = None,
-    steps: Annotated[Whole, typer.Option("--steps", "--num-inference-steps", help="Denoising steps. [embedded: 20]")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option("--guidance", "--guidance-scale", help="Classifier-free guidance; 1: off. [embedded: 3]"),
-    ] = None,
-    image: Annotated[Text, typer.Option(help="Picture to start from (image-to-video models).")] = None,
-    lora: Annotated[Text, typer.Option(help="LoRA: folder, file or Hub id, with @SCALE if it is not 1.")] = None,
-    fps: Annotated[Whole, typer.Option(help="Frames a second. [embedded model: 8; others: 16]")] = None,
-    format: Annotated[Text, typer.Option(help=f"{', '.join(FORMATS)} (a file a frame). [mp4; png of image models]")] = None,
-    crf: Annotated[int, typer.Option(help="Quality of mp4: 0 is lossless, 51 worst.")] = 18,
     compare: Annotated[bool, typer.Option("--compare", help="Also render densely from the same seed, and compare.")] = False,
     repeats: Annotated[int, typer.Option(help="With --compare: runs of each, interleaved; the best counts.")] = 2,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    cpu_offload: Annotated[str, typer.Option(help=f"Keep the model in main memory: {', '.join(OFFLOADS)}.")] = "none",
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the denoiser.")] = False,
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
     gpus: Annotated[Whole, typer.Option(help="GPUs of this machine to render on, a process each.")] = None,
     workers: Annotated[Whole, typer.Option(help="Processes on the CPU that share its cores.")] = None,
     threads: Annotated[Whole, typer.Option(help="Of PyTorch, in each process.")] = None,
     cluster: Annotated[Text, typer.Option(help="Render on Ray: auto, local, ray://HOST:PORT. Paths must exist there.")] = None,
-    ulysses: Annotated[int, typer.Option(help="GPUs that share each video by attention heads, under torchrun.")] = 1,
-    ring: Annotated[int, typer.Option(help="GPUs that share each video in a ring, under torchrun.")] = 1,
-    resume: Annotated[bool, typer.Option(help="Leave out what the folder's manifest has as done.")] = True,
+    resume: Annotated[bool, typer.Option(help="Skip the clips that the folder's manifest lists as done.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Render again, and replace files of the same name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be rendered, and load nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each clip, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    **settings: Any,
 ) -> int:
     """Render clips from prompts.
 
-    Each is a video, a JSON file and a contact sheet; the folder has a manifest, by which the same command goes on where it was
-    stopped.
+    Each is a video, a JSON file and a contact sheet. The folder keeps a manifest: an interrupted command goes on when it is run
+    again.
     """
-    base: dict[str, Any] = {
-        "negative": negative_prompt, "seed": seed, "model": model, "preset": preset, "frames": frames, "height": height,
-        "width": width, "steps": steps, "guidance": guidance, "fps": fps, "device": device, "dtype": dtype, "image": image,
-        "lora": lora, "format": format, "crf": crf, "cpu_offload": cpu_offload, "compile": compile, "vae_tiling": vae_tiling,
-        "ulysses": ulysses, "ring": ring,
-        "custom": None if config is None else read_config(config),
-    }  # fmt: skip
+    base: dict[str, Any] = settings | {"custom": None if config is None else read_config(config)}
     base = {key: value for key, value in base.items() if value is not None}
     if (prompt is None) == (prompts is None):
         both = "" if prompt is None else ", not both"
@@ -94,6 +66,7 @@ def render(
     Settings(**{"prompt": "x"} | base).check()
     if compare and repeats < 2:
         raise UserError(f"--repeats must be at least 2 (two dense runs must agree), got {repeats}", 2)
+    ulysses, ring = base["ulysses"], base["ring"]
     shared = ulysses * ring > 1
     if shared and (gpus or workers or cluster or compare):
         raise UserError("--ulysses and --ring do not go with --gpus, --workers, --cluster or --compare", 2)

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.load import denoisers
-from fastdit.apps.render.settings import Settings, local
+from fastdit.apps.render.paths import local
+from fastdit.apps.render.settings import SETTINGS, Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,17 +98,9 @@ def arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
     import torch
 
     takes = inspect.signature(pipe.__call__).parameters
-    call: dict[str, Any] = {
-        "prompt": settings.prompt,
-        "negative_prompt": settings.negative,
-        "num_frames": settings.frames,
-        "height": settings.height,
-        "width": settings.width,
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-        # on the CPU, so that a seed means the same on every device
-        "generator": torch.Generator().manual_seed(settings.seed),
-    }
+    call = {about.alias or name: getattr(settings, name) for name, about in SETTINGS.items() if about.argument}
+    # on the CPU, so that a seed means the same on every device
+    call["generator"] = torch.Generator().manual_seed(settings.seed)
     for name, said in (("negative_prompt", settings.negative), ("image", settings.image)):
         if said and name not in takes:
             raise UserError(f"{type(pipe).__name__} takes no {name}: leave it out")

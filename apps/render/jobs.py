@@ -14,24 +14,14 @@ from typing import Any
 
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.media import digest, slug
+from fastdit.apps.render.paths import content, split_lora
 from fastdit.apps.render.prompts import read as read
-from fastdit.apps.render.settings import Settings, content, split_lora
+from fastdit.apps.render.settings import ALIASES, KINDS, SETTINGS, Settings
 from fastdit.apps.render.text import half_pair
 
 NAME = "{index:04d}-{slug}-s{seed}"
-ALIASES = {
-    "negative_prompt": "negative", "num_frames": "frames", "num_inference_steps": "steps", "guidance_scale": "guidance",
-}  # fmt: skip
-"""diffusers' names of settings, and ours."""
-
-KINDS: dict[str, type] = {
-    "prompt": str, "negative": str, "seed": int, "steps": int, "guidance": float, "height": int, "width": int,
-    "frames": int, "fps": int, "preset": str, "image": str, "lora": str, "dtype": str, "format": str, "crf": int,
-}  # fmt: skip
+IN_A_LINE = {name: KINDS[name] for name, about in SETTINGS.items() if about.line}
 """What a line may say."""
-
-NOT_THE_CLIP = ("device", "cpu_offload", "compile", "vae_tiling", "ulysses", "ring")
-"""Settings that change how fast a clip is made and not what it shows: jobs that differ in these alone are one."""
 
 MARK = "\ufeff"  # of byte order: the shell's $(cat FILE), a cell and the clipboard pass it on
 LONGEST_NAME = 200  # bytes, of the 255 that most file systems allow
@@ -60,8 +50,8 @@ class Job:
         Names do not count, but what they stand for: a preset's configuration, and the content of files. Raises UserError for
         one that cannot be read.
         """
-        left_out = (*NOT_THE_CLIP, "preset", "custom")
-        said = {name: value for name, value in self.given.items() if name not in left_out and value is not None}
+        hashed = {name for name, about in SETTINGS.items() if about.hashed}
+        said = {name: value for name, value in self.given.items() if name in hashed and value is not None}
         said["config"] = self.settings().config().to_dict()
         if "image" in said:
             said["image"] = content(said["image"])
@@ -125,11 +115,11 @@ def parse(said: Any) -> dict[str, Any]:
         if value is None or value == "":
             continue  # an empty cell of a csv
         ours = ALIASES.get(key, key)
-        if ours not in KINDS:
-            raise UserError(f"unknown key {key!r}: known are {', '.join([*KINDS, *ALIASES])}")
+        if ours not in IN_A_LINE:
+            raise UserError(f"unknown key {key!r}: known are {', '.join([*IN_A_LINE, *ALIASES])}")
         if ours in given:
             raise UserError(f"{key!r} is said twice")
-        given[ours] = _as(KINDS[ours], key, value)
+        given[ours] = _as(IN_A_LINE[ours], key, value)
     if "prompt" not in given:
         raise UserError("there is no prompt")
     return given | {"prompt": given["prompt"].lstrip(MARK)}

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastdit.apps.errors import UserError
-from fastdit.apps.render.settings import Settings, here, hub_id, local, split_lora
+from fastdit.apps.render.paths import here, hub_id, local, split_lora
+from fastdit.apps.render.settings import KINDS, SETTINGS, Settings
 from fastdit.pipelines import embedded
 
 if TYPE_CHECKING:
@@ -133,8 +134,7 @@ def split(pipe: Any, ulysses: int, ring: int) -> None:
 
 def defaults(pipe: Any) -> dict[str, Any]:
     """Settings that a pipeline's own signature has for a clip: frames, height, width, steps, guidance; fps is 16."""
-    names = {"num_frames": "frames", "height": "height", "width": "width"}
-    names |= {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+    names = {about.alias or name: name for name, about in SETTINGS.items() if about.argument and KINDS[name] is not str}
     parameters = inspect.signature(pipe.__call__).parameters
     found = {ours: parameters[name].default for name, ours in names.items() if name in parameters}
     size = getattr(pipe, "default_sample_size", None)

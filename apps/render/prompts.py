@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from fastdit.apps.errors import UserError
-from fastdit.apps.render.settings import local
+from fastdit.apps.render.paths import local
 from fastdit.apps.render.text import blank, control, decode
 
 JSON = re.compile(r'[\[{][\[{\s]*(?:["\]}]|$)')

@@ -21,14 +21,14 @@ from fastdit.apps.errors import UserError
 from fastdit.apps.render import batch, jobs
 from fastdit.apps.render.generate import Stopped
 from fastdit.apps.render.renderer import Renderer
-from fastdit.apps.render.settings import Settings
+from fastdit.apps.render.settings import SETTINGS, Settings
 from fastdit.apps.web import estimate
 from fastdit.apps.web.limits import Limits
 from fastdit.apps.workers.pool import attempt
 
 EMBEDDED = "embedded model"
 HEARTBEAT = 1.0  # seconds: so soon it is noticed that somebody has gone
-KEYS = ("prompt", "negative", "model", "preset", "frames", "height", "width", "steps", "guidance", "seed", "image")
+KEYS = tuple(name for name, about in SETTINGS.items() if about.page)
 """What a person may say; everything else is the operator's."""
 
 

@@ -16,7 +16,7 @@ from fastdit import PRESETS, Config, Phase, Window
 from fastdit.apps.errors import UserError
 from fastdit.apps.render import jobs
 from fastdit.apps.render.jobs import make, parse, read
-from fastdit.apps.render.settings import _sha256
+from fastdit.apps.render.paths import _sha256
 
 BASE = {"seed": 3, "preset": "fast"}
 TWO = [

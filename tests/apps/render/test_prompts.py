@@ -14,8 +14,9 @@ from util import call, command, environment, fastdit
 from fastdit.apps.cli.render import Talk
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.jobs import make
+from fastdit.apps.render.paths import split_lora
 from fastdit.apps.render.prompts import read
-from fastdit.apps.render.settings import Settings, split_lora
+from fastdit.apps.render.settings import Settings
 
 MARK = "\ufeff"
 SAYS = {

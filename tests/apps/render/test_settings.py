@@ -11,6 +11,7 @@ import typer
 from util import call
 
 from fastdit import Config, Phase, Window
+from fastdit.apps.cli import list as lists
 from fastdit.apps.cli import main
 from fastdit.apps.render import jobs
 
@@ -76,3 +77,9 @@ def test_the_options_of_render_stay() -> None:
         "--ring": 1, "--no-resume --resume": True, "--overwrite": False, "--dry-run": False,
         "--json": False, "--quiet -q": False,
     }  # fmt: skip
+
+
+def test_the_table_of_the_docs_is_that_of_the_code() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "cli.md").read_text(encoding="utf-8")
+    found = text.partition("<!-- settings -->")[2].partition("<!-- /settings -->")[0]
+    assert found == f"\n{lists.settings_table()}\n", "run: fastdit show settings --table docs/cli.md"

@@ -1,0 +1,36 @@
+"""Options of `fastdit render` that are made from the table of settings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from fastdit.apps.render.settings import DEFAULTS, KINDS, SETTINGS
+
+
+def names(name: str) -> list[str]:
+    """The option of a setting as it may be written: by our name, by diffusers', and by its letter."""
+    about = SETTINGS[name]
+    words = [f"--{word.replace('_', '-')}" for word in (name, about.alias) if word]
+    return words + ([f"-{about.short}"] if about.short else [])
+
+
+def with_settings(command: Callable[..., int]) -> Callable[..., int]:
+    """Replace the **settings of a command by an option for each setting but the prompt. None: nothing was said."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name, about in SETTINGS.items():
+        if name == "prompt":
+            continue
+        kind: Any = KINDS[name] | None if about.own else KINDS[name]
+        option = typer.Option(*names(name), help=about.help)
+        default = None if about.own else DEFAULTS[name]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, option]))
+    made: Any = command
+    made.__signature__ = signature.replace(parameters=parameters)
+    made.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": signature.return_annotation}
+    return command
