@@ -68,7 +68,6 @@ def bench_gpu(
         "torch": torch.__version__, "triton": version("triton"), "cudnn": torch.backends.cudnn.version(),
     }  # fmt: skip
     typer.echo(f"{facts['device']}, torch {facts['torch']}: every format is right on ragged layouts")
-    out.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         rows: list[dict[str, Any]] = []
         start = time.perf_counter()

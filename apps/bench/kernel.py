@@ -16,6 +16,7 @@ from fastdit.apps.bench import roofline
 from fastdit.apps.bench.markdown import cpu_name
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.outputs import write_json
+from fastdit.apps.sizes import parse_size
 
 if TYPE_CHECKING:
     from fastdit.core.layout import Grid
@@ -41,18 +42,14 @@ def bench_kernel(
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = _sides(grid or ("32x32x32" if device == "cuda" or model else "8x16x16"), "--grid")
+    shape = parse_size(grid or ("32x32x32" if device == "cuda" or model else "8x16x16"), "--grid")
     wanted, shares = [_format(text) for text in formats.split(",")], _numbers(densities)
     if model:
         print_model(wanted, shares, dim, heads, shape[0] * shape[1] * shape[2])
         return
-    rows = run(shape, _sides(tile, "--tile"), heads, dim, dtype or _default(device), wanted, shares, device, repeats, flex)
+    rows = run(shape, parse_size(tile, "--tile"), heads, dim, dtype or _default(device), wanted, shares, device, repeats, flex)
     if out is not None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, rows)
-        except OSError as error:
-            raise UserError(f"cannot write {out} ({error.strerror}): choose another file with --out") from None
+        write_json(out, rows)
 
 
 def run(
@@ -117,14 +114,6 @@ def _triton() -> str | None:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:
         return None
-
-
-def _sides(text: str, option: str) -> Grid:
-    sides = text.split("x")
-    if len(sides) != 3 or not all(side.strip().isdigit() and int(side) for side in sides):
-        raise UserError(f"{option}: {text!r} is not time x height x width, such as 2x8x8", 2)
-    t, h, w = map(int, sides)
-    return t, h, w
 
 
 def _numbers(text: str) -> list[float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ from fastdit.apps.errors import UserError
 from fastdit.apps.render.load import check_shape, denoisers, load
 from fastdit.apps.render.outputs import write_json
 from fastdit.apps.render.settings import Settings
+from fastdit.apps.sizes import FRAMES, parse_size
 
 INCLUDES = "denoising loop: denoiser, guidance, scheduler; planning, block masks, permutation and quantization with it"
 BEGIN, END = "<!-- bench:main -->", "<!-- /bench:main -->"
@@ -53,18 +53,8 @@ def bench(
         write_table(table, read_rows(out, must_exist=True))
         typer.echo(f"{table}: table written from {out}")
         return
-    run(out, parse_sizes(sizes), [name.strip() for name in presets.split(",")], steps, repeats, prompt, seed, again)
-
-
-def parse_sizes(text: str) -> list[tuple[int, int, int]]:
-    """ "33x256x256,17x64x64" -> [(33, 256, 256), (17, 64, 64)]. Raises UserError."""
-    sizes = []
-    for one in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)x(\d+)x(\d+)\s*", one)
-        if match is None:
-            raise UserError(f"--sizes: {one.strip()!r} is not frames x height x width, such as 33x256x256", 2)
-        sizes.append((int(match[1]), int(match[2]), int(match[3])))
-    return sizes
+    asked = [parse_size(each, "--sizes", FRAMES) for each in sizes.split(",")]
+    run(out, asked, [name.strip() for name in presets.split(",")], steps, repeats, prompt, seed, again)
 
 
 def run(
@@ -90,7 +80,7 @@ def run(
     if repeats < 2:
         raise UserError(f"--repeats must be at least 2 (two dense runs must agree), got {repeats}", 2)
     rows = read_rows(out)
-    save(out, rows)  # before anything is measured: a folder that cannot be written should not cost an hour
+    write_json(out, {"rows": rows})  # before anything is measured: a folder that cannot be written should not cost an hour
     pipe = load(cases[sizes[0]][0])
     for size in sizes:
         check_shape(pipe, *size)
@@ -108,7 +98,7 @@ def run(
             row["config"] = settings.config().to_dict()
             rows = [old for old in rows if _key(old) != _key(row)] + [row]
             typer.echo(describe(settings, found, settings.preset, repeats))
-        save(out, rows)
+        write_json(out, {"rows": rows})
     return rows
 
 
@@ -153,20 +143,6 @@ def read_rows(path: Path, must_exist: bool = False) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} does not hold rows of fastdit bench: choose another file with --out") from None
     return list(rows)
-
-
-def save(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows, whole or not at all. Raises UserError where that cannot be."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_json(part, {"rows": rows})
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another file with --out") from None
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

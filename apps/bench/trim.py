@@ -22,7 +22,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 import fastdit
 from fastdit.apps.bench.markdown import cpu_name, write_block
-from fastdit.apps.bench.presets import parse_sizes
+from fastdit.apps.render.outputs import write_json
+from fastdit.apps.sizes import parse_size
 from fastdit.attach.processor import installed
 from fastdit.attach.site_call import attend
 from fastdit.core.reference import relative_error
@@ -151,15 +152,14 @@ def main(arguments: list[str] | None = None) -> None:
         "diffusers": diffusers.__version__, "fastdit": fastdit.__version__,
     }  # fmt: skip
     rows = []
-    for t, h, w in parse_sizes(options.grids):
+    for t, h, w in (parse_size(each, "--grids") for each in options.grids.split(",")):
         try:
             rows.append(measure((t, h, w), model, options.used, options.repeats))
         except RuntimeError as error:
             sys.exit(f"bench_trim: nothing is timed: {error}")
         row = rows[-1]
         print(f"{row['clip']}: attention {row['call_ratio']:.2f} x, forward {row['forward_ratio']:.2f} x", flush=True)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1), encoding="utf-8")
+        write_json(options.out, facts | {"rows": rows})
 
 
 if __name__ == "__main__":

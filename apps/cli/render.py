@@ -85,25 +85,25 @@ def render(
     pool = choose_pool(len(batch.jobs), gpus, workers, threads, cluster, show)
     if shared:
         pool = functools.partial(context_parallel.lead, show=show)
-    talk = Talk(quiet, as_json, single=len(lines) * repeat == 1, out=out)
+    console = Console(quiet, as_json, single=len(lines) * repeat == 1, out=out)
     for where, why in batch.errors:
         print(f"fastdit: {where}: {why}", file=sys.stderr)
-    return _run(batch, out, pool, talk, again=overwrite or not resume, overwrite=overwrite)
+    return _run(batch, out, pool, console, again=overwrite or not resume, overwrite=overwrite)
 
 
-def _run(batch: Any, out: Path, pool: Any, talk: Talk, again: bool, overwrite: bool) -> int:
+def _run(batch: Any, out: Path, pool: Any, console: Console, again: bool, overwrite: bool) -> int:
     from fastdit.apps.render import batch as runner
 
     with runner.Stop() as stop:
         try:
-            summary = runner.run(batch.jobs, out, pool, talk, stop, again, overwrite)
+            summary = runner.run(batch.jobs, out, pool, console, stop, again, overwrite)
         finally:
-            talk.close()
+            console.close()
     summary.failed = batch.errors + summary.failed
-    if talk.single:
+    if console.single:
         for record in summary.skipped:
             raise UserError(f"{out / record['file']} exists already, made with these settings (--overwrite makes it again)", 0)
-    elif not talk.as_json and not talk.quiet:
+    elif not console.as_json and not console.quiet:
         typer.echo(summary)
     if stop():
         raise KeyboardInterrupt
@@ -122,7 +122,7 @@ def _dry_run(batch: Any, as_json: bool) -> int:
     return 1 if batch.errors else 0
 
 
-class Talk:
+class Console:
     """What `render` says while it runs: a bar of clips, a line of JSON each, or nothing but errors."""
 
     def __init__(self, quiet: bool, as_json: bool, single: bool, out: Path) -> None:
@@ -133,12 +133,12 @@ class Talk:
         hidden = self.quiet or self.as_json or self.single or not jobs
         self.bar = tqdm(total=jobs, desc="clips", unit="clip", file=sys.stderr, disable=hidden)
 
-    def done(self, record: dict[str, Any], said: str) -> None:
+    def done(self, record: dict[str, Any], text: str) -> None:
         self.bar.update()
         if self.as_json:
             typer.echo(json.dumps(record))
         elif self.single and not self.quiet:
-            typer.echo(said)
+            typer.echo(text)
             for name in (f"{record['name']}.json", *record["files"]):
                 typer.echo(self.out / name)
 

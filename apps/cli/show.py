@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from fastdit.apps.bench.markdown import around_block, write_block
 from fastdit.apps.cli.list import about
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.text import decode
+from fastdit.apps.sizes import parse_size
 from fastdit.pipelines import embedded
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def show_policy(
     from fastdit.core.layout import Layout
 
     try:
-        layout = Layout(_sides(grid, "--grid"), _sides(tile, "--tile"))
+        layout = Layout(parse_size(grid, "--grid"), parse_size(tile, "--tile"))
         policy = make(name, options or [])
     except ValueError as error:
         raise UserError(str(error), 2) from None
@@ -237,10 +237,3 @@ def statistics(path: Path) -> str:
         text = [f"{row['final']:.2f}, {row['forced']:.3f}; {row['seconds']:.2f}" for row in cells]
         lines.append(f"| {arm} | {' | '.join(text)} |")
     return "\n".join(lines)
-
-
-def _sides(text: str, option: str) -> tuple[int, int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
-    if match is None:
-        raise ValueError(f"{option}: {text!r} is not time x height x width in tokens, such as 9x16x16")
-    return int(match[1]), int(match[2]), int(match[3])

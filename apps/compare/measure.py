@@ -112,7 +112,7 @@ def measure(
     variants: dict[str, Variant] = {}
     calls: list[Call] = []
     for turn in range(1, repeats + 1):
-        with Recorder(pipe, calls if turn == 1 else []):
+        with FirstCalls(pipe, calls if turn == 1 else []):
             dense.append(generate(pipe, settings, f"dense {turn}/{repeats}", show, on_step))
         check_finite(dense[-1], "dense")
         if not torch.equal(dense[-1].latents, dense[0].latents):
@@ -145,7 +145,7 @@ def check_finite(clip: Clip, what: str) -> None:
         raise UserError(f"the {what} run decoded to NaN or infinity: check the model's autoencoder; no speed is given for it")
 
 
-class Recorder:
+class FirstCalls:
     """Context manager: appends the first denoiser call at every noise level to `calls`, by reference (this is free)."""
 
     def __init__(self, pipe: Any, calls: list[Call]) -> None:
@@ -186,7 +186,7 @@ def velocity_error(
     import torch
 
     import fastdit
-    from fastdit.apps.compare.metrics import relative_error
+    from fastdit.core.reference import relative_error
 
     rows = []
     with torch.no_grad(), fastdit.accelerate(pipe, config):

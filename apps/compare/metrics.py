@@ -1,4 +1,4 @@
-"""How near two clips are: PSNR, SSIM, MS-SSIM and flicker over frames [F, H, W, 3] in [0, 1]; the relative error of tensors.
+"""How near two clips are: PSNR, SSIM, MS-SSIM and flicker over frames [F, H, W, 3] in [0, 1].
 
 They compare a clip with the dense one of the same seed: closeness, not quality. A good video whose details fell out
 otherwise can have 15 to 20 dB.
@@ -113,12 +113,6 @@ def lpips(a: Tensor, b: Tensor) -> tuple[float | None, str]:
         left, right = ([z.float().permute(2, 0, 1)[None] for z in clip] for clip in (a, b))
         each = [distance(x, y, net_type="alex", normalize=True).item() for x, y in zip(left, right, strict=True)]
     return sum(each) / len(each), ""
-
-
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    """|out − reference| / |reference|, Euclidean norms over all elements; 0 is equal, 1 as wrong as nothing at all."""
-    _same_shape(out, reference)
-    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:

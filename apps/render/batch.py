@@ -67,7 +67,7 @@ class Watcher(Protocol):
 
     def begin(self, jobs: int) -> None: ...
 
-    def done(self, record: dict[str, Any], said: str) -> None: ...
+    def done(self, record: dict[str, Any], text: str) -> None: ...
 
     def failed(self, record: dict[str, Any]) -> None: ...
 
@@ -129,7 +129,7 @@ def run(
                     fail(job, Failure(str(error), error.code))
                     continue
                 summary.done.append(record)
-                watcher.done(record, outcome.said)
+                watcher.done(record, outcome.text)
         except OSError as error:
             if error.errno not in FULL:
                 raise UserError(f"cannot write into {folder} ({error.strerror})") from None

@@ -97,7 +97,7 @@ def make(lines: Sequence[tuple[str, Any]], base: dict[str, Any], name: str = NAM
             batch.jobs.append(replace(job, index=len(batch.jobs)))
     taken = set[str]()
     for place, job in enumerate(batch.jobs):
-        batch.jobs[place] = named = replace(job, name=stem(name, job, taken))
+        batch.jobs[place] = named = replace(job, name=file_stem(name, job, taken))
         taken.add(named.name)
     return batch
 
@@ -167,7 +167,7 @@ def _fields(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stem(template: str, job: Job, taken: set[str]) -> str:
+def file_stem(template: str, job: Job, taken: set[str]) -> str:
     """File name of a job, its hash added where another has the name already. Raises UserError if it is too long."""
     name = template.format(**_fields(job))
     if len(name.encode()) > LONGEST_NAME:

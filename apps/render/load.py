@@ -178,13 +178,9 @@ def _locate(model: str, embedded: bool) -> tuple[str, bool]:
 
 def denoisers(pipe: Any) -> Iterator[nn.Module]:
     """The models that fastdit accelerates in a pipeline."""
-    from torch import nn
+    from fastdit.api import denoisers_of
 
-    from fastdit.api import DENOISERS
-
-    for name in DENOISERS:
-        if isinstance(model := getattr(pipe, name, None), nn.Module):
-            yield model
+    return (model for _, model in denoisers_of(pipe))
 
 
 def multiples(pipe: Any) -> tuple[int, int, int]:

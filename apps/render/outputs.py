@@ -88,10 +88,21 @@ def _alive(process: int) -> bool:
     return True
 
 
-def to_json(content: dict[str, Any]) -> bytes:
-    """UTF-8, indented; what JSON cannot say (an infinite PSNR) must have been made None."""
+def to_json(content: Any) -> bytes:
+    """UTF-8, indented. Raises ValueError for infinity and NaN, which JSON lacks: write None instead."""
     return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_bytes(to_json(content))
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all; its folder is made if missing. Raises UserError where that is impossible."""
+    text = to_json(content)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(text)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another file with --out") from None

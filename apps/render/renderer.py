@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result:
-    """record: what the manifest keeps, all JSON; report: of the run; said: in words.
+    """record: what the manifest keeps, all JSON; report: of the run; text: what is printed.
 
     files: {suffix: content}, the clip itself last, so that what is there is all there.
     """
@@ -32,7 +32,7 @@ class Result:
     record: dict[str, Any]
     report: Report
     files: dict[str, bytes]
-    said: str
+    text: str
 
 
 def record(settings: Settings, pipe: Any) -> dict[str, Any]:
@@ -130,8 +130,8 @@ class Renderer:
             "error": max((site.error for site in report.sites if site.error is not None), default=None),
             "frames_sha256": sha256(clip),
         }
-        said = f"{report}\n" + "  ".join(f"{stage} {taken:.2f} s" for stage, taken in seconds.items())
-        return Result(facts, report, ({} if len(clip.frames) == 1 else sheet) | clip_files, said)
+        text = f"{report}\n" + "  ".join(f"{stage} {taken:.2f} s" for stage, taken in seconds.items())
+        return Result(facts, report, ({} if len(clip.frames) == 1 else sheet) | clip_files, text)
 
 
 def sha256(clip: Clip) -> str:

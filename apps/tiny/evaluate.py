@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdit.apps.render.outputs import write_json
 from fastdit.apps.tiny import clips
 from fastdit.apps.tiny.codec import Codec, psnr
 from fastdit.apps.tiny.judge import MEASURES, ask, judge, summary
@@ -144,8 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             args.sheets.mkdir(parents=True, exist_ok=True)
             sheet(videos[:32], args.sheets / f"{row['size']}.png")
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ REMAINDER = {
     "what the last dense step had there (residual)": RESIDUAL,
 }  # fmt: skip
 """What stands in for the dropped tiles, in words; the last one is a statistic of earlier steps."""
-POLICY = ("window", "radial", "spatial_temporal", "antidiagonal", "top_mass", "lsh")
-"""Those whose density can be asked for."""
+POLICY = tuple(name for name, policy in POLICIES.items() if "density" in getattr(policy, "__dataclass_fields__", {}))
+"""The policies that can be asked for a density."""
 MEASURE = 1e6
 """An error budget that no error exceeds: errors are measured, and nothing follows from them."""
 

@@ -27,7 +27,7 @@ MOST_TILES = 4096
 
 
 @dataclass(frozen=True)
-class Facts:
+class PipelineFacts:
     """Of a loaded pipeline. multiples: as in `models.multiples`; even: tokens at which attention is half of the time."""
 
     multiples: tuple[int, int, int]
@@ -52,7 +52,7 @@ class Prediction:
     why: str | None = None
 
 
-def facts(pipe: Any) -> Facts:
+def facts(pipe: Any) -> PipelineFacts:
     """What `predict` needs of a pipeline."""
     model: Any = next(denoisers(pipe))
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -61,10 +61,10 @@ def facts(pipe: Any) -> Facts:
     width = getattr(config, "num_attention_heads", 1) * getattr(config, "attention_head_dim", 64)
     scheduler = getattr(pipe, "scheduler", None)
     shift = getattr(getattr(scheduler, "config", None), "flow_shift", None) or getattr(scheduler, "shift", None) or 1.0
-    return Facts(multiples(pipe), parameters / (2 * width * layers), layers, float(shift))
+    return PipelineFacts(multiples(pipe), parameters / (2 * width * layers), layers, float(shift))
 
 
-def predict(known: Facts, config: Config, frames: int, height: int, width: int, steps: int) -> Prediction:
+def predict(known: PipelineFacts, config: Config, frames: int, height: int, width: int, steps: int) -> Prediction:
     """Of one clip. Raises ValueError where it has no tokens."""
     grid = known.grid(frames, height, width)
     tokens = math.prod(grid)

@@ -1,6 +1,6 @@
 """Whose turn it is: one thread draws for everybody, in the order in which they came, with limits that the operator sets.
 
-A `Place` is one person's in the queue; a `Ticket` is a place with a clip to draw, and what has become of it. The thread calls
+A `Turn` is one person's in the queue; a `Ticket` is a turn with a clip to draw, and what has become of it. The thread calls
 `batch.run`, as the command line does: files and manifest are the same, whoever made them. Nothing here knows Gradio.
 """
 
@@ -33,7 +33,7 @@ KEYS = tuple(name for name, about in SETTINGS.items() if about.page)
 
 
 @dataclass
-class Place:
+class Turn:
     """stop: it is wanted no more; notify: something about it has changed."""
 
     user: str
@@ -42,7 +42,7 @@ class Place:
 
 
 @dataclass
-class Ticket(Place):
+class Ticket(Turn):
     """state: waiting, starting, denoising, finishing, then done, stopped or failed. steps: all that will run.
 
     latents: as the last step left them. record: of the manifest; report: what ran in every call; error: a sentence.
@@ -89,7 +89,7 @@ class Ticket(Place):
         self.latents = latents
         self.become("denoising" if self.step < self.steps else "finishing")
 
-    def done(self, record: dict[str, Any], said: str) -> None:
+    def done(self, record: dict[str, Any], text: str) -> None:
         self.record = record
 
     def failed(self, record: dict[str, Any]) -> None:
@@ -103,8 +103,8 @@ class Studio:
         self.out, self.models, self.limits, self.fixed = out, models, limits, fixed or {}
         self.worker = ThreadPoolExecutor(1, "fastdit-render")
         self.renderer = Renderer(show=False)
-        self.facts: dict[str | None, estimate.Facts] = {}
-        self.queue: list[Place] = []
+        self.facts: dict[str | None, estimate.PipelineFacts] = {}
+        self.queue: list[Turn] = []
         self.lock = threading.Lock()
         self.warm = self.worker.submit(self._load, Settings(prompt="x", model=next(iter(models.values())), **self.fixed))
 
@@ -132,17 +132,17 @@ class Studio:
             self.limits.check_picture(settings.image)
         return made.jobs[0]
 
-    def enter(self, place: Place) -> int:
+    def enter(self, turn: Turn) -> int:
         """Put it at the end of the queue; how many come first. Raises UserError if that, or the user's share of it, is full."""
         with self.lock:
-            if sum(other.user == place.user for other in self.queue) >= self.limits.each:
+            if sum(other.user == turn.user for other in self.queue) >= self.limits.each:
                 raise UserError(f"you have {self.limits.each} clips waiting already: wait for one of them, or stop it")
             if len(self.queue) >= self.limits.queue:
                 raise UserError("too many people are waiting: try again in a few minutes")
-            self.queue.append(place)
+            self.queue.append(turn)
             return len(self.queue) - 1
 
-    def ahead(self, ticket: Place) -> int:
+    def ahead(self, ticket: Turn) -> int:
         """How many come first."""
         with self.lock:
             return self.queue.index(ticket) if ticket in self.queue else 0
@@ -179,7 +179,7 @@ class Studio:
             if future.cancel() or future.done():
                 self._leave(ticket)
 
-    def _leave(self, ticket: Place) -> None:
+    def _leave(self, ticket: Turn) -> None:
         with self.lock:
             if ticket in self.queue:
                 self.queue.remove(ticket)
@@ -225,16 +225,16 @@ class Studio:
 
     def call(self, user: str, function: Callable[[], Any]) -> tuple[Future[Any], int]:
         """Run something else that needs the model or the cores in its turn, and how many come first. As `enter`."""
-        place = Place(user)
-        ahead = self.enter(place)
+        turn = Turn(user)
+        ahead = self.enter(turn)
 
         def run() -> Any:
-            if place.stop.is_set():
+            if turn.stop.is_set():
                 raise UserError("stopped before its turn")
             return function()
 
         future = self.worker.submit(run)
-        future.add_done_callback(lambda _: self._leave(place))  # also when it is cancelled
+        future.add_done_callback(lambda _: self._leave(turn))  # also when it is cancelled
         return future, ahead
 
 

@@ -107,7 +107,7 @@ def serve(
     if scripts.is_dir():
         app.mount("/assets", StaticFiles(directory=scripts))
     gr.mount_gradio_app(
-        app, tabs.build(page), "/", auth=None if users is None else Door(users).opens, run_history=False,
+        app, tabs.build(page), "/", auth=None if users is None else PasswordGate(users).opens, run_history=False,
         footer_links=["settings"],
         max_file_size=f"{limits['upload_mb']}mb", show_error=False, ssr_mode=False, server_name=host, server_port=port,
         **tabs.looks(),
@@ -121,7 +121,7 @@ def serve(
         studio.close()
 
 
-class Door:
+class PasswordGate:
     """Lets in who knows a password, and keeps others from guessing fast. users: {name: password}."""
 
     def __init__(self, users: dict[str, str]) -> None:

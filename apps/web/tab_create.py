@@ -75,7 +75,7 @@ def build(page: Page) -> dict[str, Any]:
     die.click(lambda: random.randrange(2**31), None, seed, queue=False, api_visibility="private")
 
     def tell(*values: Any) -> str:
-        return foresee(page, *values)
+        return estimate_line(page, *values)
 
     sizes: list[Any] = [model, speed, frames, height, width, steps]
     gr.on(
@@ -113,7 +113,7 @@ async def draw(
         yield html.error(str(problem))
 
 
-def foresee(page: Page, model: str, name: str, frames: int, height: int, width: int, steps: int) -> str:
+def estimate_line(page: Page, model: str, name: str, frames: int, height: int, width: int, steps: int) -> str:
     """Tokens, and about how much faster the preset is, in a line."""
     known = page.studio.facts.get(page.studio.models.get(model))
     if known is None:

@@ -14,7 +14,7 @@ from fastdit.apps.cli import show
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.tiny.attention import add_noise, clean_latents, recorded_attention
-from fastdit.apps.web import html
+from fastdit.apps.web import compare_options, html
 from fastdit.apps.web.page import Page
 from fastdit.config import TILE
 from fastdit.core.layout import Grid, Layout
@@ -23,7 +23,7 @@ from fastdit.policies import POLICIES
 from fastdit.reporting.head_profile import retained, tile_mass
 from fastdit.reporting.heatmap import colour
 
-POLICY = [name for name in POLICIES if name not in ("dense", "head_profile", "power_of_two", "stripe")]
+POLICY = [*compare_options.POLICY, "union", "intersect"]
 MOST = 10_000
 """Tokens up to which the embedded model's attention is looked at: its masses cost O(N²)."""
 MOST_TILES = 2048

@@ -10,7 +10,6 @@ by bisection until the mean density is the one asked for, at each noise level fo
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastdit import Config, Phase, Window
+from fastdit.apps.render.outputs import write_json
 from fastdit.apps.tiny.attention import add_noise, clean_latents, recorded_attention, velocity_under
 from fastdit.core.layout import Layout
 from fastdit.core.reference import relative_error
@@ -175,8 +175,7 @@ def write(rows: dict[tuple[str, float, str], dict[str, Any]], clips_count: int, 
         for (name, density, remainder), row in rows.items()
     ]
     facts = {"size": "x".join(map(str, SIZE)), "tokens": 2304, "tile": list(TILE), "clips": clips_count, "seeds": seeds}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts | {"rows": found}, indent=1) + "\n", encoding="utf-8")
+    write_json(out, facts | {"rows": found})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,6 @@ Arms take turns batch by batch, and the best batch's seconds count.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 import fastdit
 from fastdit import Config, Phase, Window
+from fastdit.apps.render.outputs import write_json
 from fastdit.apps.tiny import clips
 from fastdit.apps.tiny.words import caption
 from fastdit.config import Reuse
@@ -132,8 +132,7 @@ def write(rows: dict[tuple[str, float], dict[str, Any]], done: int, out: Path, d
         "steps": STEPS,
         "refresh": REFRESH,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts | {"clips": done, "rows": found}, indent=1) + "\n", encoding="utf-8")
+    write_json(out, facts | {"clips": done, "rows": found})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from util import call, command, environment, fastdit
 
-from fastdit.apps.cli.render import Talk
+from fastdit.apps.cli.render import Console
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.jobs import make
 from fastdit.apps.render.paths import split_lora
@@ -243,9 +243,9 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_record_is_one_line_to_every_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    talk, record = Talk(False, True, False, tmp_path), {"where": "line 1", "error": "a\u2028b\x85c"}
-    talk.begin(0)
-    talk.done(record, "")
-    talk.failed(record)
-    talk.close()
+    console, record = Console(False, True, False, tmp_path), {"where": "line 1", "error": "a\u2028b\x85c"}
+    console.begin(0)
+    console.done(record, "")
+    console.failed(record)
+    console.close()
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [record, record]
