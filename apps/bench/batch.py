@@ -27,7 +27,7 @@ USUAL = {"frames": 33, "height": 128, "width": 128, "steps": 20}
 
 
 class Timeline:
-    """When each clip was done, what its record says, and the process's resident bytes then."""
+    """For each clip: when it was done, its record, and the process's resident bytes at that time."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -46,7 +46,7 @@ class Timeline:
 
 
 def batch(count: int, pool: Callable[..., Any], **settings: Any) -> Timeline:
-    """Render so many clips into a folder that is thrown away."""
+    """Render this many clips into a temporary folder."""
     from fastdit.apps.render import batch as runner
 
     made = jobs.make([(str(i), f"a red circle moving right {i}") for i in range(count)], {"seed": 0} | settings)
@@ -83,7 +83,7 @@ def memory(clips: int) -> dict[str, Any]:
 
 
 def throughput(clips: int, turns: int, kind: str) -> dict[str, Any]:
-    """Best of interleaved turns; every worker's first clip, for which it loads the model, is not counted."""
+    """Best of interleaved turns. The first clip of each worker does not count, since it loads the model."""
     from fastdit.apps.workers import pool
     from fastdit.apps.workers.ray_cluster import Actors
 

@@ -23,7 +23,7 @@ from fastdit.apps.render.outputs import write_json
 
 BEGIN, END = "<!-- bench:encoder -->", "<!-- /bench:encoder -->"
 TOLERANCE = 1e-4
-"""Relative, of single precision answers whose sums run in another order."""
+"""Relative error of single precision results that differ in the order of sums."""
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
 SDXL: dict[str, Any] = {
     "sample_size": 128, "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
@@ -31,7 +31,7 @@ SDXL: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
 }  # fmt: skip
-"""What differs from the defaults of UNet2DConditionModel. SDXL's embedding of picture sizes is left out: it costs nothing."""
+"""Differences from the defaults of UNet2DConditionModel. SDXL's embedding of picture sizes is omitted: it costs nothing."""
 MODELS = {"SD 1.5": SD15, "SDXL": SDXL}
 
 
@@ -83,7 +83,7 @@ def bench_encoder(
 
 
 def forwards(model: Any, size: int, batch: int, repeats: int, together: int) -> Any:
-    """Seconds of each kind of forward, after every round; UserError where an answer is wrong."""
+    """Seconds of each kind of forward, after every round. Raises UserError if a result is wrong."""
     import torch
 
     from fastdit.core.reference import relative_error
@@ -130,7 +130,7 @@ def loop(model: Any, size: int, batch: int, steps: int) -> Any:
     latents = dict.fromkeys(arms, torch.randn(1, 4, size, size, device=model.device))
     seconds = dict.fromkeys(arms, 0.0)
     for i, level in enumerate(schedules["stock"].timesteps):
-        for name in list(arms)[:: (-1) ** i]:  # none is always the first
+        for name in list(arms)[:: (-1) ** i]:  # so that none is always first
 
             def one(name: str = name, level: Any = level) -> Any:
                 noise = arms[name](latents[name].repeat(batch, 1, 1, 1), level, text)[0]
@@ -145,7 +145,7 @@ def loop(model: Any, size: int, batch: int, steps: int) -> Any:
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and the answer. On a CPU seconds of CPU time, which other processes on the machine do not lengthen much."""
+    """Seconds and the result. On a CPU these are seconds of CPU time, which other processes hardly lengthen."""
     import torch
 
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -187,14 +187,14 @@ def lines(rows: dict[str, Any]) -> list[str]:
 
 
 def speedup(share: float) -> float:
-    """Of 50 steps with the paper's key steps, when a step between takes this share of a full one."""
+    """Speedup of 50 steps with the paper's key steps, if each other step takes this share of a full one."""
     from fastdit.encoder_reuse.propagate import KEY_STEPS
 
     return 50 / (len(KEY_STEPS) + (50 - len(KEY_STEPS)) * share)
 
 
 def unet() -> Any:
-    """The UNet with random weights. Filled by hand: drawing 860 million numbers as the layers do takes minutes."""
+    """The UNet with random weights, filled here: the layers' own initialisation of 860 million numbers takes minutes."""
     import torch
 
     model = twin(None).to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
@@ -207,7 +207,7 @@ def unet() -> Any:
 
 
 def operations(config: dict[str, Any], size: int) -> dict[str, float]:
-    """Floating point operations of a step between key steps, as shares of a full one: counted, on tensors without memory."""
+    """Floating point operations of a step between key steps, as shares of a full step, counted on tensors without memory."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -217,7 +217,7 @@ def operations(config: dict[str, Any], size: int) -> dict[str, float]:
         text = torch.zeros(1, 77, config["cross_attention_dim"], device="meta")
         for name, joins in (("decoder alone", False), ("skips convolved once", True)):
             model, _ = propagated(None, (0,), joins=joins, config=config)
-            for time in (900, 800, 700):  # the second is the first between, which convolves the skips
+            for time in (900, 800, 700):  # the second is the first step between key steps, which convolves the skips
                 with FlopCounterMode(display=False) as counter:
                     model(x, torch.tensor(time), text)
                 counts["full" if time == 900 else name] = counter.get_total_flops()
@@ -225,7 +225,7 @@ def operations(config: dict[str, Any], size: int) -> dict[str, float]:
 
 
 def twin(model: Any, config: dict[str, Any] = SD15) -> Any:
-    """The same weights in another module, so that hooks in one leave the other alone; None: without weights."""
+    """Another module with the same weights, so that hooks in one do not affect the other. None: no weights."""
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -257,7 +257,7 @@ def propagated(
 
 
 class Schedule:
-    """A pipeline as far as `Propagation` needs one: something with a scheduler."""
+    """What `Propagation` needs of a pipeline: a scheduler."""
 
     def __init__(self, steps: int) -> None:
         import diffusers

@@ -1,7 +1,7 @@
 """`fastdit bench gpu`: kernels held against float64 on this GPU, then attention and whole denoisers timed, into JSON files.
 
-A file a section, written after every row, so a run that is cut off leaves what it has measured; docs/benchmarks.md is made of
-them.
+Each section has a file, which is written after every row, so an interrupted run keeps its rows. docs/benchmarks.md is made from
+these files.
 """
 
 from __future__ import annotations

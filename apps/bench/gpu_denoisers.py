@@ -31,7 +31,7 @@ LEVELS = [900 - 20 * step for step in range(10)]
 
 
 def configs() -> dict[str, tuple[Config, list[int]]]:
-    """By name, with the timesteps of a measurement."""
+    """Configurations by name, each with the timesteps of a measurement."""
     windows = (((1, 8, 8), 0.125, Quant()), ((2, 8, 8), 0.25, Quant()), ((2, 8, 8), 0.125, Quant()), ((2, 8, 8), 0.125, FP8),
                ((2, 8, 8), 0.125, INT8))  # fmt: skip
     found = {
@@ -45,7 +45,7 @@ def configs() -> dict[str, tuple[Config, list[int]]]:
 
 
 def milliseconds(calls: dict[str, Callable[[], int]], repeats: int) -> dict[str, float]:
-    """Median time of a step of each call, which says how many it made; in turns, after one that is not counted."""
+    """Median time of a step for each call, which returns its number of steps; the first turn does not count."""
     took: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():

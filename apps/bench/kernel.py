@@ -1,5 +1,5 @@
-"""`fastdit bench kernel`: attention kernels against float64 and then against PyTorch's own, into JSON rows; or `--model`, what
-they should take on an H200, from what they compile to.
+"""`fastdit bench kernel`: attention kernels against float64 and then against PyTorch's own, as JSON rows. With `--model`, the
+time that their compiled code should take on an H200.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(
     grid: Grid, tile: Grid, heads: int, dim: int, dtype: str, formats: list[Quant], densities: list[float], device: str,
     repeats: int, flex: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Check, then measure and print; what goes into the file. Raises UserError for a wrong or missing kernel."""
+    """Check, measure and print; returns the content of the file. Raises UserError for a wrong or missing kernel."""
     import torch
 
     import fastdit

@@ -1,4 +1,4 @@
-"""What all benchmarks need to write their tables: blocks of Markdown files between two marks, and the processor's name."""
+"""Generated blocks of Markdown files, which lie between two marks, and the processor's name for tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastdit.apps.errors import UserError
 
 
 def cpu_name() -> str:
-    """The processor as it calls itself."""
+    """The processor's name."""
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
@@ -19,13 +19,13 @@ def cpu_name() -> str:
 
 
 def write_block(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace what stands between two marking lines of a Markdown file. Raises UserError if it has none."""
+    """Replace the text between two marks in a Markdown file. Raises UserError if a mark is missing."""
     before, after = around_block(path, begin, end)
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def around_block(path: Path, begin: str, end: str) -> tuple[str, str]:
-    """What stands before and behind two marking lines. Raises UserError if there are none."""
+    """The text before the first mark and after the second. Raises UserError if a mark is missing."""
     try:
         old = path.read_text(encoding="utf-8")
     except OSError as error:

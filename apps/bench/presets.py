@@ -1,7 +1,7 @@
 """`fastdit bench`: dense and every preset on the embedded model, into JSON rows; the README's table is made from them.
 
-A row is one size with one preset. Rows are written as they come and kept: a bench that was interrupted goes on where it
-stopped, and rows of other sizes, presets or step counts in the same file stay.
+A row is one size with one preset. Rows are written as they come, and an interrupted benchmark goes on where it stopped. Rows of
+other sizes, presets or step counts in the same file are kept.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Interleaved runs of each; the best counts.")] = 3,
     prompt: Annotated[str, typer.Option(help="What to draw.")] = PROMPT,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 1,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew what the file has already.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also measure the rows that the file has already.")] = False,
     table: Annotated[
         Path | None, typer.Option("--table", help="Measure nothing: write the rows of --out into this Markdown file.")
     ] = None,
@@ -68,7 +68,7 @@ def run(
     again: bool = False,
     model: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure what the file lacks; returns all its rows. Raises UserError."""
+    """Measure the rows that the file lacks; returns all of them. Raises UserError."""
     from fastdit.apps.compare.runs import describe
 
     cases = {
@@ -112,7 +112,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _machine(pipe: Any) -> dict[str, Any]:
-    """Date and what it ran on; the machine by the kind of its processor, not by its name."""
+    """The date, the kind of processor, and the versions; not the machine's name."""
     import diffusers
     import torch
 
@@ -131,7 +131,7 @@ def _machine(pipe: Any) -> dict[str, Any]:
 
 
 def read_rows(path: Path, must_exist: bool = False) -> list[dict[str, Any]]:
-    """The rows of a file; none if it does not exist yet. Raises UserError for a file of another kind."""
+    """The rows of a file; empty if it does not exist yet. Raises UserError for another kind of file."""
     if not path.exists() and not must_exist:
         return []
     try:
@@ -146,7 +146,7 @@ def read_rows(path: Path, must_exist: bool = False) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table, largest clips first, and a line on where it comes from."""
+    """The rows as a table, largest clips first, and a line on how they were measured."""
     lines = [
         "| clip | tokens | preset | dense | fastdit | speed | density | velocity error | PSNR | SSIM |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -169,5 +169,5 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows as a table, into a Markdown file. Raises UserError."""
+    """Write the table into a Markdown file. Raises UserError."""
     write_block(path, BEGIN, END, markdown(rows))

@@ -1,4 +1,4 @@
-"""What the attention kernel becomes on a GPU that is not here: compiled by Triton, read from ptxas' report and the SASS.
+"""What the attention kernels compile to, without the GPU: compiled by Triton, read off ptxas' report and the SASS.
 
 The inner loop is the smallest backward branch that holds the most tensor-core instructions; for sm_100 that includes
 copies the compiler peeled off, so its length is compared with itself only. Needs nothing but the Triton package, and
@@ -40,7 +40,7 @@ KINDS = {
     "alu": re.compile(r"^(FMNMX|LOP|SEL|FSEL|PRMT|F2FP|I2F|I2I|ISETP|FSETP|PLOP|SHF|LEA|VIADD|IADD|IMNMX)"),
     "spill": re.compile(r"^(STL|LDL)"),
 }
-"""Instructions by the unit that runs them; a pattern takes what those before it left."""
+"""Instructions by the unit that runs them. The first pattern that matches counts."""
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _BRANCH = re.compile(r"\bBRA(?:\.\S+)*\s+(?:!?U?P\w+,\s*)*(?:`\(\S+\)|(0x[0-9a-f]+))")
 
@@ -146,7 +146,7 @@ def _source(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], *more
 
 
 def _facts(source: Any, arch: int, options: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[int, str]]]:
-    """What ptxas and the compiler say of a kernel, and its instructions."""
+    """What ptxas and the compiler report about a kernel, and its instructions."""
     done, said = _compile(source, arch, options)
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
     registers = re.search(r"Used (\d+) registers", said)
@@ -168,11 +168,11 @@ FORMATS = (
     Quant("int4", "fp8", smooth_q=True, smooth_k=True),
     Quant("int4", smooth_k=True),
 )
-"""What is compiled for the table: each pair of formats there is a kernel for."""
+"""The pairs of formats that are compiled for the table: all that have a kernel."""
 
 
 def cases(archs: Iterable[int] = SHARED, dims: Iterable[int] = (64, 128, 256)) -> Iterator[tuple[int, int, Quant]]:
-    """Every kernel an architecture is given."""
+    """Every kernel for an architecture."""
     for arch, dim, quant in itertools.product(archs, dims, FORMATS):
         q = torch.empty(1, 1, 1, dim, dtype=torch.bfloat16, device="cpu")
         if unsupported(q, quant, (arch // 10, arch % 10)) is None:

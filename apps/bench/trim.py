@@ -1,8 +1,8 @@
 """`python -m fastdit.apps.bench.trim`: what cutting padded text saves, on a denoiser of HunyuanVideo's shape.
 
 HunyuanVideo pads every prompt to 256 tokens and hides the padding from the whole sequence by a mask. Stock and `exact` (which
-differ in nothing but that the padding is cut) are timed in turns, in one process: one attention call, and one forward of the
-real model class with random weights. If their answers differ by more than the order of sums, nothing is timed.
+only cuts the padding) are timed in turns, in one process: one attention call, and one forward of the real model class with
+random weights. Nothing is timed if their results differ by more than the order of sums explains.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SLOTS = 256
 HEADS, DIM = 2, 128
 """HunyuanVideo has 24 heads; attention's time is proportional to them, and so is nearly all of the rest."""
 LIMIT = 1e-5
-"""Relative error at which something else than the order of float32 sums differs."""
+"""A relative error above this has another cause than the order of float32 sums."""
 BEGIN, END = "<!-- trim -->", "<!-- /trim -->"
 
 
@@ -74,7 +74,7 @@ def seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, floa
 
 @torch.no_grad()
 def measure(grid: tuple[int, int, int], model: Any, used: int, repeats: int) -> dict[str, Any]:
-    """One row. Raises RuntimeError where the answers differ."""
+    """Measure one row. Raises RuntimeError if the results differ."""
     given = inputs(grid, used)
     stock = model(**given)[0]
 

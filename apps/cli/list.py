@@ -50,7 +50,7 @@ def show_policies() -> None:
 
 
 def about(policy: type) -> str:
-    """A policy in a line: its module's, or its own where a module holds several."""
+    """The first line of a policy's documentation: its module's, or its own if the module holds several."""
     several = policy.__module__.endswith("compose")
     return ((policy if several else sys.modules[policy.__module__]).__doc__ or "").split("\n")[0]
 

@@ -12,14 +12,14 @@ from fastdit.apps.render.settings import DEFAULTS, KINDS, SETTINGS
 
 
 def names(name: str) -> list[str]:
-    """The option of a setting as it may be written: by our name, by diffusers', and by its letter."""
+    """The ways to write the option of a setting: our name, diffusers' name, and its letter."""
     about = SETTINGS[name]
     words = [f"--{word.replace('_', '-')}" for word in (name, about.alias) if word]
     return words + ([f"-{about.short}"] if about.short else [])
 
 
 def with_settings(command: Callable[..., int]) -> Callable[..., int]:
-    """Replace the **settings of a command by an option for each setting but the prompt. None: nothing was said."""
+    """Replace the **settings of a command by an option for each setting except the prompt. None means: not given."""
     signature = inspect.signature(command, eval_str=True)
     parameters = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     for name, about in SETTINGS.items():

@@ -123,7 +123,7 @@ def _dry_run(batch: Any, as_json: bool) -> int:
 
 
 class Console:
-    """What `render` says while it runs: a bar of clips, a line of JSON each, or nothing but errors."""
+    """What `render` prints while it runs: a progress bar of clips, a line of JSON for each, or only errors."""
 
     def __init__(self, quiet: bool, as_json: bool, single: bool, out: Path) -> None:
         self.quiet, self.as_json, self.single, self.out = quiet, as_json, single, out
@@ -156,7 +156,7 @@ class Console:
 def choose_pool(
     jobs: int, gpus: int | None, workers: int | None, threads: int | None, cluster: str | None, show: bool
 ) -> Callable[[list[Any], Callable[[], bool]], Iterator[Any]]:
-    """This process, processes beside it, or Ray. Nothing is started before it is asked for clips. Raises UserError."""
+    """The pool that was asked for: this process, child processes, or Ray. It starts with the first job. Raises UserError."""
     for option, count in (("--gpus", gpus), ("--workers", workers), ("--threads", threads)):
         if count is not None and count < 1:
             raise UserError(f"{option} must be at least 1, got {count}", 2)
@@ -189,7 +189,7 @@ def choose_pool(
 
 
 def read_config(path: Path) -> Any:
-    """A `Config` from a toml, yaml or json file. Raises UserError."""
+    """Read a `Config` from a toml, yaml or json file. Raises UserError."""
     from fastdit import Config
 
     try:
@@ -203,5 +203,5 @@ def read_config(path: Path) -> Any:
         return Config.from_dict(fields.get("config", fields))
     except OSError as error:
         raise UserError(f"--config: cannot read {path} ({error.strerror})", 2) from None
-    except Exception as error:  # three parsers' errors, and whatever wrong types lead to
+    except Exception as error:  # errors of three parsers, and of values of wrong types
         raise UserError(f"--config: {path} is no configuration ({' '.join(str(error).split())[:200]})", 2) from None

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastdit.policies import Policy
 
 SIZE = 480
-"""Pixels of a map's side, at least one a tile."""
+"""Side of a map in pixels, unless it has more tiles."""
 BEGIN, END = "<!-- policies -->", "<!-- /policies -->"
 
 
@@ -37,7 +37,7 @@ def show_policy(
     ] = None,
     sigma: Annotated[float, typer.Option(help="Noise level of the attention that dynamic policies look at.")] = 0.6,
 ) -> None:
-    """Draw the tiles that a policy keeps; those that look at the data look at the embedded model's attention."""
+    """Draw the tiles that a policy keeps. Dynamic policies are given the embedded model's attention."""
     from fastdit.core.layout import Layout
 
     try:
@@ -61,7 +61,7 @@ def show_schedule(
     layers: Annotated[int, typer.Option(help="Attention layers of the denoiser.")] = 30,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG: step by layer, a colour for each phase.")] = None,
 ) -> None:
-    """Print what runs at which step: dense, sparse, or completed by statistics."""
+    """Print what runs at each step: dense, sparse, or sparse with statistics."""
     from fastdit import Config, preset
     from fastdit.reporting import heatmap
     from fastdit.schedule import noise_levels, schedule
@@ -74,7 +74,7 @@ def show_schedule(
         entries = schedule(config, noise_levels(steps, shift), layers)
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}", 2) from None
-    except ValueError as error:  # what JSON is not, what a configuration refuses
+    except ValueError as error:  # invalid JSON, or an invalid configuration
         raise UserError(str(error), 2) from None
     for entry in entries:
         where = "" if entry.layers == (0, layers) else f"  layers {entry.layers[0]}-{entry.layers[1] - 1}"
@@ -99,7 +99,7 @@ def show_gallery(
     from fastdit.core.layout import Layout
     from fastdit.policies import POLICIES
 
-    around_block(docs / "policies.md", BEGIN, END)  # before a minute of drawing
+    around_block(docs / "policies.md", BEGIN, END)  # fails before a minute of drawing
     folder = docs / "policies"
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["| | policy | of all pairs |", "|---|---|--:|"]
@@ -117,7 +117,7 @@ def show_gallery(
 
 
 def make(name: str, options: list[str]) -> Policy:
-    """A policy by name with fields from "key=value"; a density of 1/4 where it wants one and none is given.
+    """Make a policy by name, with fields from "key=value". A missing density is 1/4.
 
     Raises ValueError for an unknown name or field, or a value that does not fit.
     """
@@ -148,7 +148,7 @@ def make(name: str, options: list[str]) -> Policy:
 
 
 def draw(policy: Policy, layout: Layout, sigma: float) -> tuple[Image, float]:
-    """The map's picture, keys to the right and queries down in tile order, and its density; as many colours as heads differ."""
+    """The map as a picture, and its density. Queries run down and keys to the right, in tile order; colour: share of heads."""
     import torch
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""`render --compare`: one seed by dense and by fast attention, one sheet with dense above, and in words what was measured."""
+"""`render --compare`: render one seed densely and fast, put both on one sheet, and say in words what was measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def describe(settings: Settings, found: Comparison, name: str, repeats: int) -> str:
-    """What is printed: time, closeness, and the error of each phase, in plain sentences."""
+    """The text that is printed: time, closeness, and the error of each phase."""
     variant = found.variants[name]
     ratio = found.dense_seconds / variant.seconds
     shape = f"{settings.frames}x{settings.height}x{settings.width}, {found.tokens} tokens, {settings.steps} steps"
@@ -47,7 +47,7 @@ def describe(settings: Settings, found: Comparison, name: str, repeats: int) -> 
 
 
 def _flicker(fast: Clip, dense: Clip) -> float | None:
-    """In dB; None where there is nothing to tell: equal clips, or a single frame."""
+    """In dB; None for equal clips and for a single frame."""
     found = flicker(torch.from_numpy(fast.frames), torch.from_numpy(dense.frames))
     return found if found is not None and math.isfinite(found) else None
 

@@ -1,4 +1,4 @@
-"""One run of a pipeline, as its user would call it: frames, and how long each stage took. What is not finite is refused."""
+"""One run of a pipeline, called as its user would call it: its frames, and how long each stage took."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Stopped(Exception):  # noqa: N818, as StopIteration
-    """Somebody asked for the clip not to be finished."""
+    """The run was stopped on request before the clip was finished."""
 
 
 @dataclass
 class Clip:
-    """frames [F, H, W, 3] in [0, 1]; latents as the last step left them; seconds per stage, and of every step."""
+    """frames [F, H, W, 3] in [0, 1]; latents after the last step; seconds of each stage; seconds of each step."""
 
     frames: NDArray[np.float32]
     latents: Tensor
@@ -44,11 +44,11 @@ def generate(
     show: bool = True,
     on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
 ) -> Clip:
-    """Run the pipeline as it is. Raises UserError as soon as a step leaves something that is not finite.
+    """Run the pipeline as it is. Raises UserError as soon as a step gives NaN or infinity.
 
-    on_step: is given every step's number, from 1 on, and its latents; what it raises ends the run. seconds: "text" up to the
-    first call of the denoiser, "denoise" from there to the end of the last step (denoiser, guidance and scheduler), "decode"
-    from there to the frames.
+    on_step: called after each step with its number, from 1, and its latents; an exception from it ends the run. The clip's
+    seconds: "text" until the first call of the denoiser, "denoise" until the end of the last step (denoiser, guidance and
+    scheduler), "decode" until the frames are there.
     """
     import torch
 
@@ -76,7 +76,7 @@ def generate(
         bar.update()
         on_step(step + 1, kept["latents"])
         if step + 1 == settings.steps:
-            bar.close()  # or decoding would count as a slow last step
+            bar.close()  # otherwise decoding would count as a slow last step
         return tensors
 
     hooks = [model.register_forward_pre_hook(first_call, prepend=True) for model in denoisers(pipe)]
@@ -94,7 +94,7 @@ def generate(
 
 
 def arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
-    """What the pipeline is called with. Raises UserError for a setting that it does not take."""
+    """The arguments of the pipeline's call. Raises UserError for a setting that the pipeline does not take."""
     import torch
 
     takes = inspect.signature(pipe.__call__).parameters

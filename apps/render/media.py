@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-SLUG_LENGTH = 60  # characters: a file name may have 255 bytes on most file systems
+SLUG_LENGTH = 60  # characters; most file systems allow 255 bytes
 
 
 def slug(text: str, length: int = SLUG_LENGTH) -> str:
-    """A readable file name of at most `length` characters: words in ASCII letters and digits, joined by hyphens."""
-    spaced = re.sub(r"\s", " ", text)  # U+2028 and others part words too, and are not ASCII
+    """A readable file name of at most `length` characters: words of ASCII letters and digits, joined by hyphens."""
+    spaced = re.sub(r"\s", " ", text)  # U+2028 and others separate words too, and are not ASCII
     plain = unicodedata.normalize("NFKD", spaced).encode("ascii", "ignore").decode().lower()
     name = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
     if len(name) > length:
@@ -36,12 +36,12 @@ def slug(text: str, length: int = SLUG_LENGTH) -> str:
 
 
 def digest(settings: dict[str, Any], digits: int = 8) -> str:
-    """Hexadecimal digits that tell settings apart."""
+    """A hash of settings, in hexadecimal digits."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def ffmpeg() -> str:
-    """The ffmpeg executable (of imageio-ffmpeg, or IMAGEIO_FFMPEG_EXE). Raises UserError if there is none that runs."""
+    """Path of the ffmpeg executable (IMAGEIO_FFMPEG_EXE, or imageio-ffmpeg's own). Raises UserError if it does not run."""
     named = os.environ.get("IMAGEIO_FFMPEG_EXE")
     try:
         return _ffmpeg(named)
@@ -67,7 +67,7 @@ def to_uint8(frames: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
 
 
 def encode(frames: NDArray[np.floating[Any]], kind: str, fps: int, crf: int, comment: dict[str, Any]) -> dict[str, bytes]:
-    """A clip, frames [F, H, W, 3] in [0, 1], as files: {suffix: content}. kind: mp4, webp, gif, or png (a file a frame)."""
+    """The files {suffix: content} of a clip [F, H, W, 3] in [0, 1]. kind: mp4, webp, gif, or png (a file for each frame)."""
     from PIL import Image
 
     if kind == "mp4":
@@ -88,9 +88,9 @@ def encode(frames: NDArray[np.floating[Any]], kind: str, fps: int, crf: int, com
 
 
 def write_mp4(path: Path, frames: NDArray[np.floating[Any]], fps: int, comment: dict[str, Any], crf: int = 18) -> None:
-    """Encode frames [F, H, W, 3] in [0, 1], fps a second, as H.264 in yuv420p, index first, `comment` as JSON in a tag.
+    """Write frames [F, H, W, 3] in [0, 1] as H.264 in yuv420p, with the index in front and `comment` as JSON in a tag.
 
-    Chroma is kept for every second pixel, so height and width must be even. Raises UserError if ffmpeg fails.
+    Chroma is stored for every second pixel, so height and width must be even. Raises UserError if ffmpeg fails.
     """
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
@@ -98,7 +98,7 @@ def write_mp4(path: Path, frames: NDArray[np.floating[Any]], fps: int, comment: 
     command = [ffmpeg(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     command += ["-r", str(fps), "-i", "-", "-an", "-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p"]
     command += ["-movflags", "+faststart", "-metadata", f"comment={json.dumps(comment)}", "-f", "mp4", str(path)]
-    # A session of its own: Ctrl-C reaches Python alone, which then kills ffmpeg and removes its file.
+    # In a session of its own: Ctrl-C reaches only Python, which then kills ffmpeg and removes its file.
     done = subprocess.run(command, input=to_uint8(frames).tobytes(), capture_output=True, start_new_session=True)
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
@@ -108,9 +108,9 @@ def write_mp4(path: Path, frames: NDArray[np.floating[Any]], fps: int, comment: 
 def contact_sheet(
     rows: Sequence[tuple[str, NDArray[np.floating[Any]]]], columns: int = 8, lines: int = 1, width: int = 160
 ) -> Image:
-    """Frames of each (title, clip [F, H, W, 3]) spread evenly over it, in time order; each clip takes `lines` lines.
+    """A picture with evenly spaced frames of each (title, clip [F, H, W, 3]), in `lines` lines for each clip.
 
-    width: of one frame on the sheet, in pixels; small frames grow by whole numbers only, so that pixels stay pixels.
+    width: pixels of one frame on the sheet; small frames are enlarged by a whole factor, so that their pixels stay square.
     """
     import numpy as np
     from PIL import Image, ImageDraw

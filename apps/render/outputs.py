@@ -13,11 +13,11 @@ from fastdit.apps.errors import UserError
 
 
 class Outputs:
-    """Files of one folder that are written under temporary names and get their own together, at `publish`.
+    """Files of one folder that are written under temporary names and renamed together by `publish`.
 
-    ``with Outputs(folder, "a.json", "a.mp4") as out: write(out["a.json"]); …; out.publish()``. Without `publish`, by an
-    exception or a signal, nothing is left, nor the folder if it was new. The last name appears last: where it exists,
-    all do. Raises UserError where the folder cannot be written.
+    ``with Outputs(folder, "a.json", "a.mp4") as out: write(out["a.json"]); …; out.publish()``. If `publish` is not reached, the
+    files are removed, and so is the folder if it was new. The last name appears last: if it exists, all do. Raises UserError
+    if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, *names: str) -> None:
@@ -40,20 +40,20 @@ class Outputs:
         return self
 
     def _sweep(self, name: str) -> None:
-        """Remove what a killed run left of the same file."""
+        """Remove temporary files of the same name that a killed process left."""
         for part in self.folder.glob(f".{glob_escape(name)}.*.part"):
             number = part.name.split(".")[-2]
             if number.isdigit() and not _alive(int(number)):
                 part.unlink(missing_ok=True)
 
     def publish(self) -> None:
-        """Give the files their names, replacing what has them."""
+        """Rename the files; existing files of these names are replaced."""
         for name in self.names:
             with open(self[name], "rb+") as file:
                 os.fsync(file.fileno())
         for name in self.names:
             os.replace(self[name], self.folder / name)
-        if hasattr(os, "O_DIRECTORY"):  # or a power cut could take the names back
+        if hasattr(os, "O_DIRECTORY"):  # otherwise a power cut could undo the renaming
             folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(folder)
@@ -65,7 +65,7 @@ class Outputs:
             try:
                 self[name].unlink(missing_ok=True)
             except OSError:
-                return  # the folder is no folder, or not ours: nothing was written there
+                return  # not a folder, or not writable: nothing was written there
         if self.new and self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -94,7 +94,7 @@ def to_json(content: Any) -> bytes:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all; its folder is made if missing. Raises UserError where that is impossible."""
+    """Write a JSON file, whole or not at all; a missing folder is created. Raises UserError if it cannot be written."""
     text = to_json(content)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

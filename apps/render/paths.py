@@ -15,25 +15,25 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def local(path: str) -> Path:
-    """~ is home, as in the shell; of a user who is none it is a name like any other."""
+    """Expand ~ and ~user as the shell does; ~name of an unknown user stays as it is."""
     return Path(os.path.expanduser(path))
 
 
 def here(path: str) -> bool:
-    """Whether that is a file or folder; a path that cannot be one (too long) is none."""
+    """Whether a file or folder exists there; False also for a path that is too long."""
     return os.path.exists(local(path))
 
 
 def hub_id(said: str) -> bool:
-    """Whether it can be an id of the Hub, owner/name."""
+    """Whether the text has the form of a Hub id, owner/name."""
     return bool(HUB_ID.fullmatch(said)) and not said.startswith(".")
 
 
 def split_lora(said: str) -> tuple[str, str]:
-    """PATH@SCALE or PATH -> where it is, and its scale as it was written.
+    """Split PATH@SCALE or PATH into the path and the scale as written.
 
-    What is a file or folder by its whole name is that, whatever is in the name; elsewhere a number behind the last @ is the
-    scale, and anything else there is part of the path.
+    If the whole text names an existing file or folder, all of it is the path. Otherwise a number after the last @ is the scale,
+    and anything else there belongs to the path.
     """
     path, _, scale = said.rpartition("@")
     return (path, scale) if path and _finite(scale) and not here(said) else (said, "1")
@@ -47,7 +47,7 @@ def _finite(said: str) -> bool:
 
 
 def content(path: str) -> str:
-    """Digest of a file's content, or the path as it is where that is no file here: a folder, an id of the Hub.
+    """A hash of a file's content; for anything but a file (a folder, a Hub id) the text itself.
 
     Raises UserError for a file that cannot be read.
     """
@@ -63,6 +63,6 @@ def content(path: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _sha256(path: str, modified: int, size: int) -> str:
-    """Read once as long as time and size are the same, however many jobs have the file."""
+    """Cached by time and size, so that a file is read once however many jobs use it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""One clip, by one pipeline that stays loaded. Every way in (command line, batches, web page) ends here."""
+"""Render one clip with a pipeline that stays loaded. The command line, batches and the web page all end here."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result:
-    """record: what the manifest keeps, all JSON; report: of the run; text: what is printed.
+    """record: what the manifest keeps, as JSON; report: of the run; text: what is printed.
 
-    files: {suffix: content}, the clip itself last, so that what is there is all there.
+    files: {suffix: content}, the clip itself last: if it was written, all files were.
     """
 
     record: dict[str, Any]
@@ -36,7 +36,7 @@ class Result:
 
 
 def record(settings: Settings, pipe: Any) -> dict[str, Any]:
-    """What every sidecar begins with: settings, what ran them."""
+    """What every record begins with: settings, versions, and what the pipeline ran on."""
     import diffusers
     import torch
     import transformers
@@ -56,7 +56,7 @@ def record(settings: Settings, pipe: Any) -> dict[str, Any]:
 
 
 class Renderer:
-    """Renders jobs one after the other, and keeps the pipeline loaded from one to the next where it is the same."""
+    """Renders jobs one after another; the pipeline stays loaded as long as the next job needs the same one."""
 
     def __init__(self, show: bool = True) -> None:
         self.show = show
@@ -75,14 +75,14 @@ class Renderer:
         return self.pipe
 
     def accelerate(self, settings: Settings) -> None:
-        """Installed once for jobs of one configuration, so that a compiled denoiser is compiled once."""
+        """Install the settings' configuration, unless the job before had the same: a compiled denoiser then stays compiled."""
         import fastdit
 
         if self._handle is None or self._handle.config != settings.config():
             self._handle = fastdit.accelerate(self.pipe, settings.config())
 
     def close(self) -> None:
-        """Give the pipeline back as it was, and let go of it."""
+        """Restore the pipeline and release it."""
         self.restore()
         self._loaded = self.pipe = None
 
@@ -92,7 +92,7 @@ class Renderer:
         self._handle = None
 
     def prepare(self, job: Job) -> tuple[Settings, dict[str, Any]]:
-        """Load the job's pipeline: all its settings, and what its record begins with. Raises UserError."""
+        """Load the job's pipeline; returns the complete settings and the beginning of the record. Raises UserError."""
         before = job.settings()
         before.check()
         if before.format == "mp4":
@@ -109,7 +109,7 @@ class Renderer:
         return settings, facts | {"seconds": {"load": 0.0 if loaded else self._seconds}}
 
     def render(self, job: Job, on_step: Callable[[int, Tensor], None] = lambda step, latents: None) -> Result:
-        """One job, by its configuration alone. Raises UserError for what its user can mend, Stopped if `on_step` does."""
+        """Render one job by its configuration. Raises UserError for a mistake of the user, and Stopped if `on_step` does."""
         import fastdit
 
         settings, facts = self.prepare(job)
@@ -135,12 +135,12 @@ class Renderer:
 
 
 def sha256(clip: Clip) -> str:
-    """Of the frames as they are encoded, 8 bits a channel."""
+    """Hash of the frames with 8 bits a channel, as they are encoded."""
     return hashlib.sha256(to_uint8(clip.frames).tobytes()).hexdigest()
 
 
 def phases(clip: Clip, report: Report) -> list[dict[str, Any]]:
-    """Every phase that the run came through: noise levels, policy, density, error, and seconds of its denoising steps."""
+    """Each phase that the run passed: noise levels, policy, density, error, and seconds of its denoising steps."""
     ran: dict[int, int | None] = {}
     for _, call in report.calls:
         ran.setdefault(call.step, call.phase)

@@ -1,4 +1,4 @@
-"""What to render: every setting of a clip, and what can be told of it without a model."""
+"""The settings of a clip: one table, from which options, keys, pages and hashes are made, and the checks that need no model."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fastdit.apps.render.text import blank, control, half_pair
 if TYPE_CHECKING:
     from fastdit import Config
 
-LONGEST_PROMPT = 4000  # characters; no text encoder of diffusers' models reads half of that
+LONGEST_PROMPT = 4000  # characters; no text encoder in diffusers reads half as many
 OFFLOADS = ("none", "model", "group")
 FORMATS = ("mp4", "webp", "gif", "png")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is made of a field of `Settings` besides its value.
+    """How a field of `Settings` is used.
 
-    alias: diffusers' name for it, if that differs. short: the option's letter. own: where nothing is said, the pipeline's own
-    default counts, not the field's. argument: the pipeline is called with it. loads: the loaded pipeline depends on it.
-    hashed: it changes what the clip shows, and so the clip's hash. line: a line of a file of prompts may say it. page: a
-    visitor of the web page may.
+    alias: diffusers' name, if it differs. short: the option's letter. own: unless the user gives it, the pipeline's own default
+    is taken. argument: the pipeline is called with it. loads: the loaded pipeline depends on it. hashed: it changes what the
+    clip shows, so it is part of the clip's hash. line: a line of a file of prompts may give it. page: a visitor of the web page
+    may give it.
     """
 
     help: str
@@ -65,7 +65,7 @@ class Settings:
     )  # fmt: skip
     preset: str = field(
         default="balanced",
-        # its configuration is hashed in its place
+        # its configuration is hashed instead
         metadata=_about("How attention is accelerated; `fastdit show presets` lists them.", hashed=False, page=True),
     )
     frames: int = field(
@@ -130,10 +130,10 @@ class Settings:
             raise UserError(str(error), 2) from None
 
     def check(self) -> None:
-        """Everything that can be told without the model. Raises UserError."""
+        """Check everything that needs no model. Raises UserError."""
         for name, said in vars(self).items():
             if isinstance(said, str):
-                # a prompt may have any character that JSON can say, as in the pipeline's own call; no name of a file has those
+                # a prompt may have any character that JSON allows, as in the pipeline's own call; the other settings may not
                 odd = half_pair(said) or (None if name in ("prompt", "negative") else control(said))
                 if odd is not None:
                     raise UserError(f"the {name} has {odd!r} in it: leave that out", 2)
@@ -167,7 +167,7 @@ class Settings:
             raise UserError(f"--guidance must be a number of at least 0 (1 and below: off), got {self.guidance}", 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """As recorded beside the clip, the preset spelled out."""
+        """The settings as recorded beside the clip, with the preset's configuration."""
         fields = asdict(self)
         if fields.pop("custom") is not None:
             fields["preset"] = "custom"
@@ -180,7 +180,7 @@ class Settings:
 
 
 SETTINGS: dict[str, Setting] = {each.name: each.metadata["setting"] for each in fields(Settings) if each.metadata}
-"""The table of settings, by name. `custom` is not in it: it is no text that somebody could write."""
+"""The table of settings, by name. `custom` is missing: it cannot be written as text."""
 KINDS: dict[str, type] = {
     each.name: {"str": str, "int": int, "float": float, "bool": bool}[str(each.type).removesuffix(" | None")]
     for each in fields(Settings)
@@ -188,4 +188,4 @@ KINDS: dict[str, type] = {
 }
 DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(Settings) if each.name in SETTINGS}
 ALIASES = {about.alias: name for name, about in SETTINGS.items() if about.alias}
-"""diffusers' names of settings, and ours."""
+"""{diffusers' name of a setting: ours}."""

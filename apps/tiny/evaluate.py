@@ -1,4 +1,4 @@
-"""Have the tiny pipeline draw many captions, and judge what it drew:
+"""Let the tiny pipeline draw many captions, and judge its clips:
 
     python -m fastdit.apps.tiny.evaluate --sizes 17x64x64:200,33x128x128:200 --json judge.json --sheets DIR
 

@@ -1,4 +1,4 @@
-"""What the page shows besides Gradio's widgets, as HTML: progress, clips, errors. A person's words are escaped here."""
+"""The HTML that the page shows besides Gradio's widgets: progress, clips, errors. Text from people is escaped here."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ STATES = {
     "stopped": "Stopped. Nothing was kept.",
 }  # fmt: skip
 STAGES = (("text", "Text", "#0072b2"), ("denoise", "Denoising", "#009e73"), ("decode", "Decoding", "#e69f00"))
-"""Okabe and Ito's colours, which the colour-blind tell apart."""
+"""Okabe and Ito's colours, which colour-blind people can tell apart."""
 
 
 def text(said: Any) -> str:
-    """Shown literally: no tags, and none of the marks that Gradio's templates know."""
+    """Escape text: tags, and the marks that Gradio's templates interpret."""
     return re.sub(r"[${}`\\]", lambda mark: f"&#{ord(mark[0])};", html.escape(str(said)))
 
 
 def error(sentence: str) -> str:
-    """`--height` of the command line is height here."""
+    """An error as HTML. The options that it names lose their dashes: --height becomes height."""
     sentence = re.sub(r"(^|\s)--([a-z])", r"\1\2", sentence)
     return f'<div class="error" role="alert">{text(sentence[:1].upper() + sentence[1:])}</div>'
 
@@ -59,14 +59,14 @@ def duration(seconds: float) -> str:
 
 
 def data_url(image: Any, kind: str = "JPEG") -> str:
-    """A small picture inside the page, so that no file is left of it."""
+    """A small picture as a data URL, which leaves no file behind."""
     stream = io.BytesIO()
     image.convert("RGB").save(stream, format=kind, quality=80)
     return f"data:image/{kind.lower()};base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def clip(url: str, label: str, key: str = "") -> str:
-    """A player, or a picture. key: its place in a pair of players."""
+    """A player or a picture. key: its side in a pair of players."""
     if Path(url).suffix in PICTURES:
         return f'<img class="clip" data-side="{key}" alt="{text(label)}" src="{text(url)}">'
     return (
@@ -76,7 +76,7 @@ def clip(url: str, label: str, key: str = "") -> str:
 
 
 def result(record: dict[str, Any], urls: dict[str, str], again: bool = False) -> str:
-    """A clip that was made, its settings in words, and its files. urls: of the record's files, by name."""
+    """A finished clip with its settings and files. urls: {name of a file in the record: url}."""
     settings = record["settings"]
     seconds = sum(record["seconds"].values())
     facts = [
@@ -93,7 +93,7 @@ def result(record: dict[str, Any], urls: dict[str, str], again: bool = False) ->
 
 
 def comparison(record: dict[str, Any], urls: dict[str, str]) -> str:
-    """Two players in step with each other, the difference, and the numbers. urls: of the record's files, by name."""
+    """Two synchronised players, their difference, and the numbers. urls: {name of a file in the record: url}."""
     settings = record["settings"]
     dense = next((url for name, url in urls.items() if "-dense." in name), urls[record["file"]])
     fps, frames = settings["fps"], settings["frames"]
@@ -140,7 +140,7 @@ def numbers(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def bars(record: dict[str, Any]) -> str:
-    """Seconds of each stage, one bar for dense and one for fast, on one scale; denoising: the best of the runs."""
+    """Seconds of each stage as a bar for dense and a bar for fast, on one scale. Denoising is the best of the runs."""
     stages = {
         "Dense": record.get("dense_stages", {}) | {"denoise": record["dense_s"]},
         "Fast": record["seconds"] | {"denoise": record["fast_s"]},
@@ -176,5 +176,5 @@ def downloads(urls: dict[str, str]) -> str:
 
 
 def address(path: str) -> str:
-    """Where the page finds a file that is served."""
+    """The address of a served file."""
     return "gradio_api/file=" + quote(path)

@@ -13,12 +13,12 @@ from fastdit.apps.web import html
 from fastdit.apps.web.queue import Studio, Ticket
 
 SERVED = ".served"
-"""Folder of the output folder with copies of the files that somebody was shown, under names that cannot be guessed."""
+"""Folder inside the output folder for copies of shown files, under names that cannot be guessed."""
 HOUR, DAY = 3600, 24 * 3600
 
 
 class Copies(set[str]):
-    """Paths of copies. Gradio goes through them once an hour in one thread while others add to them, which a set forbids."""
+    """Paths of copies. Iteration is safe: Gradio iterates once an hour in one thread while other threads add paths."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(super().__iter__()))
@@ -33,7 +33,7 @@ class Page:
         self.inputs: dict[str, Any] = {}
         self.knobs: list[Any] = []
         self.blocks = gr.Blocks(title="fastdit", analytics_enabled=False, delete_cache=(HOUR, DAY), fill_width=True)
-        # those of a server that was killed are deleted with this one's: a day after they were last shown, or at the end
+        # includes copies that a killed server left: they are deleted with this server's
         self.copies = Copies(str(path) for path in (studio.out / SERVED).rglob("*") if path.is_file())
         self.blocks.temp_file_sets.append(self.copies)
 
@@ -54,14 +54,14 @@ class Page:
             self.studio.stop(self.key(request))
 
     def remember(self, request: gr.Request, ticket: Ticket) -> None:
-        """For a closer look at what ran."""
+        """Keep the latest ticket of a browser tab for the tab that looks inside."""
         if ticket.report is not None:
             self.latest[str(request.session_hash)] = ticket
 
     def copy(self, folder: Path, name: str) -> str:
-        """Path of a copy that the page may read, until a day after it was last asked for."""
+        """Path of a copy that the page may read; it is deleted a day after the last request."""
         path = save_file_to_cache(str(folder / name), str(self.studio.out / SERVED))
-        self.copies.add(path)  # or Gradio would not know it
+        self.copies.add(path)  # otherwise Gradio would not know it
         return path
 
     def result(self, folder: Path, record: dict[str, Any], again: bool = False) -> str:

@@ -1,7 +1,7 @@
-"""Whose turn it is: one thread draws for everybody, in the order in which they came, with limits that the operator sets.
+"""The queue: one thread draws for everybody, in order of arrival, within the operator's limits.
 
-A `Turn` is one person's in the queue; a `Ticket` is a turn with a clip to draw, and what has become of it. The thread calls
-`batch.run`, as the command line does: files and manifest are the same, whoever made them. Nothing here knows Gradio.
+A `Turn` is an entry of the queue. A `Ticket` is a turn with a clip to draw and its progress. The thread calls `batch.run`, as
+the command line does, so files and manifest are the same. Nothing here knows Gradio.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from fastdit.apps.web.limits import Limits
 from fastdit.apps.workers.pool import attempt
 
 EMBEDDED = "embedded model"
-HEARTBEAT = 1.0  # seconds: so soon it is noticed that somebody has gone
+HEARTBEAT = 1.0  # seconds until a closed tab is noticed
 KEYS = tuple(name for name, about in SETTINGS.items() if about.page)
-"""What a person may say; everything else is the operator's."""
+"""The settings that a visitor may give; the operator decides the others."""
 
 
 @dataclass
 class Turn:
-    """stop: it is wanted no more; notify: something about it has changed."""
+    """stop: set when it is no longer wanted; notify: called when something about it has changed."""
 
     user: str
     stop: threading.Event = field(default_factory=threading.Event, kw_only=True)
@@ -43,9 +43,9 @@ class Turn:
 
 @dataclass
 class Ticket(Turn):
-    """state: waiting, starting, denoising, finishing, then done, stopped or failed. steps: all that will run.
+    """state: waiting, starting, denoising, finishing, then done, stopped or failed. steps: total number of steps.
 
-    latents: as the last step left them. record: of the manifest; report: what ran in every call; error: a sentence.
+    latents: after the last step; record: the manifest's; report: the run's; error: a sentence.
     """
 
     job: jobs.Job
@@ -69,12 +69,12 @@ class Ticket(Turn):
 
     @property
     def seconds_left(self) -> float | None:
-        """Of denoising, by the mean of the steps after the first one."""
+        """Estimated seconds of denoising left, by the mean of the steps after the first."""
         if len(self.marks) < 2 or self.step >= self.steps:
             return None
         return (self.marks[-1] - self.marks[0]) / (len(self.marks) - 1) * (self.steps - self.step)
 
-    # what `batch.run` tells
+    # called by `batch.run`
     def begin(self, jobs: int) -> None:
         self.become("starting")
 
@@ -97,7 +97,7 @@ class Ticket(Turn):
 
 
 class Studio:
-    """models: name on the page -> folder or Hub id (None: embedded). fixed: settings of every clip."""
+    """models: {name on the page: folder or Hub id, None for the embedded model}. fixed: settings of every clip."""
 
     def __init__(self, out: Path, models: dict[str, str | None], limits: Limits, fixed: dict[str, Any] | None = None) -> None:
         self.out, self.models, self.limits, self.fixed = out, models, limits, fixed or {}
@@ -112,7 +112,7 @@ class Studio:
         self.facts[settings.model] = estimate.facts(self.renderer.load(settings))
 
     def job(self, said: dict[str, Any], custom: Any = None, repeats: int = 0) -> jobs.Job:
-        """What a person said, checked as the command line checks it. Raises UserError."""
+        """Make a job of what a visitor gave, with the checks of the command line. Raises UserError."""
         given = {key: value for key, value in said.items() if value is not None and value != ""}
         if unknown := set(given) - set(KEYS):
             raise UserError(f"unknown setting {sorted(unknown)[0]!r}: known are {', '.join(KEYS)}")
@@ -133,7 +133,7 @@ class Studio:
         return made.jobs[0]
 
     def enter(self, turn: Turn) -> int:
-        """Put it at the end of the queue; how many come first. Raises UserError if that, or the user's share of it, is full."""
+        """Join the end of the queue; returns how many come first. Raises UserError if the queue or the user's share is full."""
         with self.lock:
             if sum(other.user == turn.user for other in self.queue) >= self.limits.each:
                 raise UserError(f"you have {self.limits.each} clips waiting already: wait for one of them, or stop it")
@@ -148,7 +148,7 @@ class Studio:
             return self.queue.index(ticket) if ticket in self.queue else 0
 
     def stop(self, user: str) -> None:
-        """End what this user has under way, within a denoising step."""
+        """Stop this user's clips, within one denoising step."""
         with self.lock:
             for ticket in self.queue:
                 if ticket.user == user:
@@ -156,7 +156,7 @@ class Studio:
                     ticket.notify()
 
     async def follow(self, user: str, job: jobs.Job, folder: Path) -> AsyncGenerator[Ticket, None]:
-        """Draw, and yield the ticket at every change, and every `HEARTBEAT` besides. Closing it stops the drawing."""
+        """Draw; yield the ticket at every change, and at least every `HEARTBEAT` seconds. Closing this stops the clip."""
         settings = job.settings()
         ticket = Ticket(user, job, folder, settings.steps * max(1, 2 * job.repeats))
         self.enter(ticket)
@@ -166,7 +166,7 @@ class Studio:
         try:
             while True:
                 changed.clear()
-                over = ticket.over  # of what is yielded, not of what becomes of it meanwhile
+                over = ticket.over  # read before the yield: the state may change during it
                 yield ticket
                 if over:
                     return
@@ -217,14 +217,14 @@ class Studio:
         return "stopped" if summary.left else "done"
 
     def close(self) -> None:
-        """End what is under way within a denoising step, and forget what waits."""
+        """Stop the current clip within one denoising step, and drop those that wait."""
         with self.lock:
             for ticket in self.queue:
                 ticket.stop.set()
         self.worker.shutdown(cancel_futures=True)
 
     def call(self, user: str, function: Callable[[], Any]) -> tuple[Future[Any], int]:
-        """Run something else that needs the model or the cores in its turn, and how many come first. As `enter`."""
+        """Queue a function that needs the model or the cores; returns its future and how many come first. Raises as `enter`."""
         turn = Turn(user)
         ahead = self.enter(turn)
 

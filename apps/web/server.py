@@ -1,4 +1,4 @@
-"""`fastdit web`: the page, served to this machine, or to people with names and passwords."""
+"""`fastdit web`: serve the page to this machine, or to users with passwords."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastdit.apps.web.limits import Limits
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PAUSE = 1.0
-"""Seconds that a wrong password costs, in which no other is looked at for that name: who tries many at once waits for each."""
+"""Seconds of delay after a wrong password. Attempts for one name wait for each other, so parallel guessing is no faster."""
 
 
 def web(
@@ -34,7 +34,7 @@ def web(
     host: Annotated[str, typer.Option(help="Address to listen on. Others than this machine's own need --auth.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 7860,
     auth: Annotated[
-        Path | None, typer.Option(help="File of name:password lines. Everybody then has a folder of his own under --out.")
+        Path | None, typer.Option(help="File of name:password lines. Each user then has a folder of their own under --out.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -54,7 +54,7 @@ def web(
         raise UserError(f"--port must be from 0 to 65535, got {port}", 2)
     users = None if auth is None else read_users(auth)
     if users is None and not loopback(host):
-        raise UserError(f"--host {host} can be reached by others: name who may come in, with --auth FILE", 2)
+        raise UserError(f"--host {host} can be reached by others: list the users who may log in, with --auth FILE", 2)
     Settings(prompt="x", device=device, dtype=dtype).check()
     serve(out.resolve(), model or [], host, port, users, {"device": device, "dtype": dtype}, sizes | {"upload_mb": max_upload})
 
@@ -68,12 +68,12 @@ def serve(
     fixed: dict[str, Any],
     limits: dict[str, int],
 ) -> None:
-    """Until interrupted. Raises UserError where Gradio is missing, or the port or folder cannot be used."""
+    """Serve until interrupted. Raises UserError if Gradio is missing, or the port or folder cannot be used."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {out} ({error.strerror}): choose another folder with --out") from None
-    # Gradio reads these when it is imported: what it serves lies under the output folder, and it calls nobody.
+    # Gradio reads these at import: served files lie inside the output folder, and nothing is sent to anybody.
     os.environ["GRADIO_TEMP_DIR"] = str(out / ".served")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -93,16 +93,16 @@ def serve(
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on sockets it opened itself
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on sockets that it opened itself
     names: dict[str, str | None] = {EMBEDDED: None} | {name: name for name in models}
     studio = Studio(out, names, Limits(**limits), fixed)
-    studio.warm.result()  # a model that cannot be loaded is told before anybody comes
+    studio.warm.result()  # a model that cannot be loaded is reported before the page opens
     page = Page(studio, users is not None)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if users is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host])
-    # Gradio compresses its scripts anew for everybody who comes, which on two cores takes longer than sending them
+    # Gradio compresses its scripts again for every visitor, which takes longer on two cores than sending them
     scripts = Path(gr.__file__).parent / "templates" / "frontend" / "assets"
     if scripts.is_dir():
         app.mount("/assets", StaticFiles(directory=scripts))
@@ -122,15 +122,15 @@ def serve(
 
 
 class PasswordGate:
-    """Lets in who knows a password, and keeps others from guessing fast. users: {name: password}."""
+    """Checks passwords, and slows down guessing. users: {name: password}."""
 
     def __init__(self, users: dict[str, str]) -> None:
         self.users = users
         self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def opens(self, name: str, password: str) -> bool:
-        """Gradio awaits this in the server's loop: to wait here keeps nobody else waiting, where to sleep would."""
-        async with self.turns[name if name in self.users else ""]:  # names that nobody has share a turn, and take no memory
+        """Whether the password is right. Gradio awaits this in the server's event loop, so the delay must not block it."""
+        async with self.turns[name if name in self.users else ""]:  # unknown names share one lock, and take no memory
             right = hmac.compare_digest(self.users.get(name, "").encode(), password.encode()) and name in self.users
             if not right:
                 await asyncio.sleep(PAUSE)
@@ -138,7 +138,7 @@ class PasswordGate:
 
 
 def loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether an address can be reached only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -146,7 +146,7 @@ def loopback(host: str) -> bool:
 
 
 def read_users(path: Path) -> dict[str, str]:
-    """{name: password} of a file. Raises UserError; no password is ever repeated."""
+    """Read {name: password} from a file. Raises UserError, whose message never contains a password."""
     try:
         lines = [line.strip() for line in decode(path.read_bytes()).split("\n")]
     except (OSError, UnicodeError) as error:

@@ -1,4 +1,4 @@
-"""The tab that draws one seed twice, densely and fast, and shows what the difference is and what it saved."""
+"""The tab that draws one seed twice, densely and fast, and shows the difference and the time saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPEATS = 2  # runs of each: two dense ones must agree
 
 
 def build(page: Page) -> list[Any]:
-    """Lay out the tab and return its knobs, in the order of `Knobs`."""
+    """Lay out the tab; returns its widgets, in the order of `Knobs`."""
     usual = compare_options.Knobs()
     with gr.Row():
         with gr.Column(scale=2, min_width=300):

@@ -1,4 +1,4 @@
-"""The page's first tab: what to draw, how it is coming along, and the clip."""
+"""The first tab: what to draw, the progress, and the clip."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EVERY = 3  # steps between two previews
 
 
 def build(page: Page) -> dict[str, Any]:
-    """Lay out the tab and return its settings by name, in the order of `KEYS`."""
+    """Lay out the tab; returns its settings by name."""
     limits, usual = page.studio.limits, Settings(prompt="x")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -88,7 +88,7 @@ def build(page: Page) -> dict[str, Any]:
 async def draw(
     page: Page, said: dict[str, Any], request: gr.Request, custom: Any = None, repeats: int = 0
 ) -> AsyncGenerator[Any, None]:
-    """From a click to the clip, or to a sentence on why there is none."""
+    """Draw a clip and yield HTML: the progress, then the clip, or an error."""
     try:
         job = page.studio.job(said, custom, repeats)
         async with contextlib.aclosing(page.studio.follow(page.key(request), job, page.folder(request))) as tickets:
@@ -100,7 +100,7 @@ async def draw(
                     now = html.error(ticket.error)
                 elif ticket.state == "done" and ticket.record is not None:
                     page.remember(request, ticket)
-                    # in a thread: it hashes and copies files, while others want to see their progress
+                    # in a thread: it hashes and copies files, and others wait for their progress
                     now = await asyncio.to_thread(page.result, ticket.folder, ticket.record, again=not ticket.marks)
                 else:
                     now = html.progress(ticket, page.studio.ahead(ticket), picture)
@@ -114,7 +114,7 @@ async def draw(
 
 
 def estimate_line(page: Page, model: str, name: str, frames: int, height: int, width: int, steps: int) -> str:
-    """Tokens, and about how much faster the preset is, in a line."""
+    """A line with the number of tokens, and about how much faster the preset is."""
     known = page.studio.facts.get(page.studio.models.get(model))
     if known is None:
         return html.note("How many tokens that is will be told when the model is loaded.")

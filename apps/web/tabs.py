@@ -1,4 +1,4 @@
-"""The page laid out: its tabs and its looks."""
+"""The layout of the page: its tabs, theme, style and script."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 
 
 def build(page: Page) -> gr.Blocks:
-    """Put the tabs and the programs' interface on the page."""
+    """Put the tabs and the interface for programs on the page."""
     with page.blocks:
         gr.HTML("<header><h1>fastdit</h1><p>Text to video, dense and fast side by side</p></header>", elem_id="head")
         with gr.Tabs(elem_id="tabs") as tabs:
@@ -34,7 +34,7 @@ def build(page: Page) -> gr.Blocks:
 
 
 def looks() -> dict[str, Any]:
-    """Theme, style and script, none of which asks another host for anything."""
+    """Theme, style and script; none of them loads anything from another host."""
     theme = gr.themes.Default(font=FONTS, font_mono=MONO, primary_hue="teal", neutral_hue="slate")
     script = (HERE / "page.js").read_text(encoding="utf-8")
     return {"theme": theme, "css_paths": [HERE / "page.css"], "head": f"<script>{script}</script>"}

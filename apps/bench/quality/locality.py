@@ -30,7 +30,7 @@ SUMS = ("3x3x3", "5x9x9", "own frame", "best quarter of tiles")
 
 
 class _Probe:
-    """Stands in for a layer's attention processor: measures, then calls it."""
+    """Replaces a layer's attention processor: measures, then calls the original."""
 
     def __init__(self, inner: Any, regions: Tensor, tiles: Tensor, queries: Tensor) -> None:
         self.inner, self.regions, self.tiles, self.queries = inner, regions, tiles, queries

@@ -35,7 +35,7 @@ SIZE, TILE = (33, 128, 128), (1, 4, 4)
 
 @dataclass(frozen=True)
 class Oracle(Policy):
-    """The tiles that hold most of the true mass: what no policy can know beforehand."""
+    """The tiles that hold most of the true mass, which no policy can know beforehand."""
 
     density: float = 0.25
     name: ClassVar[str] = "oracle"
@@ -48,7 +48,7 @@ class Oracle(Policy):
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """Any tiles, the same for all heads and layers."""
+    """Random tiles, the same for all heads and layers."""
 
     density: float = 0.25
     name: ClassVar[str] = "random"
@@ -61,7 +61,7 @@ class Random(Policy):
 
 @dataclass
 class State:
-    """Inputs of the denoiser at one noise level, its dense velocity, and what its layers saw."""
+    """Inputs of the denoiser at one noise level, its dense velocity, and the q, k and v of its layers."""
 
     sigma: float
     inputs: tuple[Tensor, ...]
@@ -87,7 +87,7 @@ KNOBS: dict[str, tuple[Make, float, float] | Make] = {
     "head_profile": lambda d: Window(density=d),  # replaced by what `choose` finds
     "power_of_two": lambda d: Window(density=d),  # replaced by the window sizes that come closest
 }
-"""By name: the policy of a density, or of a knob between two ends that raises it."""
+"""By name: the policy for a density, or for a knob with its two ends; more of it raises the density."""
 
 
 def states(pipe: Any, clips_count: int, seeds: int, layout: Layout) -> Iterator[State]:
@@ -101,7 +101,7 @@ def states(pipe: Any, clips_count: int, seeds: int, layout: Layout) -> Iterator[
 
 
 def policy_of(name: str, density: float, state: State, layout: Layout) -> Policy:
-    """The policy of that name whose maps have this density at this noise level, by bisection where it has a knob."""
+    """The policy of that name with this density at this noise level, found by bisection if it has a knob."""
     made = KNOBS[name]
     if callable(made):
         return made(density)
@@ -141,7 +141,7 @@ def config_of(name: str, density: float, state: State, layout: Layout, remainder
 
 @torch.no_grad()
 def table(pipe: Any, clips_count: int, seeds: int, out: Path, gathered: tuple[str, ...]) -> None:
-    """gathered: policies to try with the remainders that gather keys as well."""
+    """Measure every policy. gathered: policies to try also with the remainders that gather keys."""
     layout = Layout((9, 16, 16), TILE)
     rows: dict[tuple[str, float, str], dict[str, Any]] = {}
     for state in states(pipe, clips_count, seeds, layout):

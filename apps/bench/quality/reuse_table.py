@@ -45,7 +45,7 @@ ARMS = {
 
 
 def config_of(arm: str, density: float, sigmas: list[float]) -> Config:
-    """sigmas: the run's noise levels, for the arms that remember nothing: their dense steps are phases of their own."""
+    """The configuration of an arm. sigmas: the run's noise levels; in arms without memory, each dense step is a phase."""
     kind, remainder = ARMS[arm]
     policy = Window(density=density)
     if kind != "none":
@@ -59,7 +59,7 @@ def _config(*phases: Phase) -> Config:
 
 
 def draw(pipe: Any, prompts: list[str], seed: int) -> tuple[Tensor, float]:
-    """Final latents of a batch, one generator a prompt, on the CPU; seconds."""
+    """Final latents of a batch on the CPU, with one generator for each prompt; and seconds."""
     frames, height, width = SIZE
     generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
     start = time.perf_counter()
@@ -71,7 +71,7 @@ def draw(pipe: Any, prompts: list[str], seed: int) -> tuple[Tensor, float]:
 
 
 class Recorder:
-    """Calls of the denoiser with what they gave."""
+    """Records the calls of the denoiser and their results."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []

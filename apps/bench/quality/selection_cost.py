@@ -25,7 +25,7 @@ from fastdit.policies import LSH, Antidiagonal, Radial, SpatialTemporal, Stripe,
 
 @dataclass(frozen=True)
 class Case:
-    """Where to measure: a grid in tokens and its tile, batch, heads, head dim, type."""
+    """What to measure on each device: a grid in tokens and its tile, batch, heads, head dim, type."""
 
     grid: Grid
     tile: Grid
