@@ -36,12 +36,12 @@ MODELS = {"SD 1.5": SD15, "SDXL": SDXL}
 
 
 def bench_encoder(
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file; parts that are not measured now stay.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file; parts that are not measured now are kept.")] = Path(
         "docs/results/encoder_cpu.json"
     ),
     size: Annotated[int, typer.Option(help="Side of the latents: 64 is 512 x 512 pixels.")] = 32,
     steps: Annotated[int, typer.Option(help="DDIM steps of the loop; 0: no loop.")] = 50,
-    repeats: Annotated[int, typer.Option(help="Of each kind of forward; 0: none.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Repeats of each kind of forward; 0: none.")] = 3,
     together: Annotated[int, typer.Option(help="Steps decoded in one call, for the row of batched decoding.")] = 4,
     guidance: Annotated[bool, typer.Option(help="Two branches in one batch.")] = True,
     table: Annotated[

@@ -24,7 +24,7 @@ from fastdit.apps.render.outputs import write_json
 
 def bench_gpu(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the JSON files.")] = Path("docs/results"),
-    only: Annotated[str, typer.Option(help="Sections, with commas between; default all.")] = "",
+    only: Annotated[str, typer.Option(help="Sections, separated by commas; all by default.")] = "",
     repeats: Annotated[int, typer.Option(help="Interleaved runs of each; the median counts.")] = 5,
     table: Annotated[Path | None, typer.Option(help="Measure nothing: write the tables into this Markdown file.")] = None,
 ) -> None:

@@ -30,8 +30,8 @@ def bench_kernel(
     heads: Annotated[int, typer.Option(help="Heads.")] = 8,
     dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; default by device.")] = "",
-    formats: Annotated[str, typer.Option(help="Number formats, with commas between.")] = "none,fp8/fp8,int8/fp8+k",
-    densities: Annotated[str, typer.Option(help="Of 3D windows, with commas between; 1: everything.")] = "1,0.5,0.25,0.125",
+    formats: Annotated[str, typer.Option(help="Number formats, separated by commas.")] = "none,fp8/fp8,int8/fp8+k",
+    densities: Annotated[str, typer.Option(help="Densities of 3D windows; 1: everything.")] = "1,0.5,0.25,0.125",
     repeats: Annotated[int, typer.Option(help="Interleaved runs of each; the median counts.")] = 7,
     flex: Annotated[
         bool, typer.Option("--flex", help="FlexAttention with the same tiles too (compiles for a minute).")

@@ -32,15 +32,15 @@ KEY = ("shape", "preset", "steps", "prompt", "seed")
 
 def bench(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of rows; rows it has are kept.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of rows; existing rows are kept.")] = Path(
         "docs/results/bench_cpu.json"
     ),
-    sizes: Annotated[str, typer.Option(help="Frames x height x width, with commas between.")] = "33x256x256,17x64x64",
-    presets: Annotated[str, typer.Option(help="With commas between.")] = "balanced,fast",
+    sizes: Annotated[str, typer.Option(help="Sizes, frames x height x width, separated by commas.")] = "33x256x256,17x64x64",
+    presets: Annotated[str, typer.Option(help="Presets, separated by commas.")] = "balanced,fast",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     repeats: Annotated[int, typer.Option(help="Interleaved runs of each; the best counts.")] = 3,
     prompt: Annotated[str, typer.Option(help="What to draw.")] = PROMPT,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 1,
     again: Annotated[bool, typer.Option("--again", help="Also measure the rows that the file has already.")] = False,
     table: Annotated[
         Path | None, typer.Option("--table", help="Measure nothing: write the rows of --out into this Markdown file.")

@@ -137,7 +137,7 @@ def markdown(measured: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/results/trim_cpu.json"), help="JSON file of rows")
-    parser.add_argument("--grids", default=GRIDS, help="sides in tokens, with commas between")
+    parser.add_argument("--grids", default=GRIDS, help="grids in tokens, separated by commas")
     parser.add_argument("--used", type=int, default=20, help=f"text tokens of {SLOTS} that the prompt fills")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved calls of each; the best counts")
     parser.add_argument("--table", type=Path, help="measure nothing: write the rows of --out into this Markdown file")

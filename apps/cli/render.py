@@ -32,19 +32,19 @@ def render(
         Text,
         typer.Option(help="File of prompts: txt, csv, jsonl, yaml, - for standard input. A line may override settings."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; made if missing.")] = Path("."),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; created if missing.")] = Path("."),
     name: Annotated[
-        str, typer.Option(help="Of files: {index} {slug} {seed} {hash} {preset} {steps} {frames} {height} {width}.")
+        str, typer.Option(help="Names of files: {index} {slug} {seed} {hash} {preset} {steps} {frames} {height} {width}.")
     ] = jobs.NAME,
     config: Annotated[
         Path | None, typer.Option(help="File of a fastdit.Config (toml, yaml, json), which replaces the preset.")
     ] = None,
-    repeat: Annotated[int, typer.Option(help="Clips of each prompt, with seeds counted up.")] = 1,
+    repeat: Annotated[int, typer.Option(help="Clips of each prompt, with successive seeds.")] = 1,
     compare: Annotated[bool, typer.Option("--compare", help="Also render densely from the same seed, and compare.")] = False,
     repeats: Annotated[int, typer.Option(help="With --compare: runs of each, interleaved; the best counts.")] = 2,
-    gpus: Annotated[Whole, typer.Option(help="GPUs of this machine to render on, a process each.")] = None,
-    workers: Annotated[Whole, typer.Option(help="Processes on the CPU that share its cores.")] = None,
-    threads: Annotated[Whole, typer.Option(help="Of PyTorch, in each process.")] = None,
+    gpus: Annotated[Whole, typer.Option(help="GPUs of this machine to render on, with one process each.")] = None,
+    workers: Annotated[Whole, typer.Option(help="Processes on the CPU, which share its cores.")] = None,
+    threads: Annotated[Whole, typer.Option(help="Threads of PyTorch in each process.")] = None,
     cluster: Annotated[Text, typer.Option(help="Render on Ray: auto, local, ray://HOST:PORT. Paths must exist there.")] = None,
     resume: Annotated[bool, typer.Option(help="Skip the clips that the folder's manifest lists as done.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Render again, and replace files of the same name.")] = False,

@@ -30,12 +30,12 @@ BEGIN, END = "<!-- policies -->", "<!-- /policies -->"
 def show_policy(
     name: Annotated[str, typer.Argument(help="A policy, such as window or radial.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG to write.")] = None,
-    grid: Annotated[str, typer.Option(help="Tokens in time x height x width.")] = "9x16x16",
+    grid: Annotated[str, typer.Option(help="Grid of tokens: time x height x width.")] = "9x16x16",
     tile: Annotated[str, typer.Option(help="Tokens of a tile.")] = "1x4x4",
     options: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the policy, such as density=0.125; may be repeated.")
     ] = None,
-    sigma: Annotated[float, typer.Option(help="Noise level of the attention that dynamic policies look at.")] = 0.6,
+    sigma: Annotated[float, typer.Option(help="Noise level of the attention that dynamic policies are given.")] = 0.6,
 ) -> None:
     """Draw the tiles that a policy keeps. Dynamic policies are given the embedded model's attention."""
     from fastdit.core.layout import Layout

@@ -78,7 +78,7 @@ def pairs(first: Path, second: Path) -> tuple[dict[str, tuple[list[Path], list[P
     """({name: (first files, second files)}, errors for clips without a partner). Raises UserError if there are no pairs."""
     for path in (first, second):
         if not path.exists():
-            raise UserError(f"there is no {path}", 2)
+            raise UserError(f"no such file or folder: {path}", 2)
     if first.is_dir() != second.is_dir():
         raise UserError("give two files or two folders, not one of each", 2)
     if not first.is_dir():

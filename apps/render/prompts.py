@@ -75,7 +75,7 @@ def _text(where: str, text: str) -> Iterator[tuple[str, Any]]:
 def _odd(said: str) -> UserError | None:
     """An error if a line has raw control characters, which text does not have; JSON and YAML escape them."""
     odd = control(said)
-    return None if odd is None else UserError(f"{odd!r} in a line, which is no text: save it as UTF-8, or leave that out")
+    return None if odd is None else UserError(f"{odd!r} in a line, so it is not text: save it as UTF-8, or remove that")
 
 
 def _jsonl(where: str, text: str) -> Iterator[tuple[str, Any]]:

@@ -136,7 +136,7 @@ class Settings:
                 # a prompt may have any character that JSON allows, as in the pipeline's own call; the other settings may not
                 odd = half_pair(said) or (None if name in ("prompt", "negative") else control(said))
                 if odd is not None:
-                    raise UserError(f"the {name} has {odd!r} in it: leave that out", 2)
+                    raise UserError(f"the {name} contains {odd!r}: remove it", 2)
         self.config()
         if blank(self.prompt):
             raise UserError('the prompt is empty: say what to draw, such as "a red circle moving right"', 2)

@@ -85,7 +85,7 @@ def result(record: dict[str, Any], urls: dict[str, str], again: bool = False) ->
         ("Tokens", f"{record['tokens']:,}"),
         ("Preset", settings["preset"]),
         ("Density", f"{record['density']:.2f}"),
-        ("Time", f"{seconds:.1f} s" + (" (drawn before: the same settings give the same clip)" if again else "")),
+        ("Time", f"{seconds:.1f} s" + (" (drawn earlier: the same settings give the same clip)" if again else "")),
     ]
     if dropped := record.get("dropped_tokens"):
         facts.append(("Prompt", f"its last {dropped} tokens were not read: it is too long for this model"))

@@ -25,13 +25,13 @@ PAUSE = 1.0
 
 
 def web(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the clips, that of `render`; made if missing.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the clips, that of `render`; created if missing.")] = Path(
         "renders"
     ),
     model: Annotated[
         list[str] | None, typer.Option("--model", "-m", help="A model to offer besides the embedded one; may be repeated.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on. Others than this machine's own need --auth.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; needs --auth if others can reach it.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 7860,
     auth: Annotated[
         Path | None, typer.Option(help="File of name:password lines. Each user then has a folder of their own under --out.")
@@ -42,7 +42,7 @@ def web(
     max_pixels: Annotated[int, typer.Option(help="Most pixels of a frame, height x width.")] = 1280 * 720,
     max_steps: Annotated[int, typer.Option(help="Most denoising steps of a clip.")] = 100,
     max_each: Annotated[int, typer.Option(help="Most clips that one user may have waiting.")] = 4,
-    max_queue: Annotated[int, typer.Option(help="Most clips waiting in all.")] = 100,
+    max_queue: Annotated[int, typer.Option(help="Most clips of all users that may be waiting.")] = 100,
     max_upload: Annotated[int, typer.Option(help="Largest picture to start from, in MB.")] = 20,
 ) -> None:
     """Open a page in the browser: text to video, dense and fast side by side."""
@@ -160,5 +160,5 @@ def read_users(path: Path) -> dict[str, str]:
             raise UserError(f"--auth: line {number} of {path.name} is not name:password (letters, digits, - and _)", 2)
         users[name] = password
     if not users:
-        raise UserError(f"--auth: {path} names nobody", 2)
+        raise UserError(f"--auth: {path} lists no user", 2)
     return users

@@ -95,7 +95,7 @@ def tile_map(name: str, density: float, grid: Grid, sigma: float) -> str:
     picture = (
         f'<figure><img class="map" alt="Tiles kept by {html.text(policy)}" src="{html.data_url(image, "PNG")}">'
         f"<figcaption>{html.text(policy)}: {found:.1%} of {layout.video_tiles:,}² pairs of tiles of "
-        f"{' × '.join(map(str, layout.tile))} tokens. Down: tiles that ask; right: tiles that answer, both in order of time. "
+        f"{' × '.join(map(str, layout.tile))} tokens. Query tiles run down and key tiles to the right, both in order of time. "
         f"{legend('no head', 'all heads')}</figcaption></figure>"
     )
     if layout.video_len > MOST:

@@ -134,7 +134,7 @@ def test_characters_that_no_text_has(odd: str, name: str, tmp_path: Path) -> Non
     found, ((where, why),) = prompts(name, SAYS[name].format(f"a red{odd} circle", "a\tstar"), tmp_path)
     assert found == ["a\tstar"]
     assert where == ("2" if name == "a.csv" else "1")
-    assert f"{odd!r} in a line, which is no text" in why
+    assert f"{odd!r} in a line, so it is not text" in why
 
 
 @pytest.mark.parametrize("odd", ["\0", "\x1b"])
@@ -143,7 +143,7 @@ def test_control_characters_that_json_says(odd: str, tmp_path: Path) -> None:
     said = [{"prompt": f"a{odd}b"}, {"prompt": "a", "image": f"{odd}[2J.png"}]
     found, ((where, why),) = prompts("a.jsonl", "\n".join(map(json.dumps, said)), tmp_path)
     assert (found, where) == ([f"a{odd}b"], "2")
-    assert why == f"the image has {odd!r} in it: leave that out"
+    assert why == f"the image contains {odd!r}: remove it"
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "image", "lora", "preset"])
@@ -152,14 +152,14 @@ def test_half_a_surrogate_pair(field: str, tmp_path: Path) -> None:
     said = [{"prompt": "a"} | {field: "a\ud800"}, {"prompt": "a star"}]
     found, ((where, why),) = prompts("a.jsonl", "\n".join(map(json.dumps, said)), tmp_path)
     assert (found, where) == (["a star"], "1")
-    assert f"the {field.removesuffix('_prompt')} has '\\ud800' in it" in why
+    assert f"the {field.removesuffix('_prompt')} contains '\\ud800'" in why
 
 
 def test_utf16_is_not_drawn(tmp_path: Path) -> None:
     for name in ("a.txt", "- text"):
         found, errors = prompts(name, "a red circle\n".encode("utf-16-le"), tmp_path)
         assert not found
-        assert "'\\x00' in a line, which is no text: save it as UTF-8" in errors[0][1]
+        assert "'\\x00' in a line, so it is not text: save it as UTF-8" in errors[0][1]
         for content in ("a red circle\n".encode("utf-16"), "un château\n".encode("latin-1")):
             with pytest.raises(UserError, match="not UTF-8: save it as UTF-8"):
                 prompts(name, content, tmp_path)
