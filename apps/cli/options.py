@@ -19,18 +19,22 @@ def names(name: str) -> list[str]:
 
 
 def with_settings(command: Callable[..., int]) -> Callable[..., int]:
-    """Replace the **settings of a command by an option for each setting except the prompt. None means: not given."""
+    """Replace the **settings of a command by an option for each setting except the prompt. None means: not given.
+
+    They come before the command's own keyword-only parameters, in the order of the table.
+    """
     signature = inspect.signature(command, eval_str=True)
-    parameters = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    made = []
     for name, about in SETTINGS.items():
-        if name == "prompt":
-            continue
-        kind: Any = KINDS[name] | None if about.own else KINDS[name]
-        option = typer.Option(*names(name), help=about.help)
-        default = None if about.own else DEFAULTS[name]
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(name, keyword, default=default, annotation=Annotated[kind, option]))
-    made: Any = command
-    made.__signature__ = signature.replace(parameters=parameters)
-    made.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": signature.return_annotation}
+        if name != "prompt":
+            kind: Any = KINDS[name] | None if about.own else KINDS[name]
+            annotation = Annotated[kind, typer.Option(*names(name), help=about.help)]
+            default = None if about.own else DEFAULTS[name]
+            made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    given = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    first = [each for each in given if each.kind is not inspect.Parameter.KEYWORD_ONLY]
+    parameters = [*first, *made, *given[len(first) :]]
+    changed: Any = command
+    changed.__signature__ = signature.replace(parameters=parameters)
+    changed.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": signature.return_annotation}
     return command

@@ -36,6 +36,7 @@ def render(
     name: Annotated[
         str, typer.Option(help="Names of files: {index} {slug} {seed} {hash} {preset} {steps} {frames} {height} {width}.")
     ] = jobs.NAME,
+    *,
     config: Annotated[
         Path | None, typer.Option(help="File of a fastdit.Config (toml, yaml, json), which replaces the preset.")
     ] = None,
