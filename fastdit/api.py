@@ -192,12 +192,14 @@ def _config(config: str | Config) -> Config:
     return config
 
 
+def denoisers_of(pipeline: Any) -> list[tuple[str, nn.Module]]:
+    """(name, model) of the denoisers that a pipeline has, as it holds them."""
+    return [(name, model) for name in DENOISERS if isinstance(model := getattr(pipeline, name, None), nn.Module)]
+
+
 def _denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
     """(name, model), the wrappers of torch.compile and of data parallelism taken off."""
-    if isinstance(target, nn.Module):
-        found = [("model", target)]
-    else:
-        found = [(name, model) for name in DENOISERS if isinstance(model := getattr(target, name, None), nn.Module)]
+    found = [("model", target)] if isinstance(target, nn.Module) else denoisers_of(target)
     if not found:
         raise ValueError(f"{type(target).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a model")
     seen: set[int] = set()

@@ -14,7 +14,7 @@ from typing import Any
 from fastdit.approx.remainder import REMAINDERS
 from fastdit.core.layout import Grid
 from fastdit.core.quant import Quant
-from fastdit.policies import Dense, Policy, policy_from_dict
+from fastdit.policies import Dense, Policy, Window, policy_from_dict
 
 KINDS = ("none", "retention", "ratio", "residual", "broadcast")
 STORES = ("float32", "bfloat16", "fp8")
@@ -140,6 +140,13 @@ def _slice(pair: Any) -> bool:
     return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], int) and isinstance(pair[1], int | None)
 
 
+TILE = (1, 8, 8)
+"""Of the presets. One frame deep: the best windows are two or three frames deep, which thicker tiles cannot express."""
+
+BALANCED = (Phase((1.0, 0.98), Dense()), Phase((0.98, 0.0), Window(density=0.125), reuse=Reuse("residual", refresh=5)))
+"""Phases of the default preset; `presets.py` says how they were chosen."""
+
+
 @dataclass(frozen=True)
 class Config:
     """All of fastdit's settings for one pipeline. The first phase that holds wins; where none holds, attention is dense.
@@ -179,10 +186,8 @@ class Config:
         if budget is not None and not (isinstance(budget, (int, float)) and budget > 0):
             raise ValueError(f"config: error_budget must be above 0, or None, got {self.error_budget}")
         if budget is not None and not self.phases:
-            from fastdit.presets import DEFAULT, PRESETS  # presets are configurations, and import this file
-
-            object.__setattr__(self, "phases", PRESETS[DEFAULT].phases)
-            object.__setattr__(self, "tile", self.tile or PRESETS[DEFAULT].tile)
+            object.__setattr__(self, "phases", BALANCED)
+            object.__setattr__(self, "tile", self.tile or TILE)
 
     def at(self, sigma: float, layer: int = 0, layers: int = 1) -> int | None:
         """Index of the phase that holds for a layer at a noise level; None: no phase, dense."""

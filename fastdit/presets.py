@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from fastdit.config import Config, Phase, Reuse
+from fastdit.config import BALANCED, TILE, Config, Phase, Reuse
 from fastdit.core.quant import Quant
 from fastdit.policies import Dense, Window
-
-TILE = (1, 8, 8)
-"""One frame deep: the windows that hold best are two or three frames deep, which thicker tiles cannot express."""
 
 PRESETS: dict[str, Config] = {
     # Everything dense through the seam: bit-exact to the stock pipeline but for padded text, which is cut.
@@ -16,9 +13,7 @@ PRESETS: dict[str, Config] = {
     # dense, as in Radial Attention and Sparse VideoGen. From then on a window draws what changes, and what it leaves out is
     # remembered from the last dense step, one in five. At equal time that is closer to dense than windows with more dense
     # steps (.16 against .38), and nothing else that was tried comes near it: Re-ttention .33, nothing remembered .83.
-    "balanced": Config(
-        (Phase((1.0, 0.98), Dense()), Phase((0.98, 0.0), Window(density=0.125), reuse=Reuse("residual", refresh=5))), TILE
-    ),
+    "balanced": Config(BALANCED, TILE),
     "fast": Config(
         (Phase((1.0, 0.98), Dense()), Phase((0.98, 0.0), Window(density=0.0625), reuse=Reuse("residual", refresh=10))), TILE
     ),

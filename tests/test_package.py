@@ -1,6 +1,7 @@
 """The package's shape: imports point down, importing it is light, names are where they belong."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -20,18 +21,29 @@ FLOORS = {
 FORMER = {"quant", "layout", "facts", "reuse", "profile", "memory", "remainder", "report"}
 """Files of `fastdit/` that only give a module its former name, for scripts of users."""
 FLOORS |= dict.fromkeys(FORMER, 4)
+HEAVY = {
+    "torch", "diffusers", "transformers", "numpy", "PIL", "gradio", "ray", "triton", "triton.experimental", "imageio",
+    "imageio_ffmpeg", "torchmetrics", "torchvision", "peft", "tokenizers", "safetensors", "sageattention", "playwright",
+    "uvicorn", "fastapi", "starlette",
+}  # fmt: skip
+"""Libraries that take long to import, or may be missing; triton.experimental (Gluon) is missing in some versions of Triton."""
 OUTSIDE = {"diffusers": 3, "transformers": 4, "triton": 1, "gradio": 5, "typer": 5, "ray": 5}
 """The lowest floor that may know each library; triton is for the kernels alone."""
 
 
-def files():
+def sources():
+    """Every source file, without the development links in `fastdit/`."""
     for folder in ("fastdit", "kernels", "pipelines", "apps"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT).parts
-            if parts[0] == "fastdit" and parts[1] in ("kernels", "pipelines", "apps", "assets"):
-                continue  # the development links
-            name = parts[0] if parts[0] != "fastdit" else parts[1].removesuffix(".py")
-            yield pytest.param(path, FLOORS["" if name == "__init__" else name], id="/".join(parts))
+            if parts[0] != "fastdit" or parts[1] not in ("kernels", "pipelines", "apps", "assets"):
+                yield path, parts
+
+
+def files():
+    for path, parts in sources():
+        name = parts[0] if parts[0] != "fastdit" else parts[1].removesuffix(".py")
+        yield pytest.param(path, FLOORS["" if name == "__init__" else name], id="/".join(parts))
 
 
 def imports(path):
@@ -81,3 +93,70 @@ def test_import_needs_no_optional_library():
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import fastdit; fastdit.FastAttnProcessor()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def module_name(parts):
+    inside = parts if parts[0] == "fastdit" else ("fastdit", *parts)
+    return ".".join(inside).removesuffix(".py").removesuffix(".__init__")
+
+
+MODULES = {module_name(parts): path for path, parts in sources()}
+
+
+@functools.cache
+def imported(name):
+    """([modules imported at the top of a module], [(line, modules) of each import in its functions]); not for annotations."""
+    top, inside = [], []
+
+    def visit(node, in_function):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in child.names]
+                if isinstance(child, ast.ImportFrom):
+                    names = [full if (full := f"{child.module}.{each}") in MODULES else child.module for each in names]
+                inside.append((child.lineno, names)) if in_function else top.extend(names)
+            visit(child, in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+    visit(ast.parse(MODULES[name].read_text()), False)
+    return top, inside
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports in functions count: they would hide a circle."""
+    done = set()
+
+    def follow(name, way):
+        assert name not in way, " -> ".join([*way[way.index(name) :], name])
+        if name in done:
+            return
+        top, inside = imported(name)
+        for other in {*top, *(each for _, names in inside for each in names)} & MODULES.keys():
+            follow(other, [*way, name])
+        done.add(name)
+
+    for name in MODULES:
+        follow(name, [])
+
+
+def heavy(name, seen):
+    """Heavy libraries that importing a module imports; those of the package's own `__init__` aside."""
+    if name not in MODULES:
+        return {library for library in HEAVY if f"{name}.".startswith(f"{library}.")}
+    if name in seen:
+        return set()
+    seen.add(name)
+    return set().union(*(heavy(each, seen) for each in imported(name)[0]))
+
+
+def test_imports_in_functions_spare_something():
+    """An import stands at the top of its file, unless it imports a heavy library that the top does not import anyway."""
+    wrong = []
+    for name, path in MODULES.items():
+        top, inside = imported(name)
+        anyway = set().union(*(heavy(each, set()) for each in top))
+        for line, names in inside:
+            if not set().union(*(heavy(each, set()) for each in names)) - anyway:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: import {names[0]} at the top of the file")
+    assert not wrong

@@ -1,4 +1,4 @@
-"""Attention kernels against float64, then against the attention that PyTorch has: rows for `fastdit bench kernel`.
+"""Attention kernels against float64, then against PyTorch's own attention: rows for `fastdit bench kernel`.
 
 A row is one number format at one density. Its time is all of `ops.attention` (packing, quantization, tile lists, scattering
 the answer back), in turns with every baseline; only the choice of the tiles is outside. Nothing is timed beside an answer
@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import flex_attention as flexible
+from torch.profiler import ProfilerActivity, profile
 
 from fastdit import ops
 from fastdit.core.block_mask import BlockMask
@@ -35,7 +37,7 @@ ROUNDING = {torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float32: 2**-20}
 
 
 def inputs(layout: Layout, heads: int, dim: int, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
-    """q, k, v as a video model gives them: [B, N, H, D] in memory, keys with a bias of each channel, values with a mean."""
+    """q, k, v as in a video model: [B, N, H, D] in memory, keys with a bias for each channel, values with a mean."""
     generator = torch.Generator(device).manual_seed(seed)
     q, k, v = (torch.randn(1, layout.length, heads, dim, generator=generator, device=device) for _ in range(3))
     k = k + 2 * torch.randn(dim, generator=generator, device=device)
@@ -43,15 +45,15 @@ def inputs(layout: Layout, heads: int, dim: int, dtype: torch.dtype, device: str
 
 
 RAGGED = (Layout((3, 12, 12), (1, 8, 8), text_len=9), Layout((5, 9, 17), (2, 8, 8)), Layout((4, 17, 9), (6, 8, 8)))
-"""Layouts to be right on: text, tiles that overhang on every axis, tiles of several blocks."""
+"""Layouts for the test of correctness: text, tiles that overhang on every axis, tiles of several blocks."""
 LARGE = (Layout((3, 36, 44), (1, 8, 8)), Layout((5, 36, 36), (2, 8, 8)))
-"""Enough tiles to fill a GPU: short sequences are cut into parts, which is another kernel."""
+"""Enough tiles to fill a GPU; shorter sequences are cut into parts, which is another kernel."""
 
 
 def wrong(
     formats: list[Quant], dims: tuple[int, ...], dtype: torch.dtype, device: str, layouts: tuple[Layout, ...] | None = None
 ) -> list[str]:
-    """Every format on ragged layouts against float64: a line for each answer outside twice its emulation's error."""
+    """Test every format on ragged layouts against float64: a line for each result beyond twice its emulation's error."""
     lines = []
     for layout in layouts or (RAGGED if device == "cpu" else RAGGED + LARGE):
         for dim in dims:
@@ -83,7 +85,7 @@ def wrong(
 
 
 def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
-    """Dense attention by each kernel there is for these tensors."""
+    """Dense attention by each kernel that takes these tensors."""
     found: dict[str, Callable[[], Any]] = {}
     for name, backend in BACKENDS.items():
 
@@ -93,7 +95,7 @@ def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
 
         try:
             call()
-        except RuntimeError:  # what PyTorch raises where it has no such kernel for these tensors
+        except RuntimeError:  # PyTorch raises it if the kernel does not take these tensors
             continue
         found[f"SDPA {name}"] = call
     try:
@@ -104,9 +106,7 @@ def baselines(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Any]]:
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: BlockMask) -> Callable[[], Any]:
-    """FlexAttention over the same tiles, the permutation into tile order included; slow to compile."""
-    from torch.nn.attention import flex_attention as flexible
-
+    """FlexAttention over the same tiles, including the permutation into tile order; slow to compile."""
     block, kept = layout.tile_tokens, mask.to_tile_map()
     kept = kept.expand(q.shape[0], q.shape[1], -1, -1)
 
@@ -126,15 +126,15 @@ def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout, mask: BlockMask) -> Ca
 
 
 IN_A_ROW = 4
-"""Calls of one timing on a GPU. It is kept busy until all are on their way, as in a denoising loop, where the GPU is behind."""
+"""Calls of one timing on a GPU. The GPU is kept busy until all are queued, as in a denoising loop."""
 BUSY = 20_000_000
-"""Cycles that keep it so, about 10 ms. What a call costs the CPU is a number of its own, `host_ms`."""
+"""GPU cycles for which it is kept busy, about 10 ms. The CPU's cost of a call is measured separately, as `host_ms`."""
 LONG = 20.0
-"""Milliseconds from which one call is timed alone: nothing of it is left to hide."""
+"""A call of at least so many milliseconds is timed alone: its launch cost no longer shows."""
 
 
 def milliseconds(calls: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
-    """Median time of each call, taken in turns, after a turn that is not counted."""
+    """Median time of each call; the calls take turns, and the first turn does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -166,11 +166,9 @@ def _gpu_time(call: Callable[[], Any]) -> float:
 
 
 def items(call: Callable[[], Any], device: str) -> dict[str, float]:
-    """Milliseconds of one call: its GPU kernels for packing, for attention and for everything else, and the CPU."""
+    """Milliseconds of one call: GPU kernels for packing, for attention and for the rest, and the CPU."""
     if device == "cpu":
         return {}
-    from torch.profiler import ProfilerActivity, profile
-
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()

@@ -17,15 +17,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastdit.apps.bench.presets import cpu_name
+from fastdit.apps.bench.markdown import cpu_name
+from fastdit.apps.render import jobs
+from fastdit.apps.render.outputs import write_json
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 2}
 MIDDLE = {"frames": 17, "height": 64, "width": 64, "steps": 10}
 USUAL = {"frames": 33, "height": 128, "width": 128, "steps": 20}
 
 
-class Watch:
-    """When each clip was done, what its record says, and the process's resident bytes then."""
+class Timeline:
+    """For each clip: when it was done, its record, and the process's resident bytes at that time."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -34,7 +36,7 @@ class Watch:
 
     def begin(self, jobs: int) -> None: ...
 
-    def done(self, record: dict[str, Any], said: str) -> None:
+    def done(self, record: dict[str, Any], text: str) -> None:
         self.times.append(time.perf_counter())
         self.records.append(record)
         self.resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
@@ -43,28 +45,27 @@ class Watch:
         raise RuntimeError(record["error"])
 
 
-def batch(count: int, pool: Callable[..., Any], **settings: Any) -> Watch:
-    """Render so many clips into a folder that is thrown away."""
+def batch(count: int, pool: Callable[..., Any], **settings: Any) -> Timeline:
+    """Render this many clips into a temporary folder."""
     from fastdit.apps.render import batch as runner
-    from fastdit.apps.render import jobs
 
     made = jobs.make([(str(i), f"a red circle moving right {i}") for i in range(count)], {"seed": 0} | settings)
-    watch = Watch()
+    timeline = Timeline()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # on a disk, not in memory as /tmp may be
-        runner.run(made.jobs, Path(folder), pool, watch, lambda: False)
-    return watch
+        runner.run(made.jobs, Path(folder), pool, timeline, lambda: False)
+    return timeline
 
 
 def overhead(clips: int) -> dict[str, Any]:
     from fastdit.apps.workers import pool
 
-    watch = batch(clips + 1, lambda todo, stop: pool.here(todo, stop, show=False), **USUAL)
-    whole = [b - a for a, b in zip(watch.times, watch.times[1:], strict=False)]
-    seconds = [record["seconds"] for record in watch.records[1:]]  # the first one loads the model
+    timeline = batch(clips + 1, lambda todo, stop: pool.here(todo, stop, show=False), **USUAL)
+    whole = [b - a for a, b in zip(timeline.times, timeline.times[1:], strict=False)]
+    seconds = [record["seconds"] for record in timeline.records[1:]]  # the first one loads the model
     called = [each["text"] + each["denoise"] + each["decode"] for each in seconds]
     shares = [1 - inside / all_of_it for inside, all_of_it in zip(called, whole, strict=True)]
     return USUAL | {
-        "what": "overhead", "tokens": watch.records[0]["tokens"], "clips": clips, "seconds_a_clip": statistics.median(whole),
+        "what": "overhead", "tokens": timeline.records[0]["tokens"], "clips": clips, "seconds_a_clip": statistics.median(whole),
         "seconds_encode": statistics.median(each["encode"] for each in seconds), "share": statistics.median(shares),
         "shares": shares,
     }  # fmt: skip
@@ -73,8 +74,8 @@ def overhead(clips: int) -> dict[str, Any]:
 def memory(clips: int) -> dict[str, Any]:
     from fastdit.apps.workers import pool
 
-    watch = batch(clips, lambda todo, stop: pool.here(todo, stop, show=False), **SMALL)
-    resident = [size / 2**20 for size in watch.resident]
+    timeline = batch(clips, lambda todo, stop: pool.here(todo, stop, show=False), **SMALL)
+    resident = [size / 2**20 for size in timeline.resident]
     ends = min(20, clips // 2)
     first, last = statistics.mean(resident[:ends]), statistics.mean(resident[-ends:])
     row = SMALL | {"what": "memory", "clips": clips, "ends": ends, "first_mb": first, "last_mb": last, "ratio": last / first}
@@ -82,7 +83,7 @@ def memory(clips: int) -> dict[str, Any]:
 
 
 def throughput(clips: int, turns: int, kind: str) -> dict[str, Any]:
-    """Best of interleaved turns; every worker's first clip, for which it loads the model, is not counted."""
+    """Best of interleaved turns. The first clip of each worker does not count, since it loads the model."""
     from fastdit.apps.workers import pool
     from fastdit.apps.workers.ray_cluster import Actors
 
@@ -124,7 +125,7 @@ def main() -> None:
     for name in given.only or measures:
         row = {"row": name} | measures[name]() | machine | {"load": os.getloadavg()[0]}
         rows = [old for old in rows if old["row"] != name] + [row]
-        given.out.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+        write_json(given.out, {"rows": rows})
         print(json.dumps(row))
 
 

@@ -7,6 +7,7 @@ Weights are random: no time depends on them. Two measurements. *forward*: one ca
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import time
 from collections.abc import Callable
@@ -16,22 +17,31 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdit.apps.bench.encoder_arms import MODELS, Schedule, operations, propagated, unet
-from fastdit.apps.bench.presets import cpu_name, write_block
-from fastdit.apps.render.media import UserError, write_json
+from fastdit.apps.bench.markdown import cpu_name, write_block
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.outputs import write_json
 
 BEGIN, END = "<!-- bench:encoder -->", "<!-- /bench:encoder -->"
 TOLERANCE = 1e-4
-"""Relative, of single precision answers whose sums run in another order."""
+"""Relative error of single precision results that differ in the order of sums."""
+SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768}
+SDXL: dict[str, Any] = {
+    "sample_size": 128, "cross_attention_dim": 2048, "block_out_channels": (320, 640, 1280), "attention_head_dim": (5, 10, 20),
+    "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}  # fmt: skip
+"""Differences from the defaults of UNet2DConditionModel. SDXL's embedding of picture sizes is omitted: it costs nothing."""
+MODELS = {"SD 1.5": SD15, "SDXL": SDXL}
 
 
 def bench_encoder(
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file; parts that are not measured now stay.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file; parts that are not measured now are kept.")] = Path(
         "docs/results/encoder_cpu.json"
     ),
     size: Annotated[int, typer.Option(help="Side of the latents: 64 is 512 x 512 pixels.")] = 32,
     steps: Annotated[int, typer.Option(help="DDIM steps of the loop; 0: no loop.")] = 50,
-    repeats: Annotated[int, typer.Option(help="Of each kind of forward; 0: none.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Repeats of each kind of forward; 0: none.")] = 3,
     together: Annotated[int, typer.Option(help="Steps decoded in one call, for the row of batched decoding.")] = 4,
     guidance: Annotated[bool, typer.Option(help="Two branches in one batch.")] = True,
     table: Annotated[
@@ -39,8 +49,6 @@ def bench_encoder(
     ] = None,
 ) -> None:
     """Measure encoder propagation on Stable Diffusion 1.5's UNet, or write the table of what was measured."""
-    import json
-
     rows: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     if table is not None:
         write_block(table, BEGIN, END, "\n".join(lines(rows)))
@@ -75,7 +83,7 @@ def bench_encoder(
 
 
 def forwards(model: Any, size: int, batch: int, repeats: int, together: int) -> Any:
-    """Seconds of each kind of forward, after every round; UserError where an answer is wrong."""
+    """Seconds of each kind of forward, after every round. Raises UserError if a result is wrong."""
     import torch
 
     from fastdit.core.reference import relative_error
@@ -122,7 +130,7 @@ def loop(model: Any, size: int, batch: int, steps: int) -> Any:
     latents = dict.fromkeys(arms, torch.randn(1, 4, size, size, device=model.device))
     seconds = dict.fromkeys(arms, 0.0)
     for i, level in enumerate(schedules["stock"].timesteps):
-        for name in list(arms)[:: (-1) ** i]:  # none is always the first
+        for name in list(arms)[:: (-1) ** i]:  # so that none is always first
 
             def one(name: str = name, level: Any = level) -> Any:
                 noise = arms[name](latents[name].repeat(batch, 1, 1, 1), level, text)[0]
@@ -137,7 +145,7 @@ def loop(model: Any, size: int, batch: int, steps: int) -> Any:
 
 
 def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and the answer. On a CPU seconds of CPU time, which other processes on the machine do not lengthen much."""
+    """Seconds and the result. On a CPU these are seconds of CPU time, which other processes hardly lengthen."""
     import torch
 
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -179,7 +187,81 @@ def lines(rows: dict[str, Any]) -> list[str]:
 
 
 def speedup(share: float) -> float:
-    """Of 50 steps with the paper's key steps, when a step between takes this share of a full one."""
+    """Speedup of 50 steps with the paper's key steps, if each other step takes this share of a full one."""
     from fastdit.encoder_reuse.propagate import KEY_STEPS
 
     return 50 / (len(KEY_STEPS) + (50 - len(KEY_STEPS)) * share)
+
+
+def unet() -> Any:
+    """The UNet with random weights, filled here: the layers' own initialisation of 860 million numbers takes minutes."""
+    import torch
+
+    model = twin(None).to_empty(device="cuda" if torch.cuda.is_available() else "cpu")
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.uniform_(-1, 1).mul_(1 / math.sqrt(parameter[0].numel()))
+    return model
+
+
+def operations(config: dict[str, Any], size: int) -> dict[str, float]:
+    """Floating point operations of a step between key steps, as shares of a full step, counted on tensors without memory."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = {}
+    with torch.inference_mode():
+        x = torch.zeros(1, 4, size, size, device="meta")
+        text = torch.zeros(1, 77, config["cross_attention_dim"], device="meta")
+        for name, joins in (("decoder alone", False), ("skips convolved once", True)):
+            model, _ = propagated(None, (0,), joins=joins, config=config)
+            for time in (900, 800, 700):  # the second is the first step between key steps, which convolves the skips
+                with FlopCounterMode(display=False) as counter:
+                    model(x, torch.tensor(time), text)
+                counts["full" if time == 900 else name] = counter.get_total_flops()
+    return {name: count / counts["full"] for name, count in counts.items() if name != "full"}
+
+
+def twin(model: Any, config: dict[str, Any] = SD15) -> Any:
+    """Another module with the same weights, so that hooks in one do not affect the other. None: no weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        found: Any = UNet2DConditionModel(**config)
+    found.eval().requires_grad_(False)
+    if model is not None:
+        found.load_state_dict(model.state_dict(), assign=True)
+    return found
+
+
+def propagated(
+    model: Any,
+    keys: tuple[int, ...],
+    joins: bool = True,
+    batch: int | None = 1,
+    pipeline: Any = None,
+    config: dict[str, Any] = SD15,
+) -> tuple[Any, Any]:
+    """A twin with its encoder propagated, and the handle. joins: whether the convolutions of skips are kept too."""
+    from fastdit.encoder_reuse.propagate import Propagation
+    from fastdit.pipelines.encoder import encoder_of
+
+    found = twin(model, config)
+    handle = Propagation(keys, 0.0, batch, pipeline)
+    encoder = encoder_of(found)
+    handle.install(found, encoder if joins else encoder._replace(joins=[]))
+    return found, handle
+
+
+class Schedule:
+    """What `Propagation` needs of a pipeline: a scheduler."""
+
+    def __init__(self, steps: int) -> None:
+        import diffusers
+
+        scheduler: Any = diffusers.DDIMScheduler
+        self.scheduler = scheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
+        self.scheduler.set_timesteps(steps)

@@ -1,7 +1,7 @@
 """`fastdit bench gpu`: kernels held against float64 on this GPU, then attention and whole denoisers timed, into JSON files.
 
-A file a section, written after every row, so a run that is cut off leaves what it has measured; docs/benchmarks.md is made of
-them.
+Each section has a file, which is written after every row, so an interrupted run keeps its rows. docs/benchmarks.md is made from
+these files.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdit.apps.bench.presets import write_block
-from fastdit.apps.render.media import UserError, write_json
+from fastdit.apps.bench import gpu_tests, tables
+from fastdit.apps.bench.markdown import write_block
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.outputs import write_json
 
 
 def bench_gpu(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the JSON files.")] = Path("docs/results"),
-    only: Annotated[str, typer.Option(help="Sections, with commas between; default all.")] = "",
+    only: Annotated[str, typer.Option(help="Sections, separated by commas; all by default.")] = "",
     repeats: Annotated[int, typer.Option(help="Interleaved runs of each; the median counts.")] = 5,
     table: Annotated[Path | None, typer.Option(help="Measure nothing: write the tables into this Markdown file.")] = None,
 ) -> None:
     """Measure attention and Wan-shaped denoisers on a CUDA GPU, correctness first."""
     if table is not None:
-        from fastdit.apps.bench import tables
-
         page = table.read_text(encoding="utf-8")
         wanted = [(name, text) for name, text in tables.tables(out) if f"<!-- gpu:{name} -->" in page]
         for name, text in wanted:
@@ -40,7 +40,6 @@ def bench_gpu(
 
     if not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA GPU here: fastdit bench and fastdit bench kernel measure on a CPU")
-    from fastdit.apps.bench import gpu_tests
     from fastdit.apps.bench.attention import wrong
     from fastdit.apps.bench.gpu_attention import FORMATS, SECTIONS
     from fastdit.apps.bench.gpu_denoisers import denoisers
@@ -69,7 +68,6 @@ def bench_gpu(
         "torch": torch.__version__, "triton": version("triton"), "cudnn": torch.backends.cudnn.version(),
     }  # fmt: skip
     typer.echo(f"{facts['device']}, torch {facts['torch']}: every format is right on ragged layouts")
-    out.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         rows: list[dict[str, Any]] = []
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What `fastdit bench gpu` measures of attention alone, a function a section; rows as in `attention.py`.
+"""What `fastdit bench gpu` measures of attention alone: one function for each section; rows as in `attention.py`.
 
 dense: all of attention, in each format and length. sliding: the setting of Sliding Tile Attention's own table (arXiv 2502.04507
 §4). video: Wan's 14B heads at 480p and 720p over densities and tiles. remembered: Re-ttention's epilogue (arXiv 2505.22918)
@@ -25,7 +25,7 @@ from fastdit.planning.forward_plan import plan_call
 FP8, INT8 = Quant("fp8", "fp8"), Quant("int8", "fp8", smooth_k=True)
 FORMATS = [Quant(), FP8, INT8]
 VIDEO: dict[str, Grid] = {"480p": (21, 30, 52), "720p": (21, 45, 80)}
-"""Tokens of Wan at 81 frames."""
+"""Token grids of Wan with 81 frames."""
 TILES: dict[str, tuple[Grid, ...]] = {"480p": ((2, 8, 8), (3, 10, 4)), "720p": ((2, 8, 8), (1, 8, 16))}
 Rows = Iterator[dict[str, Any]]
 
@@ -63,7 +63,7 @@ def others(repeats: int) -> Rows:
 
 
 def remembered(repeats: int) -> Rows:
-    """One step of Wan 14B at 720p that uses what the last dense step left, and that dense step."""
+    """One step of Wan 14B at 720p that uses the statistics of the last dense step, and that dense step."""
     grid, tile = VIDEO["720p"], (2, 8, 8)
     q, k, v = inputs(Layout(grid, tile), 40, 128, torch.bfloat16, "cuda")
     lines = baselines(q, k, v)
@@ -77,7 +77,7 @@ def remembered(repeats: int) -> Rows:
 
 
 def remainder(repeats: int) -> Rows:
-    """Wan 14B at 720p, a window of an eighth, with what it drops as pooled tiles and without."""
+    """Wan 14B at 720p, a window of an eighth, with and without pooled tiles for the dropped keys."""
     layout = Layout(VIDEO["720p"], (2, 8, 8))
     q, k, v = inputs(layout, 40, 128, torch.bfloat16, "cuda")
     mask = BlockMask.from_tile_map(Window(density=0.125).select(layout).cuda(), layout)
@@ -90,7 +90,7 @@ def remainder(repeats: int) -> Rows:
 def _kinds(
     key: str, calls: dict[str, Any], quant: Quant, lines: dict[str, Any], density: float, tokens: int, repeats: int
 ) -> Rows:
-    """A row a call, beside the fastest dense baseline of the same turns."""
+    """A row for each call, with the fastest dense baseline of the same turns."""
     took = milliseconds(calls | lines, repeats, "cuda")
     best = min(lines, key=lambda name: took[name])
     for kind in calls:
@@ -99,7 +99,7 @@ def _kinds(
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, plan: Any, reuse: Reuse, held: step_cache.Memory, lines: dict[str, Any]) -> Any:
-    """A call that reuses, its refresh already done."""
+    """A call that reuses statistics; its refresh is done beforehand."""
 
     def call() -> Any:
         return step_cache.attention(q, k, v, plan, reuse, held, None, next(iter(lines.values())))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
 
 import fastdit
 from fastdit import Config, Phase, Quant, Window
@@ -30,7 +31,7 @@ LEVELS = [900 - 20 * step for step in range(10)]
 
 
 def configs() -> dict[str, tuple[Config, list[int]]]:
-    """By name, with the timesteps of a measurement."""
+    """Configurations by name, each with the timesteps of a measurement."""
     windows = (((1, 8, 8), 0.125, Quant()), ((2, 8, 8), 0.25, Quant()), ((2, 8, 8), 0.125, Quant()), ((2, 8, 8), 0.125, FP8),
                ((2, 8, 8), 0.125, INT8))  # fmt: skip
     found = {
@@ -44,7 +45,7 @@ def configs() -> dict[str, tuple[Config, list[int]]]:
 
 
 def milliseconds(calls: dict[str, Callable[[], int]], repeats: int) -> dict[str, float]:
-    """Median time of a step of each call, which says how many it made; in turns, after one that is not counted."""
+    """Median time of a step for each call, which returns its number of steps; the first turn does not count."""
     took: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -68,8 +69,6 @@ def denoisers(repeats: int) -> Iterator[dict[str, Any]]:
 @torch.no_grad()
 def measure(name: str, repeats: int) -> Iterator[dict[str, Any]]:
     """Rows of one denoiser: stock against every configuration."""
-    from diffusers import WanTransformer3DModel
-
     denoiser: Any = WanTransformer3DModel  # diffusers' own types hide nn.Module's methods
     layers, heads, ffn, latent = SHAPES[name]
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """What `fastdit bench gpu` runs before it times anything on a new GPU: the checkout's kernel tests and compute-sanitizer.
 
-`python -m fastdit.apps.bench.gpu_tests` is what the sanitizer watches: every kernel once, on shapes that fill no tile
-(without a GPU: those of the CPU).
+The sanitizer watches `python -m fastdit.apps.bench.gpu_tests`, which runs every kernel once, on shapes that fill no tile
+(without a GPU: the CPU's kernels).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 
 Rows = Iterator[dict[str, Any]]
 WORKERS = 14
-"""Processes of pytest: compiling a kernel for each format and shape is what takes the time."""
+"""Processes of pytest: most of the time goes into compiling a kernel for each format and shape."""
 TESTS = sorted((Path(__file__).resolve().parents[2] / "tests" / "kernels").glob("test_*.py"))
 SANITIZER, FAULT = "compute-sanitizer", 99
 
 
 def absent() -> dict[str, str]:
-    """Sections that this machine has not what they need for, and what that is."""
+    """{section that cannot run on this machine: what is missing}."""
     found: dict[str, str] = {}
     if not TESTS:
         found["tests"] = "needs a checkout of the repository: an installed fastdit has no tests"
@@ -39,7 +39,7 @@ def absent() -> dict[str, str]:
 
 
 def tests(repeats: int) -> Rows:
-    """A row a file of kernel tests; raises UserError if one failed."""
+    """A row for each file of kernel tests. Raises UserError if a test failed."""
     rows = list(suite(TESTS))
     yield from rows
     if wrong := sum(row["failed"] for row in rows):
@@ -47,7 +47,7 @@ def tests(repeats: int) -> Rows:
 
 
 def suite(files: Sequence[Path]) -> Rows:
-    """pytest on these files, in parallel where pytest-xdist is there: {"file", "passed", "skipped", "failed", "seconds"}."""
+    """Run pytest on files, in parallel if pytest-xdist is installed: {"file", "passed", "skipped", "failed", "seconds"}."""
     parallel = ["-n", str(min(WORKERS, max(1, (os.cpu_count() or 1) - 2)))] if find_spec("xdist") else []
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "junit.xml"
@@ -70,7 +70,7 @@ def suite(files: Sequence[Path]) -> Rows:
 
 
 def sanitizer(repeats: int) -> Rows:
-    """compute-sanitizer's memcheck over every kernel once; raises UserError if it finds a fault."""
+    """Run every kernel once under compute-sanitizer's memcheck. Raises UserError if it finds a fault."""
     command = [
         SANITIZER,
         "--tool",

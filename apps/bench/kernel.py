@@ -1,18 +1,22 @@
-"""`fastdit bench kernel`: attention kernels against float64 and then against PyTorch's own, into JSON rows; or `--model`, what
-they should take on an H200, from what they compile to.
+"""`fastdit bench kernel`: attention kernels against float64 and then against PyTorch's own, as JSON rows. With `--model`, the
+time that their compiled code should take on an H200.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdit.apps.bench.presets import cpu_name
-from fastdit.apps.render.media import UserError, write_json
+from fastdit.apps.bench import roofline
+from fastdit.apps.bench.markdown import cpu_name
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.outputs import write_json
+from fastdit.apps.sizes import parse_size
 
 if TYPE_CHECKING:
     from fastdit.core.layout import Grid
@@ -26,8 +30,8 @@ def bench_kernel(
     heads: Annotated[int, typer.Option(help="Heads.")] = 8,
     dim: Annotated[int, typer.Option(help="Channels of a head.")] = 128,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32; default by device.")] = "",
-    formats: Annotated[str, typer.Option(help="Number formats, with commas between.")] = "none,fp8/fp8,int8/fp8+k",
-    densities: Annotated[str, typer.Option(help="Of 3D windows, with commas between; 1: everything.")] = "1,0.5,0.25,0.125",
+    formats: Annotated[str, typer.Option(help="Number formats, separated by commas.")] = "none,fp8/fp8,int8/fp8+k",
+    densities: Annotated[str, typer.Option(help="Densities of 3D windows; 1: everything.")] = "1,0.5,0.25,0.125",
     repeats: Annotated[int, typer.Option(help="Interleaved runs of each; the median counts.")] = 7,
     flex: Annotated[
         bool, typer.Option("--flex", help="FlexAttention with the same tiles too (compiles for a minute).")
@@ -38,25 +42,21 @@ def bench_kernel(
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = _sides(grid or ("32x32x32" if device == "cuda" or model else "8x16x16"), "--grid")
+    shape = parse_size(grid or ("32x32x32" if device == "cuda" or model else "8x16x16"), "--grid")
     wanted, shares = [_format(text) for text in formats.split(",")], _numbers(densities)
     if model:
         print_model(wanted, shares, dim, heads, shape[0] * shape[1] * shape[2])
         return
-    rows = run(shape, _sides(tile, "--tile"), heads, dim, dtype or _default(device), wanted, shares, device, repeats, flex)
+    rows = run(shape, parse_size(tile, "--tile"), heads, dim, dtype or _default(device), wanted, shares, device, repeats, flex)
     if out is not None:
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, rows)
-        except OSError as error:
-            raise UserError(f"cannot write {out} ({error.strerror}): choose another file with --out") from None
+        write_json(out, rows)
 
 
 def run(
     grid: Grid, tile: Grid, heads: int, dim: int, dtype: str, formats: list[Quant], densities: list[float], device: str,
     repeats: int, flex: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """Check, then measure and print; what goes into the file. Raises UserError for a wrong or missing kernel."""
+    """Check, measure and print; returns the content of the file. Raises UserError for a wrong or missing kernel."""
     import torch
 
     import fastdit
@@ -94,15 +94,14 @@ def run(
 def print_model(formats: list[Quant], densities: list[float], dim: int, heads: int, tokens: int) -> None:
     """Compile each format for sm_90 and print the milliseconds of each pipe."""
     os.environ.pop("TRITON_INTERPRET", None)
-    from fastdit.apps.bench.roofline import H200, model
     from fastdit.apps.bench.sass import compile_forward
 
-    typer.echo(f"{H200.name}, {tokens} tokens, {heads} heads of {dim}, milliseconds of each pipe; nothing was run")
+    typer.echo(f"{roofline.H200.name}, {tokens} tokens, {heads} heads of {dim}, milliseconds of each pipe; nothing was run")
     for quant in formats:
-        row = compile_forward(H200.arch, dim, quant)
+        row = compile_forward(roofline.H200.arch, dim, quant)
         block = f"{row['block_q']}x{row['block_k']}, {row['warps']} warps, {row['loop']} instructions a step"
         for density in densities:
-            pipes = model(row, H200, tokens, heads, density)
+            pipes = roofline.model(row, roofline.H200, tokens, heads, density)
             typer.echo(f"{quant} at {density:g} ({block}): " + ", ".join(f"{name} {x:.2f}" for name, x in pipes.items()))
 
 
@@ -111,20 +110,10 @@ def _default(device: str) -> str:
 
 
 def _triton() -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
-        return version("triton")
-    except PackageNotFoundError:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
         return None
-
-
-def _sides(text: str, option: str) -> Grid:
-    sides = text.split("x")
-    if len(sides) != 3 or not all(side.strip().isdigit() and int(side) for side in sides):
-        raise UserError(f"{option}: {text!r} is not time x height x width, such as 2x8x8", 2)
-    t, h, w = map(int, sides)
-    return t, h, w
 
 
 def _numbers(text: str) -> list[float]:

@@ -1,7 +1,7 @@
 """`fastdit bench`: dense and every preset on the embedded model, into JSON rows; the README's table is made from them.
 
-A row is one size with one preset. Rows are written as they come and kept: a bench that was interrupted goes on where it
-stopped, and rows of other sizes, presets or step counts in the same file stay.
+A row is one size with one preset. Rows are written as they come, and an interrupted benchmark goes on where it stopped. Rows of
+other sizes, presets or step counts in the same file are kept.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastdit.apps.render.media import UserError, write_json
+from fastdit.apps.bench.markdown import cpu_name, write_block
+from fastdit.apps.compare.measure import measure
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.load import check_shape, denoisers, load
+from fastdit.apps.render.outputs import write_json
+from fastdit.apps.render.settings import Settings
+from fastdit.apps.sizes import FRAMES, parse_size
 
 INCLUDES = "denoising loop: denoiser, guidance, scheduler; planning, block masks, permutation and quantization with it"
 BEGIN, END = "<!-- bench:main -->", "<!-- /bench:main -->"
@@ -28,16 +32,16 @@ KEY = ("shape", "preset", "steps", "prompt", "seed")
 
 def bench(
     context: typer.Context,
-    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of rows; rows it has are kept.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON file of rows; existing rows are kept.")] = Path(
         "docs/results/bench_cpu.json"
     ),
-    sizes: Annotated[str, typer.Option(help="Frames x height x width, with commas between.")] = "33x256x256,17x64x64",
-    presets: Annotated[str, typer.Option(help="With commas between.")] = "balanced,fast",
+    sizes: Annotated[str, typer.Option(help="Sizes, frames x height x width, separated by commas.")] = "33x256x256,17x64x64",
+    presets: Annotated[str, typer.Option(help="Presets, separated by commas.")] = "balanced,fast",
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     repeats: Annotated[int, typer.Option(help="Interleaved runs of each; the best counts.")] = 3,
     prompt: Annotated[str, typer.Option(help="What to draw.")] = PROMPT,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 1,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew what the file has already.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 1,
+    again: Annotated[bool, typer.Option("--again", help="Also measure the rows that the file has already.")] = False,
     table: Annotated[
         Path | None, typer.Option("--table", help="Measure nothing: write the rows of --out into this Markdown file.")
     ] = None,
@@ -49,18 +53,8 @@ def bench(
         write_table(table, read_rows(out, must_exist=True))
         typer.echo(f"{table}: table written from {out}")
         return
-    run(out, parse_sizes(sizes), [name.strip() for name in presets.split(",")], steps, repeats, prompt, seed, again)
-
-
-def parse_sizes(text: str) -> list[tuple[int, int, int]]:
-    """ "33x256x256,17x64x64" -> [(33, 256, 256), (17, 64, 64)]. Raises UserError."""
-    sizes = []
-    for one in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)x(\d+)x(\d+)\s*", one)
-        if match is None:
-            raise UserError(f"--sizes: {one.strip()!r} is not frames x height x width, such as 33x256x256", 2)
-        sizes.append((int(match[1]), int(match[2]), int(match[3])))
-    return sizes
+    asked = [parse_size(each, "--sizes", FRAMES) for each in sizes.split(",")]
+    run(out, asked, [name.strip() for name in presets.split(",")], steps, repeats, prompt, seed, again)
 
 
 def run(
@@ -74,11 +68,8 @@ def run(
     again: bool = False,
     model: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure what the file lacks; returns all its rows. Raises UserError."""
-    from fastdit.apps.compare.measure import measure
+    """Measure the rows that the file lacks; returns all of them. Raises UserError."""
     from fastdit.apps.compare.runs import describe
-    from fastdit.apps.render.load import check_shape, load
-    from fastdit.apps.render.settings import Settings
 
     cases = {
         size: [Settings(prompt, "", seed, model, name, *size, steps=steps, guidance=GUIDANCE) for name in presets]
@@ -89,7 +80,7 @@ def run(
     if repeats < 2:
         raise UserError(f"--repeats must be at least 2 (two dense runs must agree), got {repeats}", 2)
     rows = read_rows(out)
-    save(out, rows)  # before anything is measured: a folder that cannot be written should not cost an hour
+    write_json(out, {"rows": rows})  # before anything is measured: a folder that cannot be written should not cost an hour
     pipe = load(cases[sizes[0]][0])
     for size in sizes:
         check_shape(pipe, *size)
@@ -107,7 +98,7 @@ def run(
             row["config"] = settings.config().to_dict()
             rows = [old for old in rows if _key(old) != _key(row)] + [row]
             typer.echo(describe(settings, found, settings.preset, repeats))
-        save(out, rows)
+        write_json(out, {"rows": rows})
     return rows
 
 
@@ -121,12 +112,11 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _machine(pipe: Any) -> dict[str, Any]:
-    """Date and what it ran on; the machine by the kind of its processor, not by its name."""
+    """The date, the kind of processor, and the versions; not the machine's name."""
     import diffusers
     import torch
 
     import fastdit
-    from fastdit.apps.render.load import denoisers
 
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -140,17 +130,8 @@ def _machine(pipe: Any) -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """The processor as it calls itself."""
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine()
-
-
 def read_rows(path: Path, must_exist: bool = False) -> list[dict[str, Any]]:
-    """The rows of a file; none if it does not exist yet. Raises UserError for a file of another kind."""
+    """The rows of a file; empty if it does not exist yet. Raises UserError for another kind of file."""
     if not path.exists() and not must_exist:
         return []
     try:
@@ -164,22 +145,8 @@ def read_rows(path: Path, must_exist: bool = False) -> list[dict[str, Any]]:
     return list(rows)
 
 
-def save(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows, whole or not at all. Raises UserError where that cannot be."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_json(part, {"rows": rows})
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another file with --out") from None
-
-
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table, largest clips first, and a line on where it comes from."""
+    """The rows as a table, largest clips first, and a line on how they were measured."""
     lines = [
         "| clip | tokens | preset | dense | fastdit | speed | density | velocity error | PSNR | SSIM |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -202,24 +169,5 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows as a table, into a Markdown file. Raises UserError."""
+    """Write the table into a Markdown file. Raises UserError."""
     write_block(path, BEGIN, END, markdown(rows))
-
-
-def write_block(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace what stands between two marking lines of a Markdown file. Raises UserError if it has none."""
-    before, after = around_block(path, begin, end)
-    path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
-def around_block(path: Path, begin: str, end: str) -> tuple[str, str]:
-    """What stands before and behind two marking lines. Raises UserError if there are none."""
-    try:
-        old = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from None
-    before, found, rest = old.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise UserError(f"{path} has no {begin} … {end}: put these two lines where the table is to be")
-    return before, after

@@ -1,4 +1,4 @@
-"""How long a kernel should take on a GPU that is not here, from the instructions of its inner loop.
+"""How long a kernel should take on a GPU, computed without the GPU from the instructions of its inner loop.
 
 Per multiprocessor and clock an H100 or H200 issues 4 instructions of a warp, runs 16 lanes of special functions (exp2), 64 of
 the integer and conversion pipe, 128 of float32, and 4096 (FP8, INT8) or 2048 (16 bits) multiply-adds of the tensor cores. A
@@ -30,7 +30,7 @@ H200 = Gpu("H200", 90, 132, 1.98, 4.8e12, 2048, 4096)
 
 
 def model(row: dict[str, Any], gpu: Gpu, tokens: int, heads: int, density: float) -> dict[str, float]:
-    """Milliseconds of a compiled kernel (`kernels.sass`) by pipe, overlapped and serial, for B = 1."""
+    """Milliseconds of a compiled kernel (`sass.py`) by pipe, overlapped and serial, for B = 1."""
     block_q, block_k, dim, mix = row["block_q"], row["block_k"], row["dim"], row["mix"]
     qk, _, pv = row["quant"].partition("+")[0].partition("/")
     rate = [gpu.sixteen if fmt in ("none", "") else gpu.eight for fmt in (qk, pv or qk)]

@@ -1,4 +1,4 @@
-"""What the attention kernel becomes on a GPU that is not here: compiled by Triton, read from ptxas' report and the SASS.
+"""What the attention kernels compile to, without the GPU: compiled by Triton, read off ptxas' report and the SASS.
 
 The inner loop is the smallest backward branch that holds the most tensor-core instructions; for sm_100 that includes
 copies the compiler peeled off, so its length is compared with itself only. Needs nothing but the Triton package, and
@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdit.core.quant import LARGEST, Quant
-from fastdit.kernels import launch
+from fastdit.kernels import launch, parts, pooled, repair, tile_scores
 from fastdit.kernels.cuda import unsupported
 from fastdit.kernels.triton_forward import forward
 
@@ -40,7 +40,7 @@ KINDS = {
     "alu": re.compile(r"^(FMNMX|LOP|SEL|FSEL|PRMT|F2FP|I2F|I2I|ISETP|FSETP|PLOP|SHF|LEA|VIADD|IADD|IMNMX)"),
     "spill": re.compile(r"^(STL|LDL)"),
 }
-"""Instructions by the unit that runs them; a pattern takes what those before it left."""
+"""Instructions by the unit that runs them. The first pattern that matches counts."""
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _BRANCH = re.compile(r"\bBRA(?:\.\S+)*\s+(?:!?U?P\w+,\s*)*(?:`\(\S+\)|(0x[0-9a-f]+))")
 
@@ -129,48 +129,38 @@ def compile_hopper(dim: int, quant: Quant, slots: int = 128, padded: bool = True
 
 def compile_pooled(arch: int, dim: int, wide: bool, flag: bool = False) -> dict[str, Any]:
     """The kernel of the pooled remainder; wide: of float32, else of bfloat16."""
-    from fastdit.kernels.pooled import _add as kernel
-    from fastdit.kernels.pooled import settings
-
-    launch, plain = settings(dim, wide), "fp32" if wide else "bf16"
+    launch, plain = pooled.settings(dim, wide), "fp32" if wide else "bf16"
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
     kinds = dict.fromkeys(("Q", "K", "V", "Out"), plain) | {"Centre": "fp32", "Weight": "fp32", "QOrder": "i64", "Lse": "fp32"}
     constants = launch | {"D": dim, "DP": triton.next_power_of_2(dim), "Q_PARTS": 1, "FLAG": flag, "Fault": None}
     kinds |= _flagged(constants)
-    return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(kernel, kinds, constants, "tiles"), arch, options)[0]
+    return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(pooled._add, kinds, constants, "tiles"), arch, options)[0]
 
 
 def compile_repair(arch: int, dim: int, wide: bool) -> dict[str, Any]:
     """The dense launch that repairs an answer; wide: of float32, else of bfloat16."""
-    from fastdit.kernels.repair import _repair as kernel
-    from fastdit.kernels.repair import settings
-
-    chosen, plain = settings(dim, wide), "fp32" if wide else "bf16"
+    chosen, plain = repair.settings(dim, wide), "fp32" if wide else "bf16"
     options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
     kinds = dict.fromkeys(("Q", "K", "V", "Out"), plain) | {"Lse": "fp32", "Fault": "i32"}
     constants = chosen | {"D": dim, "DP": triton.next_power_of_2(dim), "LSE": True} | {f"{x}_d": 1 for x in "qkvo"}
-    return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(kernel, kinds, constants), arch, options)[0]
+    return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(repair._repair, kinds, constants), arch, options)[0]
 
 
 def compile_merge(arch: int, dim: int, flag: bool = True) -> dict[str, Any]:
     """The kernel that joins parts of split lists, into bfloat16."""
-    from fastdit.kernels.parts import _merge as kernel
-
     kinds = {"Parts": "fp32", "Lses": "fp32", "Out": "bf16", "Lse": "fp32"}
     constants = {"D": dim, "DP": triton.next_power_of_2(dim), "BM": 32, "FLAG": flag, "Fault": None}
     kinds |= _flagged(constants)
-    return {"arch": arch, "dim": dim} | _facts(_source(kernel, kinds, constants), arch, {"num_warps": 4})[0]
+    return {"arch": arch, "dim": dim} | _facts(_source(parts._merge, kinds, constants), arch, {"num_warps": 4})[0]
 
 
 def compile_scores(arch: int, dim: int, wide: bool) -> dict[str, Any]:
     """The kernel of antidiagonal scores, tiles of 64 tokens in cells of eight; wide: of float32, else of bfloat16."""
-    from fastdit.kernels.tile_scores import BLOCKS
-    from fastdit.kernels.tile_scores import _cell_lse as kernel
-
     kinds = {"Q": "fp32" if wide else "bf16", "K": "fp32" if wide else "bf16", "Live": "i1", "Lse": "fp32"}
-    block = BLOCKS[4 if wide else 2]
+    block = tile_scores.BLOCKS[4 if wide else 2]
     constants = {"D": dim, "STRIDE": 8, "CELLS": 8, "TILES": block // 8, "BM": block, "BK": block}
-    return {"arch": arch, "dim": dim, "wide": wide} | _facts(_source(kernel, kinds, constants), arch, {"num_warps": 4})[0]
+    source = _source(tile_scores._cell_lse, kinds, constants)
+    return {"arch": arch, "dim": dim, "wide": wide} | _facts(source, arch, {"num_warps": 4})[0]
 
 
 def _source(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], *more: str) -> ASTSource:
@@ -185,7 +175,7 @@ def _source(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], *more
 
 
 def _facts(source: Any, arch: int, options: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[int, str]]]:
-    """What ptxas and the compiler say of a kernel, and its instructions."""
+    """What ptxas and the compiler report about a kernel, and its instructions."""
     done, said = _compile(source, arch, options)
     frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
     registers = re.search(r"Used (\d+) registers", said)
@@ -207,11 +197,11 @@ FORMATS = (
     Quant("int4", "fp8", smooth_q=True, smooth_k=True),
     Quant("int4", smooth_k=True),
 )
-"""What is compiled for the table: each pair of formats there is a kernel for."""
+"""The pairs of formats that are compiled for the table: all that have a kernel."""
 
 
 def cases(archs: Iterable[int] = SHARED, dims: Iterable[int] = (64, 128, 256)) -> Iterator[tuple[int, int, Quant]]:
-    """Every kernel an architecture is given."""
+    """Every kernel for an architecture."""
     for arch, dim, quant in itertools.product(archs, dims, FORMATS):
         q = torch.empty(1, 1, 1, dim, dtype=torch.bfloat16, device="cpu")
         if unsupported(q, quant, (arch // 10, arch % 10)) is None:

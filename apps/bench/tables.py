@@ -40,7 +40,7 @@ def attention(rows: list[dict[str, Any]]) -> str:
 
 
 def _baselines(row: dict[str, Any], *names: str) -> str:
-    """Cells with the milliseconds of these, empty where one was not there."""
+    """Cells with milliseconds; empty for a missing one."""
     took = row["baselines_ms"]
     return " | ".join(f"{took[name]:.2f}" if name in took else "" for name in names)
 

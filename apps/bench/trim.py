@@ -1,8 +1,8 @@
 """`python -m fastdit.apps.bench.trim`: what cutting padded text saves, on a denoiser of HunyuanVideo's shape.
 
 HunyuanVideo pads every prompt to 256 tokens and hides the padding from the whole sequence by a mask. Stock and `exact` (which
-differ in nothing but that the padding is cut) are timed in turns, in one process: one attention call, and one forward of the
-real model class with random weights. If their answers differ by more than the order of sums, nothing is timed.
+only cuts the padding) are timed in turns, in one process: one attention call, and one forward of the real model class with
+random weights. Nothing is timed if their results differ by more than the order of sums explains.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 import fastdit
-from fastdit.apps.bench.presets import cpu_name, parse_sizes, write_block
+from fastdit.apps.bench.markdown import cpu_name, write_block
+from fastdit.apps.render.outputs import write_json
+from fastdit.apps.sizes import parse_size
 from fastdit.attach.processor import installed
 from fastdit.attach.site_call import attend
 from fastdit.core.reference import relative_error
@@ -32,7 +35,7 @@ SLOTS = 256
 HEADS, DIM = 2, 128
 """HunyuanVideo has 24 heads; attention's time is proportional to them, and so is nearly all of the rest."""
 LIMIT = 1e-5
-"""Relative error at which something else than the order of float32 sums differs."""
+"""A relative error above this has another cause than the order of float32 sums."""
 BEGIN, END = "<!-- trim -->", "<!-- /trim -->"
 
 
@@ -71,7 +74,7 @@ def seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, floa
 
 @torch.no_grad()
 def measure(grid: tuple[int, int, int], model: Any, used: int, repeats: int) -> dict[str, Any]:
-    """One row. Raises RuntimeError where the answers differ."""
+    """Measure one row. Raises RuntimeError if the results differ."""
     given = inputs(grid, used)
     stock = model(**given)[0]
 
@@ -131,11 +134,9 @@ def markdown(measured: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    import diffusers
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/results/trim_cpu.json"), help="JSON file of rows")
-    parser.add_argument("--grids", default=GRIDS, help="sides in tokens, with commas between")
+    parser.add_argument("--grids", default=GRIDS, help="grids in tokens, separated by commas")
     parser.add_argument("--used", type=int, default=20, help=f"text tokens of {SLOTS} that the prompt fills")
     parser.add_argument("--repeats", type=int, default=5, help="interleaved calls of each; the best counts")
     parser.add_argument("--table", type=Path, help="measure nothing: write the rows of --out into this Markdown file")
@@ -150,15 +151,14 @@ def main(arguments: list[str] | None = None) -> None:
         "diffusers": diffusers.__version__, "fastdit": fastdit.__version__,
     }  # fmt: skip
     rows = []
-    for t, h, w in parse_sizes(options.grids):
+    for t, h, w in (parse_size(each, "--grids") for each in options.grids.split(",")):
         try:
             rows.append(measure((t, h, w), model, options.used, options.repeats))
         except RuntimeError as error:
             sys.exit(f"bench_trim: nothing is timed: {error}")
         row = rows[-1]
         print(f"{row['clip']}: attention {row['call_ratio']:.2f} x, forward {row['forward_ratio']:.2f} x", flush=True)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(facts | {"rows": rows}, indent=1), encoding="utf-8")
+        write_json(options.out, facts | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fastdit.apps.render.media import UserError, ffmpeg
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.media import ffmpeg
 
 LEAST_DISK = 1 << 30
 EXTRAS = {"ray": ("cluster", "many machines"), "gradio": ("ui", "the web page"), "peft": ("lora", "LoRA")}
@@ -23,7 +24,7 @@ EXTRAS = {"ray": ("cluster", "many machines"), "gradio": ("ui", "the web page"),
 
 @dataclass(frozen=True)
 class Finding:
-    """good: None for what is only told. remedy: what to do where it is not good."""
+    """good: None for plain information. remedy: what to do if it is not good."""
 
     what: str
     found: str
@@ -32,12 +33,12 @@ class Finding:
 
 
 def doctor(
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder whose disk is looked at.")] = Path("."),
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder whose disk is checked.")] = Path("."),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Say what this machine will run, and what to install.
+    """Report what this machine will run, and what to install.
 
-    Every kernel is tested against float64. Exit status 1 if something that a render needs is missing or wrong.
+    Every kernel is tested against float64. The exit status is 1 if something that rendering needs is missing or wrong.
     """
     findings = [*software(), *machine(folder), *kernels()]
     if as_json:
@@ -53,7 +54,7 @@ def doctor(
 
 
 def software() -> list[Finding]:
-    """What is installed, and what is not and would do more."""
+    """Installed libraries, and missing ones that would add something."""
     import torch
 
     import fastdit
@@ -78,14 +79,14 @@ def software() -> list[Finding]:
 
 
 def machine(folder: Path) -> list[Finding]:
-    """Processors, memory, the disk of a folder, GPUs or why there are none."""
+    """Processors, memory, the disk of a folder, and GPUs, or why there is no GPU."""
     import torch
 
     from fastdit.approx.memory_budget import free_bytes
 
     found = [Finding("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads of PyTorch")]
     found.append(Finding("memory", f"{free_bytes(torch.device('cpu')) / 2**30:.1f} GB free"))
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())  # `render` makes the rest
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())  # `render` creates the rest
     disk = shutil.disk_usage(there).free
     good = disk >= LEAST_DISK and os.access(there, os.W_OK)
     remedy = "" if good else "make room, or choose another folder with --out"
@@ -120,7 +121,7 @@ def which_kernel(capability: tuple[int, int]) -> str:
 
 
 def kernels() -> list[Finding]:
-    """Every number format on ragged layouts against float64, on the GPU if there is one, or why it has no kernel."""
+    """Test each number format on ragged layouts against float64, on a GPU if there is one; or say why it has no kernel."""
     import torch
 
     from fastdit import ops
@@ -145,7 +146,7 @@ def kernels() -> list[Finding]:
         start = time.perf_counter()
         try:
             lines = wrong([quant], (64,), dtype, device, RAGGED[:1])
-        except Exception as error:  # a compiler that is missing, a driver too old: of many kinds
+        except Exception as error:  # of many kinds: a missing compiler, a driver that is too old
             text = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             found.append(Finding(what, f"does not run: {text}", False, "pip install --upgrade triton, or a newer driver"))
             continue

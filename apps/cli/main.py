@@ -1,8 +1,8 @@
 """The `fastdit` command.
 
-Each command is one file in `apps/` with a function of the command's name; nothing heavy is imported before it runs.
-Whatever a user can mend ends in one line on standard error. Exit status: 0 done, 1 failed while running, 2 wrong usage,
-130 interrupted, 143 terminated.
+Each command is a function of the command's name in one file of `apps/`; nothing heavy is imported before it runs.
+A mistake that the user can correct ends in one line on standard error. Exit status: 0 done, 1 failed while running, 2 wrong
+usage, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 
 COMMANDS = {
-    "render": "command",
-    "web": "web",
-    "compare": "compare_files",
-    "doctor": "doctor",
-    "models": "model_table",
-    "bench": "bench",
-    "bench kernel": "bench_kernel",
-    "bench gpu": "bench_gpu",
-    "bench encoder": "bench_encoder",
-    "show policy": "show",
-    "show presets": "presets",
-    "show policies": "presets",
-    "show schedule": "show",
-    "show gallery": "show",
+    "render": "cli.render",
+    "web": "web.server",
+    "compare": "compare.files",
+    "doctor": "cli.doctor",
+    "models": "cli.list",
+    "bench": "bench.presets",
+    "bench kernel": "bench.kernel",
+    "bench gpu": "bench.gpu",
+    "bench encoder": "bench.encoder",
+    "show policy": "cli.show",
+    "show presets": "cli.list",
+    "show policies": "cli.list",
+    "show settings": "cli.list",
+    "show schedule": "cli.show",
+    "show gallery": "cli.show",
 }
 """Commands and their modules in `fastdit.apps`; the function has the command's name, with an underscore for a space.
 
-One of two words belongs to the group of the first, which may be a command itself.
+A command of two words belongs to the group named by the first word, which may be a command itself.
 """
 
 HELP = {
@@ -89,14 +90,14 @@ def root(
 
 
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)  # unwinds, so that unfinished files go
+    raise SystemExit(128 + number)  # unwinds the stack, so that unfinished files are removed
 
 
 def main() -> None:
     """Run the command line and exit."""
     signal.signal(signal.SIGTERM, _terminated)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a prompt that cannot be shown here ends no batch
+        sys.stdout.reconfigure(errors="backslashreplace")  # as for stderr: an unprintable prompt must not end a batch
     try:
         code = app(standalone_mode=False)
     except UserError as problem:
@@ -104,12 +105,12 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted: nothing was left half-written", INTERRUPTED)
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output has gone; Python would say so once more at exit
+        sys.stderr.close()  # the reader of our output has gone; otherwise Python would complain again at exit
         raise SystemExit(1) from None
     except OSError as error:
         _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1)
     except Exception as error:
-        # typer carries its own copy of click from 0.20 on: its usage errors are known by what they can do.
+        # typer has its own copy of click since 0.20, so usage errors are recognised by their methods.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             if type(error).__name__ == "NoArgsIsHelpError":  # since click 8.2 the help is an error's message
                 print(error.format_message(), file=sys.stderr)

@@ -12,80 +12,54 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import yaml
+from tqdm import tqdm
 
-from fastdit.apps.render.media import UserError
-from fastdit.apps.render.settings import FORMATS, OFFLOADS, Settings
+from fastdit.apps.cli.options import with_settings
+from fastdit.apps.errors import UserError
+from fastdit.apps.render import jobs
+from fastdit.apps.render.settings import SETTINGS, Settings
 from fastdit.apps.render.text import decode
 
-INTERRUPTED = 130
 Text = str | None
 Whole = int | None
 
 
+@with_settings
 def render(
-    prompt: Annotated[Text, typer.Argument(help="What to draw.")] = None,
+    prompt: Annotated[Text, typer.Argument(help=SETTINGS["prompt"].help)] = None,
     prompts: Annotated[
         Text,
         typer.Option(help="File of prompts: txt, csv, jsonl, yaml, - for standard input. A line may override settings."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; made if missing.")] = Path("."),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the files; created if missing.")] = Path("."),
     name: Annotated[
-        str, typer.Option(help="Of files: {index} {slug} {seed} {hash} {preset} {steps} {frames} {height} {width}.")
-    ] = ("{index:04d}-{slug}-s{seed}"),
-    model: Annotated[
-        Text, typer.Option("--model", "-m", help="Folder or Hub id of a diffusers pipeline. None: the embedded one.")
+        str, typer.Option(help="Names of files: {index} {slug} {seed} {hash} {preset} {steps} {frames} {height} {width}.")
+    ] = jobs.NAME,
+    *,
+    config: Annotated[
+        Path | None, typer.Option(help="File of a fastdit.Config (toml, yaml, json), which replaces the preset.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="How attention is accelerated; `fastdit show presets` lists them.")] = "balanced",
-    config: Annotated[Path | None, typer.Option(help="File of a fastdit.Config instead (toml, yaml, json).")] = None,
-    negative_prompt: Annotated[Text, typer.Option("--negative-prompt", "--negative", help="What not to draw.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise that every prompt starts from, unless its line says another.")] = 0,
-    repeat: Annotated[int, typer.Option(help="Clips of each prompt, with seeds counted up.")] = 1,
-    frames: Annotated[Whole, typer.Option("--frames", "--num-frames", help="Number of frames. [embedded model: 33]")] = None,
-    height: Annotated[Whole, typer.Option(help="Pixels. [embedded model: 128; others: their own]")] = None,
-    width: Annotated[Whole, typer.Option(help="Pixels.")] = None,
-    steps: Annotated[Whole, typer.Option("--steps", "--num-inference-steps", help="Denoising steps. [embedded: 20]")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option("--guidance", "--guidance-scale", help="Classifier-free guidance; 1: off. [embedded: 3]"),
-    ] = None,
-    image: Annotated[Text, typer.Option(help="Picture to start from (image-to-video models).")] = None,
-    lora: Annotated[Text, typer.Option(help="LoRA: folder, file or Hub id, with @SCALE if it is not 1.")] = None,
-    fps: Annotated[Whole, typer.Option(help="Frames a second. [embedded model: 8; others: 16]")] = None,
-    format: Annotated[Text, typer.Option(help=f"{', '.join(FORMATS)} (a file a frame). [mp4; png of image models]")] = None,
-    crf: Annotated[int, typer.Option(help="Quality of mp4: 0 is lossless, 51 worst.")] = 18,
+    repeat: Annotated[int, typer.Option(help="Clips of each prompt, with successive seeds.")] = 1,
     compare: Annotated[bool, typer.Option("--compare", help="Also render densely from the same seed, and compare.")] = False,
     repeats: Annotated[int, typer.Option(help="With --compare: runs of each, interleaved; the best counts.")] = 2,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    cpu_offload: Annotated[str, typer.Option(help=f"Keep the model in main memory: {', '.join(OFFLOADS)}.")] = "none",
-    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the denoiser.")] = False,
-    vae_tiling: Annotated[bool, typer.Option("--vae-tiling", help="Decode in tiles: less memory.")] = False,
-    gpus: Annotated[Whole, typer.Option(help="GPUs of this machine to render on, a process each.")] = None,
-    workers: Annotated[Whole, typer.Option(help="Processes on the CPU that share its cores.")] = None,
-    threads: Annotated[Whole, typer.Option(help="Of PyTorch, in each process.")] = None,
+    gpus: Annotated[Whole, typer.Option(help="GPUs of this machine to render on, with one process each.")] = None,
+    workers: Annotated[Whole, typer.Option(help="Processes on the CPU, which share its cores.")] = None,
+    threads: Annotated[Whole, typer.Option(help="Threads of PyTorch in each process.")] = None,
     cluster: Annotated[Text, typer.Option(help="Render on Ray: auto, local, ray://HOST:PORT. Paths must exist there.")] = None,
-    ulysses: Annotated[int, typer.Option(help="GPUs that share each video by attention heads, under torchrun.")] = 1,
-    ring: Annotated[int, typer.Option(help="GPUs that share each video in a ring, under torchrun.")] = 1,
-    resume: Annotated[bool, typer.Option(help="Leave out what the folder's manifest has as done.")] = True,
+    resume: Annotated[bool, typer.Option(help="Skip the clips that the folder's manifest lists as done.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Render again, and replace files of the same name.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be rendered, and load nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each clip, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    **settings: Any,
 ) -> int:
     """Render clips from prompts.
 
-    Each is a video, a JSON file and a contact sheet; the folder has a manifest, by which the same command goes on where it was
-    stopped.
+    Each is a video, a JSON file and a contact sheet. The folder keeps a manifest: an interrupted command goes on when it is run
+    again.
     """
-    from fastdit.apps.render import jobs
-
-    base: dict[str, Any] = {
-        "negative": negative_prompt, "seed": seed, "model": model, "preset": preset, "frames": frames, "height": height,
-        "width": width, "steps": steps, "guidance": guidance, "fps": fps, "device": device, "dtype": dtype, "image": image,
-        "lora": lora, "format": format, "crf": crf, "cpu_offload": cpu_offload, "compile": compile, "vae_tiling": vae_tiling,
-        "ulysses": ulysses, "ring": ring,
-        "custom": None if config is None else read_config(config),
-    }  # fmt: skip
+    base: dict[str, Any] = settings | {"custom": None if config is None else read_config(config)}
     base = {key: value for key, value in base.items() if value is not None}
     if (prompt is None) == (prompts is None):
         both = "" if prompt is None else ", not both"
@@ -93,6 +67,7 @@ def render(
     Settings(**{"prompt": "x"} | base).check()
     if compare and repeats < 2:
         raise UserError(f"--repeats must be at least 2 (two dense runs must agree), got {repeats}", 2)
+    ulysses, ring = base["ulysses"], base["ring"]
     shared = ulysses * ring > 1
     if shared and (gpus or workers or cluster or compare):
         raise UserError("--ulysses and --ring do not go with --gpus, --workers, --cluster or --compare", 2)
@@ -111,25 +86,25 @@ def render(
     pool = choose_pool(len(batch.jobs), gpus, workers, threads, cluster, show)
     if shared:
         pool = functools.partial(context_parallel.lead, show=show)
-    talk = Talk(quiet, as_json, single=len(lines) * repeat == 1, out=out)
+    console = Console(quiet, as_json, single=len(lines) * repeat == 1, out=out)
     for where, why in batch.errors:
         print(f"fastdit: {where}: {why}", file=sys.stderr)
-    return _run(batch, out, pool, talk, again=overwrite or not resume, overwrite=overwrite)
+    return _run(batch, out, pool, console, again=overwrite or not resume, overwrite=overwrite)
 
 
-def _run(batch: Any, out: Path, pool: Any, talk: Talk, again: bool, overwrite: bool) -> int:
+def _run(batch: Any, out: Path, pool: Any, console: Console, again: bool, overwrite: bool) -> int:
     from fastdit.apps.render import batch as runner
 
     with runner.Stop() as stop:
         try:
-            summary = runner.run(batch.jobs, out, pool, talk, stop, again, overwrite)
+            summary = runner.run(batch.jobs, out, pool, console, stop, again, overwrite)
         finally:
-            talk.close()
+            console.close()
     summary.failed = batch.errors + summary.failed
-    if talk.single:
+    if console.single:
         for record in summary.skipped:
             raise UserError(f"{out / record['file']} exists already, made with these settings (--overwrite makes it again)", 0)
-    elif not talk.as_json and not talk.quiet:
+    elif not console.as_json and not console.quiet:
         typer.echo(summary)
     if stop():
         raise KeyboardInterrupt
@@ -148,25 +123,23 @@ def _dry_run(batch: Any, as_json: bool) -> int:
     return 1 if batch.errors else 0
 
 
-class Talk:
-    """What `render` says while it runs: a bar of clips, a line of JSON each, or nothing but errors."""
+class Console:
+    """What `render` prints while it runs: a progress bar of clips, a line of JSON for each, or only errors."""
 
     def __init__(self, quiet: bool, as_json: bool, single: bool, out: Path) -> None:
         self.quiet, self.as_json, self.single, self.out = quiet, as_json, single, out
         self.bar: Any = None
 
     def begin(self, jobs: int) -> None:
-        from tqdm import tqdm
-
         hidden = self.quiet or self.as_json or self.single or not jobs
         self.bar = tqdm(total=jobs, desc="clips", unit="clip", file=sys.stderr, disable=hidden)
 
-    def done(self, record: dict[str, Any], said: str) -> None:
+    def done(self, record: dict[str, Any], text: str) -> None:
         self.bar.update()
         if self.as_json:
             typer.echo(json.dumps(record))
         elif self.single and not self.quiet:
-            typer.echo(said)
+            typer.echo(text)
             for name in (f"{record['name']}.json", *record["files"]):
                 typer.echo(self.out / name)
 
@@ -184,7 +157,7 @@ class Talk:
 def choose_pool(
     jobs: int, gpus: int | None, workers: int | None, threads: int | None, cluster: str | None, show: bool
 ) -> Callable[[list[Any], Callable[[], bool]], Iterator[Any]]:
-    """This process, processes beside it, or Ray. Nothing is started before it is asked for clips. Raises UserError."""
+    """The pool that was asked for: this process, child processes, or Ray. It starts with the first job. Raises UserError."""
     for option, count in (("--gpus", gpus), ("--workers", workers), ("--threads", threads)):
         if count is not None and count < 1:
             raise UserError(f"{option} must be at least 1, got {count}", 2)
@@ -217,7 +190,7 @@ def choose_pool(
 
 
 def read_config(path: Path) -> Any:
-    """A `Config` from a toml, yaml or json file. Raises UserError."""
+    """Read a `Config` from a toml, yaml or json file. Raises UserError."""
     from fastdit import Config
 
     try:
@@ -225,13 +198,11 @@ def read_config(path: Path) -> Any:
         if path.suffix == ".toml":
             fields = tomllib.loads(text)
         elif path.suffix in (".yaml", ".yml"):
-            import yaml
-
             fields = yaml.safe_load(text)
         else:
             fields = json.loads(text)
         return Config.from_dict(fields.get("config", fields))
     except OSError as error:
         raise UserError(f"--config: cannot read {path} ({error.strerror})", 2) from None
-    except Exception as error:  # three parsers' errors, and whatever wrong types lead to
+    except Exception as error:  # errors of three parsers, and of values of wrong types
         raise UserError(f"--config: {path} is no configuration ({' '.join(str(error).split())[:200]})", 2) from None

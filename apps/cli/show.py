@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdit.apps.bench.presets import around_block, write_block
+from fastdit.apps.bench.markdown import around_block, write_block
 from fastdit.apps.cli.list import about
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.text import decode
+from fastdit.apps.sizes import parse_size
+from fastdit.pipelines import embedded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,25 +23,25 @@ if TYPE_CHECKING:
     from fastdit.policies import Policy
 
 SIZE = 480
-"""Pixels of a map's side, at least one a tile."""
+"""Side of a map in pixels, unless it has more tiles."""
 BEGIN, END = "<!-- policies -->", "<!-- /policies -->"
 
 
 def show_policy(
     name: Annotated[str, typer.Argument(help="A policy, such as window or radial.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG to write.")] = None,
-    grid: Annotated[str, typer.Option(help="Tokens in time x height x width.")] = "9x16x16",
+    grid: Annotated[str, typer.Option(help="Grid of tokens: time x height x width.")] = "9x16x16",
     tile: Annotated[str, typer.Option(help="Tokens of a tile.")] = "1x4x4",
     options: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the policy, such as density=0.125; may be repeated.")
     ] = None,
-    sigma: Annotated[float, typer.Option(help="Noise level of the attention that dynamic policies look at.")] = 0.6,
+    sigma: Annotated[float, typer.Option(help="Noise level of the attention that dynamic policies are given.")] = 0.6,
 ) -> None:
-    """Draw the tiles that a policy keeps; those that look at the data look at the embedded model's attention."""
+    """Draw the tiles that a policy keeps. Dynamic policies are given the embedded model's attention."""
     from fastdit.core.layout import Layout
 
     try:
-        layout = Layout(_sides(grid, "--grid"), _sides(tile, "--tile"))
+        layout = Layout(parse_size(grid, "--grid"), parse_size(tile, "--tile"))
         policy = make(name, options or [])
     except ValueError as error:
         raise UserError(str(error), 2) from None
@@ -60,7 +61,7 @@ def show_schedule(
     layers: Annotated[int, typer.Option(help="Attention layers of the denoiser.")] = 30,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG: step by layer, a colour for each phase.")] = None,
 ) -> None:
-    """Print what runs at which step: dense, sparse, or completed by statistics."""
+    """Print what runs at each step: dense, sparse, or sparse with statistics."""
     from fastdit import Config, preset
     from fastdit.reporting import heatmap
     from fastdit.schedule import noise_levels, schedule
@@ -73,7 +74,7 @@ def show_schedule(
         entries = schedule(config, noise_levels(steps, shift), layers)
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror}", 2) from None
-    except ValueError as error:  # what JSON is not, what a configuration refuses
+    except ValueError as error:  # invalid JSON, or an invalid configuration
         raise UserError(str(error), 2) from None
     for entry in entries:
         where = "" if entry.layers == (0, layers) else f"  layers {entry.layers[0]}-{entry.layers[1] - 1}"
@@ -98,7 +99,7 @@ def show_gallery(
     from fastdit.core.layout import Layout
     from fastdit.policies import POLICIES
 
-    around_block(docs / "policies.md", BEGIN, END)  # before a minute of drawing
+    around_block(docs / "policies.md", BEGIN, END)  # fails before a minute of drawing
     folder = docs / "policies"
     folder.mkdir(parents=True, exist_ok=True)
     lines = ["| | policy | of all pairs |", "|---|---|--:|"]
@@ -116,7 +117,7 @@ def show_gallery(
 
 
 def make(name: str, options: list[str]) -> Policy:
-    """A policy by name with fields from "key=value"; a density of 1/4 where it wants one and none is given.
+    """Make a policy by name, with fields from "key=value". A missing density is 1/4.
 
     Raises ValueError for an unknown name or field, or a value that does not fit.
     """
@@ -147,7 +148,7 @@ def make(name: str, options: list[str]) -> Policy:
 
 
 def draw(policy: Policy, layout: Layout, sigma: float) -> tuple[Image, float]:
-    """The map's picture, keys to the right and queries down in tile order, and its density; as many colours as heads differ."""
+    """The map as a picture, and its density. Queries run down and keys to the right, in tile order; colour: share of heads."""
     import torch
     from PIL import Image
 
@@ -164,13 +165,12 @@ def attention_of(layout: Layout, sigma: float) -> tuple[Any, ...]:
     """q, k and v of the embedded model's middle layer for one clip, in tile order."""
     import torch
 
-    from fastdit.apps.bench.quality import policy_table
-    from fastdit.pipelines import embedded
+    from fastdit.apps.tiny.attention import add_noise, clean_latents, recorded_attention
 
     t, h, w = layout.grid
     with torch.no_grad():
-        inputs = policy_table.clean(embedded.load(), 1, ((t - 1) * 4 + 1, h * 8, w * 8))
-        return policy_table.watch(embedded.load(), policy_table.noised(*inputs, sigma, 0), layout.tile)[3]
+        inputs = clean_latents(embedded.load(), 1, ((t - 1) * 4 + 1, h * 8, w * 8))
+        return recorded_attention(embedded.load(), add_noise(*inputs, sigma, 0), layout.tile)[3]
 
 
 def quality(path: Path) -> list[str]:
@@ -237,10 +237,3 @@ def statistics(path: Path) -> str:
         text = [f"{row['final']:.2f}, {row['forced']:.3f}; {row['seconds']:.2f}" for row in cells]
         lines.append(f"| {arm} | {' | '.join(text)} |")
     return "\n".join(lines)
-
-
-def _sides(text: str, option: str) -> tuple[int, int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text.strip())
-    if match is None:
-        raise ValueError(f"{option}: {text!r} is not time x height x width in tokens, such as 9x16x16")
-    return int(match[1]), int(match[2]), int(match[3])

@@ -1,4 +1,4 @@
-"""`fastdit compare`: two files, or two folders name by name, in numbers and in pictures of the difference."""
+"""`fastdit compare`: compare two files, or the files of two folders by name, in numbers and pictures of the difference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastdit.apps.render.media import Outputs, UserError, contact_sheet, png, to_json, write_mp4
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.media import contact_sheet, png, write_mp4
+from fastdit.apps.render.outputs import Outputs, to_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 VIDEOS = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 PICTURES = (".gif", ".webp", ".png")
 NUMBERED = re.compile(r"(.+)-\d{4}\.png")
-"""A frame of a clip that `render --format png` wrote."""
+"""File name of one frame of a clip that `render --format png` wrote."""
 COLUMNS = {"psnr_db": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "flicker_db": "flicker", "lpips": "LPIPS"}
 
 
@@ -45,8 +47,8 @@ def compare(
 ) -> int:
     """Compare two clips, or two folders of clips.
 
-    PSNR, SSIM, MS-SSIM and flicker (PSNR of the changes from frame to frame), and LPIPS where its weights are. Two clips of one
-    seed part company the longer they are denoised: these numbers tell how near they are, not which one is better.
+    Prints PSNR, SSIM, MS-SSIM and flicker (PSNR of the changes from frame to frame), and LPIPS if its weights are here. Two
+    clips of one seed drift apart the longer they are denoised: the numbers say how close they are, not which one is better.
     """
     matched, failed = pairs(first, second)
     rows = []
@@ -73,10 +75,10 @@ def compare(
 
 
 def pairs(first: Path, second: Path) -> tuple[dict[str, tuple[list[Path], list[Path]]], list[str]]:
-    """({name: files of either side}, what has no partner). Raises UserError where there is nothing to compare."""
+    """({name: (first files, second files)}, errors for clips without a partner). Raises UserError if there are no pairs."""
     for path in (first, second):
         if not path.exists():
-            raise UserError(f"there is no {path}", 2)
+            raise UserError(f"no such file or folder: {path}", 2)
     if first.is_dir() != second.is_dir():
         raise UserError("give two files or two folders, not one of each", 2)
     if not first.is_dir():
@@ -90,7 +92,7 @@ def pairs(first: Path, second: Path) -> tuple[dict[str, tuple[list[Path], list[P
 
 
 def clips(folder: Path) -> dict[str, list[Path]]:
-    """{name: its file, or its frames} of a folder, sorted; contact sheets are none."""
+    """{name: its file, or its frames} of the clips in a folder, sorted; contact sheets are left out."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in (*VIDEOS, *PICTURES) and not path.name.endswith("-sheet.png") and path.name[0] != ".":
@@ -100,7 +102,7 @@ def clips(folder: Path) -> dict[str, list[Path]]:
 
 
 def read(files: list[Path]) -> Film:
-    """A video, an animation, a picture, or the pictures of a clip. Raises UserError."""
+    """Read a video, an animation, a picture, or the frames of a clip. Raises UserError."""
     import imageio.v3 as imageio
     import numpy as np
     from PIL import Image, ImageSequence
@@ -116,13 +118,13 @@ def read(files: list[Path]) -> Film:
                 stack += [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
                 duration = image.info.get("duration", 0)  # milliseconds of the last frame
         return Film(np.stack(stack), 1000 / duration if duration else fps)
-    except Exception as error:  # of ffmpeg, of Pillow, of imageio, for files that are no clips
+    except Exception as error:  # ffmpeg, Pillow and imageio raise many kinds
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"cannot read {files[0]} as a clip ({cause})") from None
 
 
 def one(name: str, left: list[Path], right: list[Path], out: Path | None, overwrite: bool) -> dict[str, Any]:
-    """Numbers of a pair, and its pictures into a folder. Raises UserError."""
+    """The numbers of a pair; its pictures go into a folder, if one is given. Raises UserError."""
     a, b = read(left), read(right)
     if a.frames.shape != b.frames.shape:
         shapes = [f"{path} has {len(x.frames)} frames of {x.frames.shape[2]} x {x.frames.shape[1]}"
@@ -135,7 +137,7 @@ def one(name: str, left: list[Path], right: list[Path], out: Path | None, overwr
 
 
 def numbers(a: Film, b: Film) -> dict[str, Any]:
-    """The metrics, None for what is infinite (the clips are equal) or cannot be had."""
+    """The metrics; None for one that is infinite, because the clips are equal, or not available."""
     import torch
 
     from fastdit.apps.compare import metrics
@@ -154,7 +156,7 @@ def numbers(a: Film, b: Film) -> dict[str, Any]:
 
 
 def mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the pairs that have each number."""
+    """The mean of each number over the pairs that have it."""
     found: dict[str, Any] = {"clip": f"mean of {len(rows)}", "identical": all(row["identical"] for row in rows)}
     for key in COLUMNS:
         values = [row[key] for row in rows if row[key] is not None]
@@ -173,7 +175,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def picture(name: str, a: Film, b: Film, row: dict[str, Any], out: Path, overwrite: bool) -> None:
-    """NAME-side.mp4 (first, second, difference), NAME-difference.png (over all frames), NAME-sheet.png, NAME.json."""
+    """Write NAME-side.mp4 (first, second, difference), NAME-difference.png (over all frames), NAME-sheet.png, NAME.json."""
     import numpy as np
     from PIL import Image
 
@@ -196,7 +198,7 @@ def picture(name: str, a: Film, b: Film, row: dict[str, Any], out: Path, overwri
         files[names[1]].write_bytes(png(sheet, row))
         files[names[2]].write_bytes(png(Image.fromarray((still * 255).round().astype(np.uint8)), row))
         side = np.concatenate((x, y, heat), axis=2)
-        side = np.pad(side, ((0, 0), (0, side.shape[1] % 2), (0, side.shape[2] % 2), (0, 0)))  # H.264 wants even sides
+        side = np.pad(side, ((0, 0), (0, side.shape[1] % 2), (0, side.shape[2] % 2), (0, 0)))  # H.264 needs even sides
         write_mp4(files[names[3]], side, max(1, round(a.fps)), row)
         files[names[0]].write_bytes(to_json(row))
         files.publish()

@@ -3,10 +3,10 @@
 Time is the denoising loop's: denoiser, guidance and scheduler, with everything fastdit does in it (planning, block
 masks, permutation, quantization); text encoding, decoding and writing are the same for both and left out. Runs are
 interleaved, so that a machine that slows down slows both, and the best of each counts. No speed is given beside a wrong
-answer.
+result.
 
-Two clips of one seed part company the further the longer they are denoised, so beside PSNR and SSIM of the results
-stands the teacher-forced velocity error: inputs of the dense run are fed to the accelerated denoiser, one step each,
+Two clips of one seed drift apart the longer they are denoised. So the teacher-forced velocity error is given beside PSNR and
+SSIM of the results: inputs of the dense run are fed to the accelerated denoiser, one step each,
 and |v − v_dense| / |v_dense| is averaged over up to three steps of each phase, or all of them where statistics of one step
 serve the next.
 """
@@ -19,9 +19,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import Clip, generate
 from fastdit.apps.render.load import denoisers
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ STEPS_A_PHASE = 3
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a denoiser in a dense run, the first of its step, and the velocity it gave."""
+    """The first call of the denoiser in a step of a dense run, and the velocity that it returned."""
 
     model: nn.Module
     args: tuple[Any, ...]
@@ -45,7 +45,7 @@ class Call:
 
 @dataclass
 class Variant:
-    """One preset's runs. seconds: best denoising loop; velocity: mean relative error of each phase that was run."""
+    """The runs of one preset. seconds: best denoising loop; velocity: mean relative error in each phase that ran."""
 
     clip: Clip
     report: Report
@@ -77,7 +77,7 @@ class Variant:
 
 @dataclass
 class Comparison:
-    """dense_seconds: best denoising loop; kernel: of dense attention, by name; tokens: in the denoiser's sequence."""
+    """dense_seconds: best denoising loop; kernel: name of the dense attention kernel; tokens: in the denoiser's sequence."""
 
     dense: Clip
     dense_seconds: float
@@ -94,11 +94,11 @@ def measure(
     show: bool = True,
     on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
 ) -> Comparison:
-    """Dense and every configuration in turn, `repeats` times over. Leaves the pipeline not accelerated.
+    """Run dense and every configuration in turn, `repeats` times. The pipeline is left without acceleration.
 
-    on_step: as in `generate`, of every run; step 0: a call that measures the velocity error.
+    on_step: called as by `generate` in every run; step 0 is a call that measures the velocity error.
 
-    Raises UserError for an output that is not finite, or dense runs of a seed that differ: no time means anything then.
+    Raises UserError if an output is not finite, or if dense runs of one seed differ: no time means anything then.
     """
     import torch
 
@@ -112,7 +112,7 @@ def measure(
     variants: dict[str, Variant] = {}
     calls: list[Call] = []
     for turn in range(1, repeats + 1):
-        with Recorder(pipe, calls if turn == 1 else []):
+        with FirstCalls(pipe, calls if turn == 1 else []):
             dense.append(generate(pipe, settings, f"dense {turn}/{repeats}", show, on_step))
         check_finite(dense[-1], "dense")
         if not torch.equal(dense[-1].latents, dense[0].latents):
@@ -138,15 +138,15 @@ def measure(
 
 
 def check_finite(clip: Clip, what: str) -> None:
-    """Raises UserError naming the run whose decoded frames hold NaN or infinity (`generate` sees to the latents)."""
+    """Raise UserError if the decoded frames of a run contain NaN or infinity (`generate` checks the latents)."""
     import numpy as np
 
     if not np.isfinite(clip.frames).all():
         raise UserError(f"the {what} run decoded to NaN or infinity: check the model's autoencoder; no speed is given for it")
 
 
-class Recorder:
-    """Context manager: appends the first denoiser call at every noise level to `calls`, by reference (this is free)."""
+class FirstCalls:
+    """Context manager: appends the first denoiser call at every noise level to `calls`, by reference, which costs nothing."""
 
     def __init__(self, pipe: Any, calls: list[Call]) -> None:
         self.pipe, self.calls = pipe, calls
@@ -171,7 +171,7 @@ def _facts(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def tokens(call: Call) -> int:
-    """Length of the sequence that self-attention sees."""
+    """Length of the sequence of self-attention."""
     facts = _facts(call.model, call.args, call.kwargs)
     return math.prod(facts.grid) + facts.text_len
 
@@ -182,11 +182,11 @@ def velocity_error(
     calls: list[Call],
     on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
 ) -> list[dict[str, Any]]:
-    """Teacher-forced relative error per phase that the run came through: {"sigma", "policy", "error", "steps"}."""
+    """Teacher-forced relative error in each phase that the run passed: {"sigma", "policy", "error", "steps"}."""
     import torch
 
     import fastdit
-    from fastdit.apps.compare.metrics import relative_error
+    from fastdit.core.reference import relative_error
 
     rows = []
     with torch.no_grad(), fastdit.accelerate(pipe, config):

@@ -1,7 +1,7 @@
-"""How near two clips are: PSNR, SSIM, MS-SSIM and flicker over frames [F, H, W, 3] in [0, 1]; the relative error of tensors.
+"""How close two clips are: PSNR, SSIM, MS-SSIM and flicker over frames [F, H, W, 3] in [0, 1].
 
-They compare a clip with the dense one of the same seed: closeness, not quality. A good video whose details fell out
-otherwise can have 15 to 20 dB.
+They compare a clip with the dense one of the same seed: they measure closeness, not quality. A good video with other details
+can have 15 to 20 dB.
 
 SSIM: Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment" (2004): Gaussian window 11 × 11 with σ = 1.5,
 K1 = 0.01, K2 = 0.03, on each colour channel, only where the window lies wholly inside the frame; mean over everything.
@@ -24,18 +24,18 @@ WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 ALEXNET = "alexnet-owt-7be5be79.pth"
-"""The file that torchvision keeps its ImageNet weights in."""
+"""File name of torchvision's ImageNet weights."""
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB over the whole clip, of a range of 1; infinite where the two are equal."""
+    """Peak signal-to-noise ratio in dB over the whole clip, for a range of 1; infinite if the clips are equal."""
     _same_shape(a, b)
     mse = sum((x.double() - y.double()).square().mean().item() for x, y in zip(a, b, strict=True)) / len(a)
     return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
 def flicker(a: Tensor, b: Tensor) -> float | None:
-    """PSNR in dB of the changes from frame to frame: low where only one of the clips flickers. None: a single frame."""
+    """PSNR in dB of the changes from frame to frame: low if only one of the clips flickers. None for a single frame."""
     _same_shape(a, b)
     return psnr(a.diff(dim=0), b.diff(dim=0)) if len(a) > 1 else None
 
@@ -75,7 +75,7 @@ def ms_ssim(a: Tensor, b: Tensor) -> tuple[float, int]:
 
 
 def _channels(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Frame by frame, since float64 of a whole clip is large: [3, 1, H, W]."""
+    """Pairs of frames [3, 1, H, W] in float64, one at a time: a whole clip would be large."""
     for x, y in zip(a, b, strict=True):
         yield x.double().permute(2, 0, 1)[:, None], y.double().permute(2, 0, 1)[:, None]
 
@@ -105,7 +105,7 @@ def lpips(a: Tensor, b: Tensor) -> tuple[float | None, str]:
     try:
         import torchvision  # noqa: F401  (torchmetrics' function exists without it, and fails)
         from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as distance
-    except (ImportError, RuntimeError) as error:  # the latter from a torchvision of another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
         return None, f"torchmetrics and torchvision are needed: pip install 'fastdit[metrics]' ({error})"
     if not weights.is_file():
         return None, f"no weights of AlexNet at {weights}"
@@ -113,12 +113,6 @@ def lpips(a: Tensor, b: Tensor) -> tuple[float | None, str]:
         left, right = ([z.float().permute(2, 0, 1)[None] for z in clip] for clip in (a, b))
         each = [distance(x, y, net_type="alex", normalize=True).item() for x, y in zip(left, right, strict=True)]
     return sum(each) / len(each), ""
-
-
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    """|out − reference| / |reference|, Euclidean norms over all elements; 0 is equal, 1 as wrong as nothing at all."""
-    _same_shape(out, reference)
-    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:

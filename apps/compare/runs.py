@@ -1,19 +1,20 @@
-"""`render --compare`: one seed by dense and by fast attention, one sheet with dense above, and in words what was measured."""
+"""`render --compare`: render one seed densely and fast, put both on one sheet, and say in words what was measured."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastdit.apps.compare.measure import Comparison, measure
 from fastdit.apps.compare.metrics import flicker
 from fastdit.apps.render.generate import Clip
+from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.media import contact_sheet, encode, png
-from fastdit.apps.render.renderer import Result, phases, sha256
+from fastdit.apps.render.renderer import Renderer, Result, phases, sha256
 from fastdit.apps.render.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def describe(settings: Settings, found: Comparison, name: str, repeats: int) -> str:
-    """What is printed: time, closeness, and the error of each phase, in plain sentences."""
+    """The text that is printed: time, closeness, and the error of each phase."""
     variant = found.variants[name]
     ratio = found.dense_seconds / variant.seconds
     shape = f"{settings.frames}x{settings.height}x{settings.width}, {found.tokens} tokens, {settings.steps} steps"
@@ -46,22 +47,17 @@ def describe(settings: Settings, found: Comparison, name: str, repeats: int) -> 
 
 
 def _flicker(fast: Clip, dense: Clip) -> float | None:
-    """In dB; None where there is nothing to tell: equal clips, or a single frame."""
+    """In dB; None for equal clips and for a single frame."""
     found = flicker(torch.from_numpy(fast.frames), torch.from_numpy(dense.frames))
     return found if found is not None and math.isfinite(found) else None
 
 
-def both(
-    pipe: Any,
-    settings: Settings,
-    repeats: int,
-    facts: dict[str, Any],
-    show: bool = True,
-    on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
-) -> Result:
-    """Render densely and by the preset, and compare. facts: what the record begins with; on_step: as in `measure`."""
+def both(renderer: Renderer, job: Job, on_step: Callable[[int, Tensor], None] = lambda step, latents: None) -> Result:
+    """Render a job densely and by its configuration, and compare. on_step: as in `measure`. Raises as `Renderer.render`."""
+    settings, facts = renderer.prepare(job)
+    renderer.restore()
     name = "custom" if settings.custom else settings.preset
-    found = measure(pipe, settings, {name: settings.config()}, repeats, show, on_step)
+    found = measure(renderer.pipe, settings, {name: settings.config()}, job.repeats, renderer.show, on_step)
     variant = found.variants[name]
     start = time.perf_counter()
     said = facts["settings"]
@@ -72,8 +68,8 @@ def both(
     facts |= {
         "kernel": found.kernel,
         "tokens": found.tokens,
-        "repeats": repeats,
-        "seconds": variant.clip.seconds | {"encode": time.perf_counter() - start},
+        "repeats": job.repeats,
+        "seconds": facts["seconds"] | variant.clip.seconds | {"encode": time.perf_counter() - start},
         "phases": phases(variant.clip, variant.report),
         "dense_s": found.dense_seconds,
         "dense_stages": found.dense.seconds,
@@ -84,4 +80,4 @@ def both(
     }
     facts |= variant.to_dict(found.dense_seconds)
     files = {"-sheet.png": sheet} | {f"-dense{suffix}": content for suffix, content in dense.items()} | fast
-    return Result(facts, variant.report, files, describe(settings, found, name, repeats))
+    return Result(facts, variant.report, files, describe(settings, found, name, job.repeats))

@@ -1,5 +1,7 @@
-"""Many jobs into one folder: those that its manifest has as done are left out, a pool draws the others, and what comes back is
-written before anything else happens. One job that fails does not stop the others.
+"""Render many jobs into one folder.
+
+Jobs that the manifest lists as done are skipped. A pool renders the others, and each result is written as soon as it comes
+back. A job that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.manifest import Manifest
-from fastdit.apps.render.media import UserError, to_json
+from fastdit.apps.render.outputs import to_json
 from fastdit.apps.render.renderer import Result
 from fastdit.apps.workers.pool import Failure, Outcome
 
@@ -25,7 +28,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass
 class Summary:
-    """done: rendered now; skipped: rendered before; failed: (where, why); left: not begun, after an interruption."""
+    """done: rendered now; skipped: rendered earlier; failed: (where, why); left: not started, because of an interruption."""
 
     done: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
@@ -39,7 +42,7 @@ class Summary:
 
 
 class Stop:
-    """Context manager: the first Ctrl-C makes this true, the second one is a KeyboardInterrupt."""
+    """Context manager: it is true after the first Ctrl-C; the second one raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -62,11 +65,11 @@ class Stop:
 
 
 class Watcher(Protocol):
-    """Who is told how it goes."""
+    """Is told about the progress of a batch."""
 
     def begin(self, jobs: int) -> None: ...
 
-    def done(self, record: dict[str, Any], said: str) -> None: ...
+    def done(self, record: dict[str, Any], text: str) -> None: ...
 
     def failed(self, record: dict[str, Any]) -> None: ...
 
@@ -85,8 +88,9 @@ def run(
 ) -> Summary:
     """Render jobs into a folder.
 
-    again: also those that are there already; overwrite: also where files of somebody else have the name. A job alone raises
-    its error, and leaves no trace of it; among others it is recorded. Raises UserError where nothing can be written any more.
+    again: also render the jobs that are done already; overwrite: also replace files that fastdit did not write. The error of a
+    single job is raised and leaves no trace in the folder; among several jobs it is recorded. Raises UserError if the folder
+    can no longer be written.
     """  # fmt: skip
     alone = len(jobs) == 1
     with Manifest(folder) as manifest:
@@ -128,7 +132,7 @@ def run(
                     fail(job, Failure(str(error), error.code))
                     continue
                 summary.done.append(record)
-                watcher.done(record, outcome.said)
+                watcher.done(record, outcome.text)
         except OSError as error:
             if error.errno not in FULL:
                 raise UserError(f"cannot write into {folder} ({error.strerror})") from None
@@ -141,7 +145,7 @@ def run(
 
 
 def _publish(manifest: Manifest, job: Job, name: str, result: Result, overwrite: bool) -> dict[str, Any]:
-    """Write the files of a job, then its line."""
+    """Write the files of a job, then its line in the manifest."""
     files = [name + suffix for suffix in result.files]
     record = {"job": job.hash, "state": "done", "file": files[-1], "files": files, "name": name, "finished": _now()}
     record |= result.record

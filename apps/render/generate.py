@@ -1,4 +1,4 @@
-"""One run of a pipeline, as its user would call it: frames, and how long each stage took. What is not finite is refused."""
+"""One run of a pipeline, called as its user would call it: its frames, and how long each stage took."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.load import denoisers
-from fastdit.apps.render.media import UserError
-from fastdit.apps.render.settings import Settings, local
+from fastdit.apps.render.paths import local
+from fastdit.apps.render.settings import SETTINGS, Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Stopped(Exception):  # noqa: N818, as StopIteration
-    """Somebody asked for the clip not to be finished."""
+    """The run was stopped on request before the clip was finished."""
 
 
 @dataclass
 class Clip:
-    """frames [F, H, W, 3] in [0, 1]; latents as the last step left them; seconds per stage, and of every step."""
+    """frames [F, H, W, 3] in [0, 1]; latents after the last step; seconds of each stage; seconds of each step."""
 
     frames: NDArray[np.float32]
     latents: Tensor
@@ -41,14 +44,13 @@ def generate(
     show: bool = True,
     on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
 ) -> Clip:
-    """Run the pipeline as it is. Raises UserError as soon as a step leaves something that is not finite.
+    """Run the pipeline as it is. Raises UserError as soon as a step gives NaN or infinity.
 
-    on_step: is given every step's number, from 1 on, and its latents; what it raises ends the run. seconds: "text" up to the
-    first call of the denoiser, "denoise" from there to the end of the last step (denoiser, guidance and scheduler), "decode"
-    from there to the frames.
+    on_step: called after each step with its number, from 1, and its latents; an exception from it ends the run. The clip's
+    seconds: "text" until the first call of the denoiser, "denoise" until the end of the last step (denoiser, guidance and
+    scheduler), "decode" until the frames are there.
     """
     import torch
-    from tqdm import tqdm
 
     call = arguments(pipe, settings)
     marks: list[float] = []
@@ -74,7 +76,7 @@ def generate(
         bar.update()
         on_step(step + 1, kept["latents"])
         if step + 1 == settings.steps:
-            bar.close()  # or decoding would count as a slow last step
+            bar.close()  # otherwise decoding would count as a slow last step
         return tensors
 
     hooks = [model.register_forward_pre_hook(first_call, prepend=True) for model in denoisers(pipe)]
@@ -92,21 +94,13 @@ def generate(
 
 
 def arguments(pipe: Any, settings: Settings) -> dict[str, Any]:
-    """What the pipeline is called with. Raises UserError for a setting that it does not take."""
+    """The arguments of the pipeline's call. Raises UserError for a setting that the pipeline does not take."""
     import torch
 
     takes = inspect.signature(pipe.__call__).parameters
-    call: dict[str, Any] = {
-        "prompt": settings.prompt,
-        "negative_prompt": settings.negative,
-        "num_frames": settings.frames,
-        "height": settings.height,
-        "width": settings.width,
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-        # on the CPU, so that a seed means the same on every device
-        "generator": torch.Generator().manual_seed(settings.seed),
-    }
+    call = {about.alias or name: getattr(settings, name) for name, about in SETTINGS.items() if about.argument}
+    # on the CPU, so that a seed means the same on every device
+    call["generator"] = torch.Generator().manual_seed(settings.seed)
     for name, said in (("negative_prompt", settings.negative), ("image", settings.image)):
         if said and name not in takes:
             raise UserError(f"{type(pipe).__name__} takes no {name}: leave it out")

@@ -1,6 +1,6 @@
-"""What is to be rendered: jobs, made of a prompt or of the lines of a file, each with its seed, its name and its hash.
+"""Jobs: what to render, from one prompt or from the lines of a file. Each job has a seed, a name and a hash.
 
-A line may override any setting. Lines that are wrong become errors with their number, and the others are rendered.
+A line may override settings. A wrong line becomes an error with its line number; the other lines are rendered.
 """
 
 from __future__ import annotations
@@ -12,35 +12,27 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from fastdit.apps.render.media import UserError, digest, slug
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.media import digest, slug
+from fastdit.apps.render.paths import content, split_lora
 from fastdit.apps.render.prompts import read as read
-from fastdit.apps.render.settings import Settings, content, split_lora
+from fastdit.apps.render.settings import ALIASES, KINDS, SETTINGS, Settings
 from fastdit.apps.render.text import half_pair
 
 NAME = "{index:04d}-{slug}-s{seed}"
-ALIASES = {
-    "negative_prompt": "negative", "num_frames": "frames", "num_inference_steps": "steps", "guidance_scale": "guidance",
-}  # fmt: skip
-"""diffusers' names of settings, and ours."""
+IN_A_LINE = {name: KINDS[name] for name, about in SETTINGS.items() if about.line}
+"""The settings that a line of a file may contain, and their types."""
 
-KINDS: dict[str, type] = {
-    "prompt": str, "negative": str, "seed": int, "steps": int, "guidance": float, "height": int, "width": int,
-    "frames": int, "fps": int, "preset": str, "image": str, "lora": str, "dtype": str, "format": str, "crf": int,
-}  # fmt: skip
-"""What a line may say."""
-
-NOT_THE_CLIP = ("device", "cpu_offload", "compile", "vae_tiling", "ulysses", "ring")
-"""Settings that change how fast a clip is made and not what it shows: jobs that differ in these alone are one."""
-
-MARK = "\ufeff"  # of byte order: the shell's $(cat FILE), a cell and the clipboard pass it on
-LONGEST_NAME = 200  # bytes, of the 255 that most file systems allow
+MARK = "\ufeff"  # byte order mark: $(cat FILE) in a shell, spreadsheet cells and the clipboard pass it on
+LONGEST_NAME = 200  # in bytes; most file systems allow 255
 
 
 @dataclass(frozen=True)
 class Job:
-    """One clip to make. given: the settings that were said; others are the pipeline's own. where: it was said.
+    """One clip to make.
 
-    name: of its files, without suffix. repeats: > 0 draws densely as well, interleaved so many times, and compares.
+    given: the settings that the user gave; the rest are the pipeline's own defaults. where: the line that the job comes from.
+    name: of its files, without suffix. repeats: if above 0, also render densely, this many interleaved times, and compare.
     """
 
     index: int
@@ -54,13 +46,13 @@ class Job:
 
     @cached_property
     def hash(self) -> str:
-        """Sixteen hexadecimal digits: the same clip has the same ones wherever and whenever it is rendered.
+        """Sixteen hexadecimal digits, the same for the same clip on every machine and at any time.
 
-        Names do not count, but what they stand for: a preset's configuration, and the content of files. Raises UserError for
-        one that cannot be read.
+        The name of a preset does not count, but its configuration does; nor does the path of a file, but its content does.
+        Raises UserError for a file that cannot be read.
         """
-        left_out = (*NOT_THE_CLIP, "preset", "custom")
-        said = {name: value for name, value in self.given.items() if name not in left_out and value is not None}
+        hashed = {name for name, about in SETTINGS.items() if about.hashed}
+        said = {name: value for name, value in self.given.items() if name in hashed and value is not None}
         said["config"] = self.settings().config().to_dict()
         if "image" in said:
             said["image"] = content(said["image"])
@@ -74,16 +66,16 @@ class Job:
 
 @dataclass
 class Batch:
-    """jobs in order; errors: (where, what is wrong) of the lines that are none."""
+    """jobs in order; errors: (where, what is wrong) for each line that is not a job."""
 
     jobs: list[Job] = field(default_factory=list)
     errors: list[tuple[str, str]] = field(default_factory=list)
 
 
 def make(lines: Sequence[tuple[str, Any]], base: dict[str, Any], name: str = NAME, repeat: int = 1, repeats: int = 0) -> Batch:
-    """Jobs of (where, what it says) lines over the settings `base`; each `repeat` times, with seeds counted up from its own.
+    """Make jobs of lines (where, content), each on top of the settings `base` and repeated with `repeat` successive seeds.
 
-    A line that cannot be read is a UserError in the place of what it says.
+    The content of a line that could not be read is the UserError that says why.
     """
     if repeat < 1:
         raise UserError(f"--repeat must be at least 1, got {repeat}", 2)
@@ -106,13 +98,13 @@ def make(lines: Sequence[tuple[str, Any]], base: dict[str, Any], name: str = NAM
             batch.jobs.append(replace(job, index=len(batch.jobs)))
     taken = set[str]()
     for place, job in enumerate(batch.jobs):
-        batch.jobs[place] = named = replace(job, name=stem(name, job, taken))
+        batch.jobs[place] = named = replace(job, name=file_stem(name, job, taken))
         taken.add(named.name)
     return batch
 
 
 def parse(said: Any) -> dict[str, Any]:
-    """Settings of one line: a prompt, or a mapping. Raises UserError for unknown keys and values of the wrong kind."""
+    """The settings that one line gives, as a prompt or as a mapping. Raises UserError for unknown keys and wrong types."""
     if isinstance(said, UserError):
         raise said
     if isinstance(said, str):
@@ -124,11 +116,11 @@ def parse(said: Any) -> dict[str, Any]:
         if value is None or value == "":
             continue  # an empty cell of a csv
         ours = ALIASES.get(key, key)
-        if ours not in KINDS:
-            raise UserError(f"unknown key {key!r}: known are {', '.join([*KINDS, *ALIASES])}")
+        if ours not in IN_A_LINE:
+            raise UserError(f"unknown key {key!r}: known are {', '.join([*IN_A_LINE, *ALIASES])}")
         if ours in given:
-            raise UserError(f"{key!r} is said twice")
-        given[ours] = _as(KINDS[ours], key, value)
+            raise UserError(f"{key!r} is given twice")
+        given[ours] = _as(IN_A_LINE[ours], key, value)
     if "prompt" not in given:
         raise UserError("there is no prompt")
     return given | {"prompt": given["prompt"].lstrip(MARK)}
@@ -145,7 +137,7 @@ def _as(kind: type, key: str, value: Any) -> Any:
             raise ValueError
         if kind is float:
             return number
-        whole = int(value)  # of a string this knows integers of any length, which a float does not
+        whole = int(value)  # of a string, int() reads integers of any length, which a float cannot hold
         if whole != number and not isinstance(value, str):
             raise ValueError
         return whole
@@ -154,7 +146,7 @@ def _as(kind: type, key: str, value: Any) -> Any:
 
 
 def check_name(template: str) -> None:
-    """Raises UserError for a --name that has unknown fields or would leave the folder."""
+    """Raise UserError for a --name with unknown fields, or one that would leave the folder."""
     example = Job(0, {"prompt": "a", "seed": 0})
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
@@ -176,8 +168,8 @@ def _fields(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stem(template: str, job: Job, taken: set[str]) -> str:
-    """File name of a job, its hash added where another has the name already. Raises UserError if it is too long."""
+def file_stem(template: str, job: Job, taken: set[str]) -> str:
+    """The file name of a job, with its hash added if another job has the name already. Raises UserError if it is too long."""
     name = template.format(**_fields(job))
     if len(name.encode()) > LONGEST_NAME:
         raise UserError(f"--name {template!r} makes a name of {len(name.encode())} bytes: at most {LONGEST_NAME}", 2)

@@ -1,4 +1,4 @@
-"""By which model to render: loading a pipeline, and what it can draw. Failures name their remedy."""
+"""Loading a pipeline, and finding out what it can render. Every error names its remedy."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fastdit.apps.render.media import UserError
-from fastdit.apps.render.settings import Settings, here, hub_id, local, split_lora
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.paths import here, hub_id, local, split_lora
+from fastdit.apps.render.settings import KINDS, SETTINGS, Settings
+from fastdit.pipelines import embedded
 
 if TYPE_CHECKING:
     from torch import nn
 
-WEIGHTS = (".safetensors", ".bin", ".pt")  # files of a LoRA; no repository is called so
-LEAST_PIXELS = 16  # SSIM's window and H.264 need a few
+WEIGHTS = (".safetensors", ".bin", ".pt")  # of LoRA files; no repository has such a name
+LEAST_PIXELS = 16  # the least that SSIM's window and H.264 can handle
 
 
 def resolve(settings: Settings) -> tuple[str, Any]:
-    """(device, torch dtype) that "auto" means here. Raises UserError for a device that is not there."""
+    """The (device, torch dtype) to use; "auto" is resolved. Raises UserError for a missing device."""
     import torch
 
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,13 +40,12 @@ def resolve(settings: Settings) -> tuple[str, Any]:
 
 
 def load(settings: Settings) -> Any:
-    """The diffusers pipeline of the settings, on its device, quiet. A local folder never means the network."""
+    """Load the settings' diffusers pipeline onto its device, without progress bars. A local folder never uses the network."""
     import torch
     import transformers
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
-    from fastdit.pipelines import embedded
     from fastdit.pipelines.registry import adapter_for
 
     device, dtype = resolve(settings)
@@ -57,10 +58,10 @@ def load(settings: Settings) -> Any:
     types = {"default": dtype, "vae": torch.float32}
     try:
         with warnings.catch_warnings():
-            # diffusers 0.42 calls it `dtype`, and warns; 0.37 knows only this name.
+            # diffusers 0.42 warns that the argument is now called `dtype`; 0.37 knows only the old name.
             warnings.simplefilter("ignore", FutureWarning)
             pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=types, local_files_only=local)
-    except Exception as error:  # of many kinds, from four libraries
+    except Exception as error:  # four libraries raise many kinds
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "download or save it again" if local else "check the id and the network, or give -m a downloaded folder"
         raise UserError(f"cannot load the model {source} ({cause[:200]}): {remedy}") from error
@@ -78,7 +79,7 @@ def load(settings: Settings) -> Any:
 
 
 def _prepare(pipe: Any, settings: Settings, device: str) -> Any:
-    """LoRA, offload, tiling and compilation as asked. Raises UserError for what this pipeline or machine cannot do."""
+    """Apply LoRA, offload, tiling and compilation. Raises UserError for what this pipeline or machine cannot do."""
     import torch
 
     if settings.lora:
@@ -106,8 +107,6 @@ def _prepare(pipe: Any, settings: Settings, device: str) -> Any:
     else:
         pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
     if settings.ulysses * settings.ring > 1:
-        from fastdit.apps.workers.context_parallel import split
-
         split(pipe, settings.ulysses, settings.ring)
     if settings.compile:
         for model in denoisers(pipe):
@@ -119,10 +118,23 @@ def _prepare(pipe: Any, settings: Settings, device: str) -> Any:
     return pipe
 
 
+def split(pipe: Any, ulysses: int, ring: int) -> None:
+    """Split the sequence of every denoiser over GPUs. Raises UserError for a model that diffusers cannot split this way."""
+    from diffusers import ContextParallelConfig
+
+    for model in denoisers(pipe):
+        split_over: Any = getattr(model, "enable_parallelism", None)
+        name, heads = type(model).__name__, getattr(model.config, "num_attention_heads", None)
+        if split_over is None or getattr(model, "_cp_plan", None) is None:
+            raise UserError(f"--ulysses, --ring: diffusers does not know how to split {name} over GPUs")
+        if isinstance(heads, int) and heads % ulysses:
+            raise UserError(f"--ulysses {ulysses} must divide the {heads} attention heads of {name}: use --ring")
+        split_over(config=ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring))
+
+
 def defaults(pipe: Any) -> dict[str, Any]:
-    """Settings that a pipeline's own signature has for a clip: frames, height, width, steps, guidance; fps is 16."""
-    names = {"num_frames": "frames", "height": "height", "width": "width"}
-    names |= {"num_inference_steps": "steps", "guidance_scale": "guidance"}
+    """A pipeline's own default settings, read off its signature: frames, height, width, steps, guidance; fps is 16."""
+    names = {about.alias or name: name for name, about in SETTINGS.items() if about.argument and KINDS[name] is not str}
     parameters = inspect.signature(pipe.__call__).parameters
     found = {ours: parameters[name].default for name, ours in names.items() if name in parameters}
     size = getattr(pipe, "default_sample_size", None)
@@ -166,13 +178,9 @@ def _locate(model: str, embedded: bool) -> tuple[str, bool]:
 
 def denoisers(pipe: Any) -> Iterator[nn.Module]:
     """The models that fastdit accelerates in a pipeline."""
-    from torch import nn
+    from fastdit.api import denoisers_of
 
-    from fastdit.api import DENOISERS
-
-    for name in DENOISERS:
-        if isinstance(model := getattr(pipe, name, None), nn.Module):
-            yield model
+    return (model for _, model in denoisers_of(pipe))
 
 
 def multiples(pipe: Any) -> tuple[int, int, int]:
@@ -186,13 +194,13 @@ def multiples(pipe: Any) -> tuple[int, int, int]:
 
 
 def tokens(pipe: Any, frames: int, height: int, width: int) -> int:
-    """Of a clip in the denoiser's sequence, text not counted."""
+    """Tokens of a clip in the denoiser's sequence; text is not counted."""
     time, h, w = multiples(pipe)
     return ((frames - 1) // time + 1) * (height // h) * (width // w)
 
 
 def check_shape(pipe: Any, frames: int, height: int, width: int) -> None:
-    """Raises UserError naming the nearest valid value of whatever does not fit the model."""
+    """Raise UserError for a size that does not fit the model, naming the nearest one that does."""
     time, h, w = multiples(pipe)
     if not makes_video(pipe) and frames != 1:
         raise UserError(f"--frames must be 1: {type(pipe).__name__} makes single images, got {frames}", 2)
@@ -208,7 +216,7 @@ def check_shape(pipe: Any, frames: int, height: int, width: int) -> None:
 
 
 def dropped_tokens(pipe: Any, prompt: str) -> int:
-    """How many tokens of the prompt the model does not read; says so on standard error."""
+    """The number of tokens of the prompt that the model does not read; a warning on standard error says so."""
     parameter = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
     tokenizer = getattr(pipe, "tokenizer", None)
     if parameter is None or tokenizer is None:

@@ -1,8 +1,8 @@
-"""The manifest: what has become of every job of an output folder, a JSON line each, appended as it happens.
+"""The manifest: a file with one JSON line for the outcome of each job of an output folder.
 
-The last line of a job counts. Lines are written whole and synced before the next job begins, so that a process killed at any
-moment loses the job under way and nothing else; half a line at the end (a power cut) is dropped. One process at a time holds
-the folder, by a lock that the operating system releases with the process.
+The last line of a job counts. Each line is written whole and synced before the next job begins, so a process that is killed at
+any moment loses only the job under way. Half a line at the end, after a power cut, is dropped. One process at a time holds the
+folder, by a lock that the operating system releases when the process ends.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fastdit.apps.render.media import Outputs, UserError
+from filelock import FileLock, Timeout
+
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.outputs import Outputs
 
 FILE, LOCK = "manifest.jsonl", ".fastdit.lock"
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The last record of every job, oldest job first; empty where there is no manifest. Broken lines are skipped."""
+    """The last record of every job, oldest first; empty if there is no manifest. Broken lines are skipped."""
     records: dict[str, dict[str, Any]] = {}
     try:
-        # -sig: an editor that somebody looked at it with may have put a mark of byte order in front
+        # -sig: an editor may have put a byte order mark in front
         lines = (folder / FILE).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     except OSError:
         return {}
@@ -40,9 +43,9 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 class Manifest:
-    """Context manager: holds a folder, made if missing. `append` and `publish` mend a folder that was removed under way.
+    """Context manager: holds a folder, and creates it if missing. `append` and `publish` restore a folder that was removed.
 
-    Raises UserError where another process holds the folder, or it cannot be written.
+    Raises UserError if another process holds the folder or it cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,14 +53,12 @@ class Manifest:
         self.records: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Manifest:
-        from filelock import FileLock, Timeout
-
         self.new = not self.folder.exists()
         self.lock = FileLock(self.folder / LOCK, timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire()
-            # no link is followed: what is written here lands here
+            # links are not followed: the file must lie in this folder
             self.file = os.open(self.folder / FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o644)
         except Timeout:
             raise UserError(f"another fastdit is writing into {self.folder}: wait for it, or choose another --out") from None
@@ -82,7 +83,7 @@ class Manifest:
         self._leave()
 
     def _leave(self) -> None:
-        """Take the lock's file away while it is held (who waits for it notices), and a new folder without anything in it."""
+        """Remove the lock file while the lock is held (a waiting process notices), and the folder if it is new and empty."""
         if self.lock.is_locked:
             (self.folder / LOCK).unlink(missing_ok=True)
             self.lock.release()
@@ -90,7 +91,7 @@ class Manifest:
             self.folder.rmdir()
 
     def append(self, record: dict[str, Any]) -> None:
-        """Record what became of a job. Raises OSError (disk full), the manifest unharmed."""
+        """Append the record of a job. Raises OSError, for example when the disk is full; the manifest is then unharmed."""
         self._mend()
         self.records.pop(record["job"], None)
         self.records[record["job"]] = record
@@ -108,13 +109,13 @@ class Manifest:
             raise
 
     def _mend(self) -> None:
-        """The folder may have been removed, or moved, while a job ran: make it again, with the records so far."""
+        """If the folder was removed or moved while a job ran, create it again with the records so far."""
         try:
             there = os.stat(self.folder / FILE, follow_symlinks=False)
             if (there.st_dev, there.st_ino) == (os.fstat(self.file).st_dev, os.fstat(self.file).st_ino):
                 return
         except OSError:
-            pass  # not there, which is what is mended here
+            pass  # it is missing: restored below
         print(f"fastdit: {self.folder} was removed or replaced under way: going on in a new one", file=sys.stderr)
         known = self.records
         os.close(self.file)
@@ -124,7 +125,7 @@ class Manifest:
         self.records = known | self.records
 
     def finished(self, job: str, name: str) -> dict[str, Any] | None:
-        """The record of a job whose clip is there. One that was killed between its files and its line gets its line now."""
+        """The record of a job whose clip exists, or None. A job that was killed before its line was written gets it now."""
         record = self.records.get(job)
         if record is not None and record["state"] == "done" and (self.folder / record["file"]).is_file():
             return record
@@ -143,14 +144,14 @@ class Manifest:
         return found if isinstance(found, dict) else None
 
     def name(self, job: str, name: str) -> str:
-        """The name of a job's files in this folder: another one's of the same name stay."""
+        """The name for a job's files in this folder; it never takes that of another job."""
         if (record := self.records.get(job)) is not None and "name" in record:
             return str(record["name"])
         taken = any(record.get("name") == name for record in self.records.values())
         return f"{name}-{job[:8]}" if taken else name
 
     def check(self, job: str, name: str, suffixes: Iterable[str], overwrite: bool = False) -> None:
-        """Raises UserError where a file of somebody else has the name of a job's."""
+        """Raise UserError if a file that is not this job's has the name of one of its files."""
         if overwrite or (self._sidecar(name) or {}).get("job") == job:
             return
         for suffix in suffixes:
@@ -158,7 +159,7 @@ class Manifest:
                 raise UserError(f"{path} is in the way: move it, choose another --out, or say --overwrite")
 
     def publish(self, job: str, name: str, files: Mapping[str, bytes], overwrite: bool = False) -> None:
-        """Write files `name` + suffix, the sidecar first and the clip last. Raises UserError for a file of somebody else."""
+        """Write the files `name` + suffix, the sidecar first and the clip last. Raises UserError as `check`."""
         self._mend()
         self.check(job, name, files, overwrite)
         with Outputs(self.folder, *(name + suffix for suffix in files)) as out:

@@ -1,6 +1,6 @@
-"""Files of prompts: plain text (a prompt a line), csv, jsonl, yaml, or standard input.
+"""Read files of prompts: plain text with a prompt on each line, csv, jsonl, yaml, or standard input.
 
-What is not a prompt though it stands in a line is an error of that line, and is not drawn.
+A line that holds something other than a prompt becomes an error and is not rendered.
 """
 
 from __future__ import annotations
@@ -12,27 +12,29 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from fastdit.apps.render.media import UserError
-from fastdit.apps.render.settings import local
+import yaml
+
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.paths import local
 from fastdit.apps.render.text import blank, control, decode
 
 JSON = re.compile(r'[\[{][\[{\s]*(?:["\]}]|$)')
-"""How an object or a list begins, and no prompt: not the {a|b} or [a:b] of other programs."""
+"""The beginning of a JSON object or list. The {a|b} and [a:b] in prompts for other programs do not match."""
 OPTIONS = re.compile(r"--[a-z]|negative prompt:|steps: \d+, sampler:", re.IGNORECASE)
-"""How lines of AUTOMATIC1111's web UI begin that say settings: its files of prompts, and what it writes below a picture."""
+"""The beginning of lines with settings of AUTOMATIC1111's web UI, in its files of prompts and below its pictures."""
 YAML_BREAKS = str.maketrans("\x85\u2028\u2029", "   ")
-"""To YAML 1.1 these end a line, to 1.2 and to editors they do not; a line's end inside of a prompt is a space there."""
+"""These end a line in YAML 1.1, but not in YAML 1.2 or in editors. Inside a prompt they become spaces."""
 
 
 def read(source: str, stream: Any = None) -> list[tuple[str, Any]]:
-    """(where, what it says) of every line of a file, or of standard input if it is "-" (text, or JSON in braces).
+    """The lines (where, content) of a file, or of standard input if the source is "-" (text, or JSON lines).
 
-    Raises UserError for a file that cannot be read as a whole.
+    Raises UserError for a file that cannot be read at all.
     """
     path = local(source)
     said = "standard input" if source == "-" else source
     try:
-        # the bytes: what standard input takes them for depends on the machine
+        # read bytes: the encoding of standard input depends on the machine
         content = getattr(stream, "buffer", stream).read() if source == "-" and stream else path.read_bytes()
         text = decode(content.encode() if isinstance(content, str) else content)
     except (OSError, UnicodeError) as error:
@@ -45,7 +47,7 @@ def read(source: str, stream: Any = None) -> list[tuple[str, Any]]:
     elif path.suffix.lower() not in readers:
         raise UserError(f"--prompts: {path.name} is neither txt, csv, jsonl nor yaml", 2)
     else:
-        name = path.name.encode(errors="replace").decode()  # it goes into the manifest, which is UTF-8
+        name = path.name.encode(errors="replace").decode()  # the name goes into the manifest, which is UTF-8
         lines = list(readers[path.suffix.lower()](f"{name} line", text))
     if not lines:
         raise UserError(f"--prompts: {said} is empty", 2)
@@ -53,14 +55,14 @@ def read(source: str, stream: Any = None) -> list[tuple[str, Any]]:
 
 
 def _lines(where: str, text: str) -> Iterator[tuple[str, str]]:
-    """Stripped; empty lines, and such as begin with #, say nothing."""
+    """Lines stripped of spaces; empty ones and comments, which begin with #, are skipped."""
     for number, line in enumerate(text.split("\n"), 1):
         if not blank(line) and not line.lstrip().startswith("#"):
             yield f"{where} {number}", line.strip()
 
 
 def _text(where: str, text: str) -> Iterator[tuple[str, Any]]:
-    """A prompt a line."""
+    """One prompt on each line."""
     for place, line in _lines(where, text):
         if JSON.match(line):
             yield place, UserError("JSON in a file of text: write it into a .jsonl")
@@ -71,9 +73,9 @@ def _text(where: str, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _odd(said: str) -> UserError | None:
-    """Raw in a file, where JSON and YAML have them escaped, control characters say that it is something else than text."""
+    """An error if a line has raw control characters, which text does not have; JSON and YAML escape them."""
     odd = control(said)
-    return None if odd is None else UserError(f"{odd!r} in a line, which is no text: save it as UTF-8, or leave that out")
+    return None if odd is None else UserError(f"{odd!r} in a line, so it is not text: save it as UTF-8, or remove that")
 
 
 def _jsonl(where: str, text: str) -> Iterator[tuple[str, Any]]:
@@ -98,8 +100,6 @@ def _csv(where: str, text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _yaml(where: str, text: str) -> Iterator[tuple[str, Any]]:
-    import yaml
-
     text = text.translate(YAML_BREAKS)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -1,17 +1,19 @@
-"""`render(job)`: one clip, by one pipeline that stays loaded. Every way in (command line, batches, web page) ends here."""
+"""Render one clip with a pipeline that stays loaded. The command line, batches and the web page all end here."""
 
 from __future__ import annotations
 
 import hashlib
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import Clip, generate
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.load import check_shape, defaults, denoisers, dropped_tokens, load, tokens
-from fastdit.apps.render.media import UserError, contact_sheet, encode, ffmpeg, png, to_uint8
+from fastdit.apps.render.media import contact_sheet, encode, ffmpeg, png, to_uint8
 from fastdit.apps.render.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,21 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result:
-    """record: what the manifest keeps, all JSON; report: of the run; said: in words.
+    """record: what the manifest keeps, as JSON; report: of the run; text: what is printed.
 
-    files: {suffix: content}, the clip itself last, so that what is there is all there.
+    files: {suffix: content}, the clip itself last: if it was written, all files were.
     """
 
     record: dict[str, Any]
     report: Report
     files: dict[str, bytes]
-    said: str
+    text: str
 
 
 def record(settings: Settings, pipe: Any) -> dict[str, Any]:
-    """What every sidecar begins with: settings, what ran them."""
-    import platform
-
+    """What every record begins with: settings, versions, and what the pipeline ran on."""
     import diffusers
     import torch
     import transformers
@@ -56,7 +56,7 @@ def record(settings: Settings, pipe: Any) -> dict[str, Any]:
 
 
 class Renderer:
-    """Renders jobs one after the other, and keeps the pipeline loaded from one to the next where it is the same."""
+    """Renders jobs one after another; the pipeline stays loaded as long as the next job needs the same one."""
 
     def __init__(self, show: bool = True) -> None:
         self.show = show
@@ -75,14 +75,14 @@ class Renderer:
         return self.pipe
 
     def accelerate(self, settings: Settings) -> None:
-        """Installed once for jobs of one configuration, so that a compiled denoiser is compiled once."""
+        """Install the settings' configuration, unless the job before had the same: a compiled denoiser then stays compiled."""
         import fastdit
 
         if self._handle is None or self._handle.config != settings.config():
             self._handle = fastdit.accelerate(self.pipe, settings.config())
 
     def close(self) -> None:
-        """Give the pipeline back as it was, and let go of it."""
+        """Restore the pipeline and release it."""
         self.restore()
         self._loaded = self.pipe = None
 
@@ -91,18 +91,14 @@ class Renderer:
             self._handle.restore()
         self._handle = None
 
-    def render(self, job: Job, on_step: Callable[[int, Tensor], None] = lambda step, latents: None) -> Result:
-        """One job. Raises UserError for what its user can mend, Stopped if `on_step` does."""
-        import fastdit
-        from fastdit.apps.compare.runs import both
-
+    def prepare(self, job: Job) -> tuple[Settings, dict[str, Any]]:
+        """Load the job's pipeline; returns the complete settings and the beginning of the record. Raises UserError."""
         before = job.settings()
         before.check()
         if before.format == "mp4":
             ffmpeg()
-        seconds = {"load": 0.0 if self._loaded == before.pipeline else 1.0}
+        loaded = self._loaded == before.pipeline
         pipe = self.load(before)
-        seconds["load"] *= self._seconds
         settings = job.settings(**defaults(pipe)) if before.model else before
         check_shape(pipe, settings.frames, settings.height, settings.width)
         facts = {"job": job.hash, "state": "done", "index": job.index, "where": job.where, "seed": settings.seed}
@@ -110,39 +106,41 @@ class Renderer:
         facts["tokens"] = count = tokens(pipe, settings.frames, settings.height, settings.width)
         if count % (parts := settings.ulysses * settings.ring):
             raise UserError(f"{count} tokens cannot be shared by {parts} processes: change the height or width", 2)
-        if job.repeats:
-            self.restore()
-            result = both(pipe, settings, job.repeats, facts, self.show, on_step)
-        else:
-            self.accelerate(settings)
-            clip = generate(pipe, settings, show=self.show, on_step=on_step)
-            result = self._result(clip, settings, fastdit.report(pipe), facts)
-        result.record["seconds"] = seconds | result.record["seconds"]
-        return result
+        return settings, facts | {"seconds": {"load": 0.0 if loaded else self._seconds}}
+
+    def render(self, job: Job, on_step: Callable[[int, Tensor], None] = lambda step, latents: None) -> Result:
+        """Render one job by its configuration. Raises UserError for a mistake of the user, and Stopped if `on_step` does."""
+        import fastdit
+
+        settings, facts = self.prepare(job)
+        self.accelerate(settings)
+        clip = generate(self.pipe, settings, show=self.show, on_step=on_step)
+        return self._result(clip, settings, fastdit.report(self.pipe), facts)
 
     def _result(self, clip: Clip, settings: Settings, report: Report, facts: dict[str, Any]) -> Result:
         start = time.perf_counter()
         clip_files = encode(clip.frames, settings.format, settings.fps, settings.crf, facts["settings"])
         sheet = {"-sheet.png": png(contact_sheet([(settings.prompt[:80], clip.frames)], 8, 2), facts["settings"])}
+        seconds = clip.seconds | {"encode": time.perf_counter() - start}
         facts |= {
-            "seconds": clip.seconds | {"encode": time.perf_counter() - start},
+            "seconds": facts["seconds"] | seconds,
             "step_seconds": clip.step_seconds,
             "phases": phases(clip, report),
             "density": report.density,
             "error": max((site.error for site in report.sites if site.error is not None), default=None),
             "frames_sha256": sha256(clip),
         }
-        said = f"{report}\n" + "  ".join(f"{stage} {taken:.2f} s" for stage, taken in facts["seconds"].items())
-        return Result(facts, report, ({} if len(clip.frames) == 1 else sheet) | clip_files, said)
+        text = f"{report}\n" + "  ".join(f"{stage} {taken:.2f} s" for stage, taken in seconds.items())
+        return Result(facts, report, ({} if len(clip.frames) == 1 else sheet) | clip_files, text)
 
 
 def sha256(clip: Clip) -> str:
-    """Of the frames as they are encoded, 8 bits a channel."""
+    """Hash of the frames with 8 bits a channel, as they are encoded."""
     return hashlib.sha256(to_uint8(clip.frames).tobytes()).hexdigest()
 
 
 def phases(clip: Clip, report: Report) -> list[dict[str, Any]]:
-    """Every phase that the run came through: noise levels, policy, density, error, and seconds of its denoising steps."""
+    """Each phase that the run passed: noise levels, policy, density, error, and seconds of its denoising steps."""
     ran: dict[int, int | None] = {}
     for _, call in report.calls:
         ran.setdefault(call.step, call.phase)

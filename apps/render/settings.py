@@ -1,60 +1,122 @@
-"""What to render: every setting of a clip, and what can be told of it without a model."""
+"""The settings of a clip: one table, from which options, keys, pages and hashes are made, and the checks that need no model."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-import re
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.paths import local
 from fastdit.apps.render.text import blank, control, half_pair
 
 if TYPE_CHECKING:
     from fastdit import Config
 
-LONGEST_PROMPT = 4000  # characters; no text encoder of diffusers' models reads half of that
+LONGEST_PROMPT = 4000  # characters; no text encoder in diffusers reads half as many
 OFFLOADS = ("none", "model", "group")
 FORMATS = ("mp4", "webp", "gif", "png")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a field of `Settings` is used.
+
+    alias: diffusers' name, if it differs. short: the option's letter. own: unless the user gives it, the pipeline's own default
+    is taken. argument: the pipeline is called with it. loads: the loaded pipeline depends on it. hashed: it changes what the
+    clip shows, so it is part of the clip's hash. line: a line of a file of prompts may give it. page: a visitor of the web page
+    may give it.
+    """
+
+    help: str
+    alias: str = ""
+    short: str = ""
+    own: bool = False
+    argument: bool = False
+    loads: bool = False
+    hashed: bool = True
+    line: bool = True
+    page: bool = False
+
+
+def _about(help: str, **facts: Any) -> dict[str, Setting]:
+    return {"setting": Setting(help, **facts)}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a clip and how it is run; where nothing is said, what suits the embedded model.
+    """Everything that decides a clip and how it is run. The defaults suit the embedded model.
 
-    model: folder or Hub id, None: embedded. custom: replaces the preset. height, width: pixels; fps: frames a second; image: a
-    file to start from; lora: folder, file or Hub id, with @scale if it is not 1 (`split_lora`). format, crf: of the video file.
-    What follows changes speed and memory only; ulysses, ring: processes that share a video.
+    custom: a configuration that replaces the preset's. height, width: pixels; lora: see `split_lora`.
     """
 
-    prompt: str
-    negative: str = ""
-    seed: int = 0
-    model: str | None = None
-    preset: str = "balanced"
-    frames: int = 33
-    height: int = 128
-    width: int = 128
-    steps: int = 20
-    guidance: float = 3.0
-    fps: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
+    prompt: str = field(metadata=_about("What to draw.", argument=True, page=True))
+    negative: str = field(
+        default="", metadata=_about("What not to draw.", alias="negative_prompt", own=True, argument=True, page=True)
+    )
+    seed: int = field(default=0, metadata=_about("Seed of the noise that a clip starts from.", page=True))
+    model: str | None = field(
+        default=None,
+        metadata=_about(
+            "Folder or Hub id of a diffusers pipeline. None: the embedded one.",
+            short="m", own=True, loads=True, line=False, page=True,
+        ),
+    )  # fmt: skip
+    preset: str = field(
+        default="balanced",
+        # its configuration is hashed instead
+        metadata=_about("How attention is accelerated; `fastdit show presets` lists them.", hashed=False, page=True),
+    )
+    frames: int = field(
+        default=33,
+        metadata=_about("Number of frames. [embedded model: 33]", alias="num_frames", own=True, argument=True, page=True),
+    )
+    height: int = field(
+        default=128,
+        metadata=_about("Pixels. [embedded model: 128; others: their own]", own=True, argument=True, page=True),
+    )
+    width: int = field(default=128, metadata=_about("Pixels, as for the height.", own=True, argument=True, page=True))
+    steps: int = field(
+        default=20,
+        metadata=_about("Denoising steps. [embedded: 20]", alias="num_inference_steps", own=True, argument=True, page=True),
+    )
+    guidance: float = field(
+        default=3.0,
+        metadata=_about(
+            "Classifier-free guidance; 1: off. [embedded: 3]", alias="guidance_scale", own=True, argument=True, page=True
+        ),
+    )
+    fps: int = field(default=8, metadata=_about("Frames a second. [embedded model: 8; others: 16]", own=True))
+    device: str = field(default="auto", metadata=_about("auto, cpu or cuda.", loads=True, hashed=False, line=False))
+    dtype: str = field(default="auto", metadata=_about("auto, float32, bfloat16 or float16.", loads=True))
     custom: Config | None = None
-    image: str | None = None
-    lora: str | None = None
-    format: str = "mp4"
-    crf: int = 18
-    cpu_offload: str = "none"
-    compile: bool = False
-    vae_tiling: bool = False
-    ulysses: int = 1
-    ring: int = 1
+    image: str | None = field(
+        default=None, metadata=_about("Picture to start from (image-to-video models).", own=True, page=True)
+    )
+    lora: str | None = field(
+        default=None, metadata=_about("LoRA: folder, file or Hub id, with @SCALE if it is not 1.", own=True, loads=True)
+    )
+    format: str = field(
+        default="mp4", metadata=_about(f"{', '.join(FORMATS)} (a file a frame). [mp4; png of image models]", own=True)
+    )
+    crf: int = field(default=18, metadata=_about("Quality of mp4: 0 is lossless, 51 worst."))
+    cpu_offload: str = field(
+        default="none",
+        metadata=_about(f"Keep the model in main memory: {', '.join(OFFLOADS)}.", loads=True, hashed=False, line=False),
+    )
+    compile: bool = field(default=False, metadata=_about("torch.compile the denoiser.", loads=True, hashed=False, line=False))
+    vae_tiling: bool = field(
+        default=False, metadata=_about("Decode in tiles: less memory.", loads=True, hashed=False, line=False)
+    )
+    ulysses: int = field(
+        default=1,
+        metadata=_about("GPUs that share each video by attention heads, under torchrun.", loads=True, hashed=False, line=False),
+    )
+    ring: int = field(
+        default=1,
+        metadata=_about("GPUs that share each video in a ring, under torchrun.", loads=True, hashed=False, line=False),
+    )
 
     def config(self) -> Config:
         """The preset's configuration. Raises UserError listing the presets."""
@@ -68,13 +130,13 @@ class Settings:
             raise UserError(str(error), 2) from None
 
     def check(self) -> None:
-        """Everything that can be told without the model. Raises UserError."""
+        """Check everything that needs no model. Raises UserError."""
         for name, said in vars(self).items():
             if isinstance(said, str):
-                # a prompt may have any character that JSON can say, as in the pipeline's own call; no name of a file has those
+                # a prompt may have any character that JSON allows, as in the pipeline's own call; the other settings may not
                 odd = half_pair(said) or (None if name in ("prompt", "negative") else control(said))
                 if odd is not None:
-                    raise UserError(f"the {name} has {odd!r} in it: leave that out", 2)
+                    raise UserError(f"the {name} contains {odd!r}: remove it", 2)
         self.config()
         if blank(self.prompt):
             raise UserError('the prompt is empty: say what to draw, such as "a red circle moving right"', 2)
@@ -105,7 +167,7 @@ class Settings:
             raise UserError(f"--guidance must be a number of at least 0 (1 and below: off), got {self.guidance}", 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """As recorded beside the clip, the preset spelled out."""
+        """The settings as recorded beside the clip, with the preset's configuration."""
         fields = asdict(self)
         if fields.pop("custom") is not None:
             fields["preset"] = "custom"
@@ -114,68 +176,16 @@ class Settings:
     @property
     def pipeline(self) -> tuple[Any, ...]:
         """What the loaded pipeline depends on."""
-        return (
-            self.model,
-            self.device,
-            self.dtype,
-            self.lora,
-            self.cpu_offload,
-            self.compile,
-            self.vae_tiling,
-            self.ulysses,
-            self.ring,
-        )
+        return tuple(getattr(self, name) for name, about in SETTINGS.items() if about.loads)
 
 
-def local(path: str) -> Path:
-    """~ is home, as in the shell; of a user who is none it is a name like any other."""
-    return Path(os.path.expanduser(path))
-
-
-def here(path: str) -> bool:
-    """Whether that is a file or folder; a path that cannot be one (too long) is none."""
-    return os.path.exists(local(path))
-
-
-def hub_id(said: str) -> bool:
-    """Whether it can be an id of the Hub, owner/name."""
-    return bool(HUB_ID.fullmatch(said)) and not said.startswith(".")
-
-
-def split_lora(said: str) -> tuple[str, str]:
-    """PATH@SCALE or PATH -> where it is, and its scale as it was written.
-
-    What is a file or folder by its whole name is that, whatever is in the name; elsewhere a number behind the last @ is the
-    scale, and anything else there is part of the path.
-    """
-    path, _, scale = said.rpartition("@")
-    return (path, scale) if path and _finite(scale) and not here(said) else (said, "1")
-
-
-def _finite(said: str) -> bool:
-    try:
-        return math.isfinite(float(said))
-    except ValueError:
-        return False
-
-
-def content(path: str) -> str:
-    """Digest of a file's content, or the path as it is where that is no file here: a folder, an id of the Hub.
-
-    Raises UserError for a file that cannot be read.
-    """
-    try:
-        file = local(path)
-        if not os.path.isfile(file):
-            return path
-        found = file.stat()
-        return _sha256(str(file), found.st_mtime_ns, found.st_size)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})", 2) from None
-
-
-@lru_cache(maxsize=4096)
-def _sha256(path: str, modified: int, size: int) -> str:
-    """Read once as long as time and size are the same, however many jobs have the file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+SETTINGS: dict[str, Setting] = {each.name: each.metadata["setting"] for each in fields(Settings) if each.metadata}
+"""The table of settings, by name. `custom` is missing: it cannot be written as text."""
+KINDS: dict[str, type] = {
+    each.name: {"str": str, "int": int, "float": float, "bool": bool}[str(each.type).removesuffix(" | None")]
+    for each in fields(Settings)
+    if each.name in SETTINGS
+}
+DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(Settings) if each.name in SETTINGS}
+ALIASES = {about.alias: name for name, about in SETTINGS.items() if about.alias}
+"""{diffusers' name of a setting: ours}."""

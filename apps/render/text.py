@@ -1,4 +1,4 @@
-"""Text as people and their programs write it, and what in it is none."""
+"""Reading text as people and programs write it, and finding what is not text."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ FIRST_MARK = re.compile("^\ufeff+", re.MULTILINE)
 
 
 def decode(content: bytes) -> str:
-    """UTF-8 as text whose lines all end in \\n, so that `split("\\n")` finds them. Raises UnicodeDecodeError.
+    """Decode UTF-8, with all line ends turned into \\n, so that `split("\\n")` gives the lines. Raises UnicodeDecodeError.
 
-    Marks of byte order are left out, also those inside that come of joining files. `str.splitlines` is not for text of
-    others: it also cuts at U+2028, U+0085, VT and FF, which stand inside of prompts that were pasted from somewhere.
+    Byte order marks are removed, also those in the middle of joined files. `str.splitlines` will not do: it also splits at
+    U+2028, U+0085, VT and FF, which occur inside pasted prompts.
     """
     return FIRST_MARK.sub("", content.decode().replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def blank(text: str) -> bool:
-    """Whether nothing can be seen of it: chat programs fill empty lines with U+200B."""
+    """Whether the text has no visible character; chat programs fill empty lines with U+200B."""
     return all(character.isspace() or unicodedata.category(character) == "Cf" for character in text)
 
 
 def control(text: str) -> str | None:
-    """Its first control character that is no space: NUL comes of UTF-16 read as UTF-8, ESC of a coloured terminal."""
+    """The first control character that is not a space: NUL comes from UTF-16 read as UTF-8, ESC from a coloured terminal."""
     return next((c for c in text if c < " " and not c.isspace()), None)
 
 
 def half_pair(text: str) -> str | None:
-    """Its first half of a surrogate pair: of bytes that are not UTF-8, or of JSON. Neither tokenizers nor files take it."""
+    """The first lone surrogate, which comes from bytes that are not UTF-8, or from JSON; tokenizers and files refuse it."""
     return next((c for c in text if "\ud800" <= c <= "\udfff"), None)

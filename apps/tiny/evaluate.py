@@ -1,4 +1,4 @@
-"""Have the tiny pipeline draw many captions, and judge what it drew:
+"""Let the tiny pipeline draw many captions, and judge its clips:
 
     python -m fastdit.apps.tiny.evaluate --sizes 17x64x64:200,33x128x128:200 --json judge.json --sheets DIR
 
@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdit.apps.render.outputs import write_json
 from fastdit.apps.tiny import clips
 from fastdit.apps.tiny.codec import Codec, psnr
 from fastdit.apps.tiny.judge import MEASURES, ask, judge, summary
 from fastdit.apps.tiny.tasks import Size, parse_sizes, tokens
+from fastdit.pipelines import embedded
 
 
 @torch.no_grad()
@@ -125,8 +127,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--sheets", type=Path, help="folder for contact sheets")
     args = ap.parse_args(argv)
 
-    from fastdit.pipelines import embedded
-
     try:
         pipe: Any = embedded.load(args.pipeline)
     except FileNotFoundError as err:
@@ -145,8 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             args.sheets.mkdir(parents=True, exist_ok=True)
             sheet(videos[:32], args.sheets / f"{row['size']}.png")
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""What programs call: `gradio_client`'s `predict(..., api_name="/generate")` and `/models`. Checks and queue are the page's."""
+"""The interface for programs: `gradio_client`'s `predict(..., api_name="/generate")` and `/models`.
+
+Its checks and its queue are those of the page.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
-from fastdit.apps.render.media import UserError
-
-if TYPE_CHECKING:
-    from fastdit.apps.web.page import Page
+from fastdit.apps.errors import UserError
+from fastdit.apps.web.page import Page
 
 
 def build(page: Page) -> None:
@@ -31,7 +32,7 @@ def build(page: Page) -> None:
         guidance: float = 3.0,
         seed: int = 0,
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """Draw a clip. state, step, steps and ahead (in the queue) say how it goes; clip and record come last."""
+        """Draw a clip. state, step, steps and ahead (clips that come first) give the progress; clip and record come last."""
         said = {
             "prompt": prompt, "negative": negative, "model": model, "preset": preset, "frames": frames, "height": height,
             "width": width, "steps": steps, "guidance": guidance, "seed": seed,
@@ -64,5 +65,5 @@ def build(page: Page) -> None:
 
 
 def _file(path: str) -> dict[str, Any]:
-    """As gradio_client wants a file that it shall download."""
+    """The form in which gradio_client expects a file to download."""
     return {"path": path, "orig_name": path.rpartition("/")[2], "meta": {"_type": "gradio.FileData"}}

@@ -1,4 +1,4 @@
-"""The knobs of Compare and the configuration that they make: one policy, density, precision and remainder below σ = 0.98."""
+"""The options of Compare and the configuration made from them: policy, density, precision and remainder below σ = 0.98."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 
 from fastdit import Config, Phase, Quant
 from fastdit.approx.remainder import REMAINDERS
-from fastdit.config import Reuse
+from fastdit.config import TILE, Reuse
 from fastdit.policies import POLICIES, Dense
-from fastdit.presets import TILE
 
 START = 0.98
 """Noise level down to which the presets stay dense."""
@@ -21,11 +20,11 @@ REMAINDER = {
     "nothing": "none", "one mean key per dropped tile (pooled)": "pooled", "256 keys drawn by chance (sampled)": "sampled",
     "what the last dense step had there (residual)": RESIDUAL,
 }  # fmt: skip
-"""What stands in for the dropped tiles, in words; the last one is a statistic of earlier steps."""
-POLICY = ("window", "radial", "spatial_temporal", "antidiagonal", "top_mass", "lsh")
-"""Those whose density can be asked for."""
+"""What stands in for dropped tiles, in words. The last one is a statistic of earlier steps."""
+POLICY = tuple(name for name, policy in POLICIES.items() if "density" in getattr(policy, "__dataclass_fields__", {}))
+"""The policies that can be asked for a density."""
 MEASURE = 1e6
-"""An error budget that no error exceeds: errors are measured, and nothing follows from them."""
+"""An error budget that no error exceeds, so that errors are measured without consequences."""
 
 
 class Knobs(NamedTuple):
@@ -37,7 +36,7 @@ class Knobs(NamedTuple):
 
 
 def config(knobs: Knobs) -> Config:
-    """Raises ValueError for a knob that is none, or a density outside (0, 1]."""
+    """The configuration of the options. Raises ValueError for an unknown option, or a density outside (0, 1]."""
     policy, density, precision, remainder, errors = knobs
     if policy not in POLICY or precision not in PRECISIONS or remainder not in REMAINDER:
         raise ValueError(f"no such policy, precision or remainder: {policy!r}, {precision!r}, {remainder!r}")
@@ -55,7 +54,7 @@ def config(knobs: Knobs) -> Config:
 
 
 def knobs(recorded: dict[str, Any]) -> Knobs | None:
-    """The knobs that made a recorded configuration; None if it was not made by knobs."""
+    """The options that made a recorded configuration; None if it was made in another way."""
     try:
         found = Config.from_dict(recorded)
         sparse = found.phases[1]

@@ -1,4 +1,4 @@
-"""How many tokens a clip has and about how much faster a configuration will draw it, told without drawing.
+"""Estimate how many tokens a clip has, and about how much faster a configuration will draw it, without drawing.
 
 Of a denoiser's forward, attention between N tokens takes 4·N·d·L multiplications a token (heads' width d, L layers) and
 everything else about 2·P (P parameters), so its share is N / (N + P / (2·d·L)). A sparse
@@ -21,14 +21,14 @@ from fastdit.policies.window import fit_window, near
 from fastdit.schedule import noise_levels, schedule
 
 OVERHEAD = 1.3
-"""Of a pair of tokens in sparse attention, over one in dense: fitted to the README's rows, which it meets within a fifth."""
+"""Cost of a pair of tokens in sparse attention over one in dense; fitted to the README's rows, and within a fifth of them."""
 MOST_TILES = 4096
-"""Up to which a map of tiles × tiles is made to count what it keeps: 16 MB, where a long clip's would have gigabytes."""
+"""Up to this many tiles a map of tiles × tiles is made and counted: 16 MB, where a long clip's would take gigabytes."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Of a loaded pipeline. multiples: as in `models.multiples`; even: tokens at which attention is half of the time."""
+class PipelineFacts:
+    """Facts of a loaded pipeline. multiples: see `load.multiples`; even: tokens at which attention takes half of the time."""
 
     multiples: tuple[int, int, int]
     even: float
@@ -36,14 +36,14 @@ class Facts:
     shift: float
 
     def grid(self, frames: int, height: int, width: int) -> Grid:
-        """Of tokens, (T, H, W); what does not fit is rounded down."""
+        """The grid of tokens (T, H, W); sizes that do not fit are rounded down."""
         time, h, w = self.multiples
         return max(0, frames - 1) // time + 1, height // h, width // w
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """density: mean over steps, None where the policy decides by the clip; ratio: about how much faster; why: not at all."""
+    """density: mean over steps, None if it depends on the clip; ratio: about how much faster; why: reason if it is not."""
 
     tokens: int
     grid: Grid
@@ -52,8 +52,8 @@ class Prediction:
     why: str | None = None
 
 
-def facts(pipe: Any) -> Facts:
-    """What `predict` needs of a pipeline."""
+def facts(pipe: Any) -> PipelineFacts:
+    """Read off a pipeline what `predict` needs."""
     model: Any = next(denoisers(pipe))
     parameters = sum(weight.numel() for weight in model.parameters())
     config = model.config
@@ -61,11 +61,11 @@ def facts(pipe: Any) -> Facts:
     width = getattr(config, "num_attention_heads", 1) * getattr(config, "attention_head_dim", 64)
     scheduler = getattr(pipe, "scheduler", None)
     shift = getattr(getattr(scheduler, "config", None), "flow_shift", None) or getattr(scheduler, "shift", None) or 1.0
-    return Facts(multiples(pipe), parameters / (2 * width * layers), layers, float(shift))
+    return PipelineFacts(multiples(pipe), parameters / (2 * width * layers), layers, float(shift))
 
 
-def predict(known: Facts, config: Config, frames: int, height: int, width: int, steps: int) -> Prediction:
-    """Of one clip. Raises ValueError where it has no tokens."""
+def predict(known: PipelineFacts, config: Config, frames: int, height: int, width: int, steps: int) -> Prediction:
+    """The prediction for one clip. Raises ValueError if it has no tokens."""
     grid = known.grid(frames, height, width)
     tokens = math.prod(grid)
     if tokens < 1 or steps < 1:
@@ -93,11 +93,11 @@ def predict(known: Facts, config: Config, frames: int, height: int, width: int, 
 
 @lru_cache(maxsize=128)
 def density_of(policy: Policy, layout: Layout, first_frame: bool = False) -> float | None:
-    """Share of tile pairs kept. None: too many tiles to count, or decided by the data and no density asked for."""
+    """Share of tile pairs kept. None: too many tiles to count, or the policy decides by the data and has no density."""
     if not policy.static:
         found = getattr(policy, "density", None)
         return None if found is None else float(found)
-    if isinstance(policy, Window) and not first_frame:  # a box: the product of its shares of the axes, at any size
+    if isinstance(policy, Window) and not first_frame:  # a box: the product of its shares along the axes
         sides = layout.tile_grid
         size = policy.size or fit_window(sides, policy.density or 1.0, policy.border)
         return math.prod(float(near(n, w, policy.border).float().mean()) for n, w in zip(sides, size, strict=True))

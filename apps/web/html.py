@@ -1,4 +1,4 @@
-"""What the page shows besides Gradio's widgets, as HTML: progress, clips, errors. A person's words are escaped here."""
+"""The HTML that the page shows besides Gradio's widgets: progress, clips, errors. Text from people is escaped here."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ STATES = {
     "starting": "Starting", "denoising": "Drawing", "finishing": "Decoding and saving",
     "stopped": "Stopped. Nothing was kept.",
 }  # fmt: skip
+STAGES = (("text", "Text", "#0072b2"), ("denoise", "Denoising", "#009e73"), ("decode", "Decoding", "#e69f00"))
+"""Okabe and Ito's colours, which colour-blind people can tell apart."""
 
 
 def text(said: Any) -> str:
-    """Shown literally: no tags, and none of the marks that Gradio's templates know."""
+    """Escape text: tags, and the marks that Gradio's templates interpret."""
     return re.sub(r"[${}`\\]", lambda mark: f"&#{ord(mark[0])};", html.escape(str(said)))
 
 
 def error(sentence: str) -> str:
-    """`--height` of the command line is height here."""
+    """An error as HTML. The options that it names lose their dashes: --height becomes height."""
     sentence = re.sub(r"(^|\s)--([a-z])", r"\1\2", sentence)
     return f'<div class="error" role="alert">{text(sentence[:1].upper() + sentence[1:])}</div>'
 
@@ -57,14 +59,14 @@ def duration(seconds: float) -> str:
 
 
 def data_url(image: Any, kind: str = "JPEG") -> str:
-    """A small picture inside the page, so that no file is left of it."""
+    """A small picture as a data URL, which leaves no file behind."""
     stream = io.BytesIO()
     image.convert("RGB").save(stream, format=kind, quality=80)
     return f"data:image/{kind.lower()};base64," + base64.b64encode(stream.getvalue()).decode()
 
 
 def clip(url: str, label: str, key: str = "") -> str:
-    """A player, or a picture. key: its place in a pair of players."""
+    """A player or a picture. key: its side in a pair of players."""
     if Path(url).suffix in PICTURES:
         return f'<img class="clip" data-side="{key}" alt="{text(label)}" src="{text(url)}">'
     return (
@@ -74,7 +76,7 @@ def clip(url: str, label: str, key: str = "") -> str:
 
 
 def result(record: dict[str, Any], urls: dict[str, str], again: bool = False) -> str:
-    """A clip that was made, its settings in words, and its files. urls: of the record's files, by name."""
+    """A finished clip with its settings and files. urls: {name of a file in the record: url}."""
     settings = record["settings"]
     seconds = sum(record["seconds"].values())
     facts = [
@@ -83,11 +85,78 @@ def result(record: dict[str, Any], urls: dict[str, str], again: bool = False) ->
         ("Tokens", f"{record['tokens']:,}"),
         ("Preset", settings["preset"]),
         ("Density", f"{record['density']:.2f}"),
-        ("Time", f"{seconds:.1f} s" + (" (drawn before: the same settings give the same clip)" if again else "")),
+        ("Time", f"{seconds:.1f} s" + (" (drawn earlier: the same settings give the same clip)" if again else "")),
     ]
     if dropped := record.get("dropped_tokens"):
         facts.append(("Prompt", f"its last {dropped} tokens were not read: it is too long for this model"))
     return f'<div class="result">{clip(urls[record["file"]], settings["prompt"])}{table(facts)}{downloads(urls)}</div>'
+
+
+def comparison(record: dict[str, Any], urls: dict[str, str]) -> str:
+    """Two synchronised players, their difference, and the numbers. urls: {name of a file in the record: url}."""
+    settings = record["settings"]
+    dense = next((url for name, url in urls.items() if "-dense." in name), urls[record["file"]])
+    fps, frames = settings["fps"], settings["frames"]
+    moving = frames > 1 and record["file"].endswith(".mp4")
+    controls = (
+        '<button type="button" class="play" data-act="play">Pause</button>'
+        f'<label>Frame <input type="range" data-act="scrub" min="0" max="{frames - 1}" value="0" step="1"></label>'
+        if moving
+        else ""
+    )
+    return (
+        f'<div class="pair" data-fps="{fps}" data-frames="{frames}"><div class="sides">'
+        f"<figure>{_side(dense, 'dense', moving)}<figcaption>Dense</figcaption></figure>"
+        f"<figure>{_side(urls[record['file']], 'fast', moving)}<figcaption>Fast</figcaption></figure>"
+        f'<figure><canvas class="clip" data-side="difference" role="img" aria-label="Difference of the two"></canvas>'
+        "<figcaption>Difference, brightened</figcaption></figure></div>"
+        f'<div class="controls">{controls}<label>Brighten difference '
+        '<input type="range" data-act="gain" min="1" max="20" value="4" step="1"></label></div>'
+        f"{bars(record)}{table(numbers(record))}{downloads(urls)}</div>"
+    )
+
+
+def _side(url: str, side: str, moving: bool) -> str:
+    return clip(url, side, side).replace(" controls", "") if moving else clip(url, side, side)
+
+
+def numbers(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Closeness, density, error and speed, in words."""
+    said = [("Speed", f"{record['ratio']:.2f} × ({record['dense_s']:.2f} s and {record['fast_s']:.2f} s of denoising)")]
+    if (why := record.get("stayed_dense")) is not None:
+        said.append(("No sparse attention", why))
+    psnr, flicker = record["psnr_db"], record.get("flicker_db")
+    said += [
+        ("PSNR", "identical" if psnr is None else f"{psnr:.1f} dB"),
+        ("SSIM", f"{record['ssim']:.4f}"),
+        ("Flicker", "same changes from frame to frame" if flicker is None else f"{flicker:.1f} dB between changes of frames"),
+        ("Density", f"{record['density']:.3f} of all pairs, all steps and layers"),
+    ]
+    if (worst := max((row["error"] for row in record["velocity_error"]), default=None)) is not None:
+        said.append(("Error", f"{worst:.1%} of the velocity, worst phase"))
+    if record.get("error") is not None:
+        said.append(("Worst layer", f"{record['error']:.1%} of attention's output"))
+    return [*said, ("Seed", str(record["seed"])), ("Tokens", f"{record['tokens']:,}")]
+
+
+def bars(record: dict[str, Any]) -> str:
+    """Seconds of each stage as a bar for dense and a bar for fast, on one scale. Denoising is the best of the runs."""
+    stages = {
+        "Dense": record.get("dense_stages", {}) | {"denoise": record["dense_s"]},
+        "Fast": record["seconds"] | {"denoise": record["fast_s"]},
+    }
+    most = max(sum(spent.get(key, 0.0) for key, _, _ in STAGES) for spent in stages.values()) or 1.0
+    rows = ""
+    for name, spent in stages.items():
+        total = sum(spent.get(key, 0.0) for key, _, _ in STAGES)
+        parts = "".join(
+            f'<span style="width:{100 * spent.get(key, 0.0) / most:.2f}%;background:{colour}" '
+            f'title="{label} {spent.get(key, 0.0):.2f} s"></span>'
+            for key, label, colour in STAGES
+        )
+        rows += f'<div class="stage"><span class="name">{name}</span><span class="track">{parts}</span>{total:.2f} s</div>'
+    legend = "".join(f'<span><i style="background:{colour}"></i>{label}</span>' for _, label, colour in STAGES)
+    return f'<div class="stages" role="img" aria-label="Seconds of each stage">{rows}<div class="legend">{legend}</div></div>'
 
 
 def table(rows: Iterable[tuple[str, Any]]) -> str:
@@ -107,5 +176,5 @@ def downloads(urls: dict[str, str]) -> str:
 
 
 def address(path: str) -> str:
-    """Where the page finds a file that is served."""
+    """The address of a served file."""
     return "gradio_api/file=" + quote(path)

@@ -1,17 +1,17 @@
-"""What the operator of the page lets one clip, one user and the queue have."""
+"""The operator's limits on one clip, one user and the queue."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.settings import Settings
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one clip, one user and the queue may have. pixels: of a frame, and of a picture that is sent."""
+    """The most that is allowed. each: clips that one user may have waiting; upload: a picture to start from."""
 
     frames: int = 241
     pixels: int = 1280 * 720
@@ -22,7 +22,7 @@ class Limits:
     upload_pixels: int = 16_000_000
 
     def check(self, settings: Settings) -> None:
-        """Raises UserError for what the command line would draw and this page does not."""
+        """Raise UserError for a clip that is larger than this page allows."""
         for what, size, most in (
             ("frames", settings.frames, self.frames),
             ("steps", settings.steps, self.steps),
@@ -32,7 +32,7 @@ class Limits:
                 raise UserError(f"{what} may be {most:,} at most on this page, got {size:,}")
 
     def check_picture(self, path: str) -> None:
-        """Raises UserError for a file that is no picture, or too large; reads no more of it than its head."""
+        """Raise UserError for a file that is not a picture, or is too large. Only the head of the file is read."""
         from PIL import Image, UnidentifiedImageError
 
         if os.path.getsize(path) > self.upload_mb * 2**20:

@@ -1,4 +1,4 @@
-"""The page as a whole: its tabs, its looks, who is who, and which files may be seen."""
+"""What the tabs of the page share: the studio, whose clips are whose, and which files may be seen."""
 
 from __future__ import annotations
 
@@ -9,26 +9,23 @@ from typing import Any
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 
-from fastdit.apps.web import api, html, tab_compare, tab_create, tab_gallery, tab_inspect
+from fastdit.apps.web import html
 from fastdit.apps.web.queue import Studio, Ticket
 
-HERE = Path(__file__).parent
-FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 SERVED = ".served"
-"""Folder of the output folder with copies of the files that somebody was shown, under names that cannot be guessed."""
+"""Folder inside the output folder for copies of shown files, under names that cannot be guessed."""
 HOUR, DAY = 3600, 24 * 3600
 
 
 class Copies(set[str]):
-    """Paths of copies. Gradio goes through them once an hour in one thread while others add to them, which a set forbids."""
+    """Paths of copies. Iteration is safe: Gradio iterates once an hour in one thread while other threads add paths."""
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(super().__iter__()))
 
 
 class Page:
-    """Widgets on one side, the studio on the other. users: whether people have names, and so folders of their own."""
+    """Connects the widgets with the studio. users: whether people log in, and so have folders of their own."""
 
     def __init__(self, studio: Studio, users: bool) -> None:
         self.studio, self.users = studio, users
@@ -36,25 +33,9 @@ class Page:
         self.inputs: dict[str, Any] = {}
         self.knobs: list[Any] = []
         self.blocks = gr.Blocks(title="fastdit", analytics_enabled=False, delete_cache=(HOUR, DAY), fill_width=True)
-        # those of a server that was killed are deleted with this one's: a day after they were last shown, or at the end
+        # includes copies that a killed server left: they are deleted with this server's
         self.copies = Copies(str(path) for path in (studio.out / SERVED).rglob("*") if path.is_file())
         self.blocks.temp_file_sets.append(self.copies)
-
-    def build(self) -> gr.Blocks:
-        with self.blocks:
-            gr.HTML("<header><h1>fastdit</h1><p>Text to video, dense and fast side by side</p></header>", elem_id="head")
-            with gr.Tabs(elem_id="tabs") as tabs:
-                with gr.Tab("Create", id="create"):
-                    self.inputs = tab_create.build(self)
-                with gr.Tab("Compare", id="compare"):
-                    self.knobs = tab_compare.build(self)
-                with gr.Tab("Look inside", id="inside"):
-                    tab_inspect.build(self)
-                with gr.Tab("Gallery", id="gallery") as tab:
-                    tab_gallery.build(self, tabs, tab)
-            api.build(self)
-            self.blocks.unload(self.gone)
-        return self.blocks
 
     def key(self, request: gr.Request) -> str:
         """Whose clips are whose: the name somebody logged in with, or the browser tab."""
@@ -73,25 +54,18 @@ class Page:
             self.studio.stop(self.key(request))
 
     def remember(self, request: gr.Request, ticket: Ticket) -> None:
-        """For a closer look at what ran."""
+        """Keep the latest ticket of a browser tab for the tab that looks inside."""
         if ticket.report is not None:
             self.latest[str(request.session_hash)] = ticket
 
     def copy(self, folder: Path, name: str) -> str:
-        """Path of a copy that the page may read, until a day after it was last asked for."""
+        """Path of a copy that the page may read; it is deleted a day after the last request."""
         path = save_file_to_cache(str(folder / name), str(self.studio.out / SERVED))
-        self.copies.add(path)  # or Gradio would not know it
+        self.copies.add(path)  # otherwise Gradio would not know it
         return path
 
     def result(self, folder: Path, record: dict[str, Any], again: bool = False) -> str:
         """A clip or a comparison, as HTML."""
         names = [*reversed(record["files"]), f"{record['name']}.json"]
         urls = {name: html.address(self.copy(folder, name)) for name in names}
-        return tab_compare.result(record, urls) if "ratio" in record else html.result(record, urls, again)
-
-
-def looks() -> dict[str, Any]:
-    """Theme, style and script, none of which asks another host for anything."""
-    theme = gr.themes.Default(font=FONTS, font_mono=MONO, primary_hue="teal", neutral_hue="slate")
-    script = (HERE / "page.js").read_text(encoding="utf-8")
-    return {"theme": theme, "css_paths": [HERE / "page.css"], "head": f"<script>{script}</script>"}
+        return html.comparison(record, urls) if "ratio" in record else html.result(record, urls, again)

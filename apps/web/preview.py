@@ -1,4 +1,4 @@
-"""Pictures that the page draws with Pillow: previews of latents."""
+"""Previews of latents, as pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIDE = 160  # pixels of a preview's frame
 def preview(latents: Any) -> str:
     """The first, middle and last frame of latents [1, C, T, H, W] or [1, C, H, W], as a data URL; "" for other shapes.
 
-    The three directions in which the channels vary most become red, green and blue: shapes are true, colours are not.
+    The three directions in which the channels vary most become red, green and blue, so shapes are true and colours are not.
     """
     import torch
     from PIL import Image
@@ -27,7 +27,7 @@ def preview(latents: Any) -> str:
     rows = rows - rows.mean(0)
     _, axes = torch.linalg.eigh(rows.T @ rows)
     axes = axes[:, -3:]
-    axes = axes * axes.sum(0).sign()  # an axis has no sign of its own: colours would flicker
+    axes = axes * axes.sum(0).sign()  # the sign of an axis is arbitrary: colours would flicker
     seen = rows @ axes
     low, high = seen.quantile(0.02, 0), seen.quantile(0.98, 0)
     seen = ((seen - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).mul(255).byte()

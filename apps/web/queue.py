@@ -1,7 +1,7 @@
-"""Whose turn it is: one thread draws for everybody, in the order in which they came, with limits that the operator sets.
+"""The queue: one thread draws for everybody, in order of arrival, within the operator's limits.
 
-A `Place` is one person's in the queue; a `Ticket` is a place with a clip to draw, and what has become of it. The thread calls
-`batch.run`, as the command line does: files and manifest are the same, whoever made them. Nothing here knows Gradio.
+A `Turn` is an entry of the queue. A `Ticket` is a turn with a clip to draw and its progress. The thread calls `batch.run`, as
+the command line does, so files and manifest are the same. Nothing here knows Gradio.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render import batch, jobs
 from fastdit.apps.render.generate import Stopped
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.renderer import Renderer
-from fastdit.apps.render.settings import Settings
+from fastdit.apps.render.settings import SETTINGS, Settings
 from fastdit.apps.web import estimate
 from fastdit.apps.web.limits import Limits
 from fastdit.apps.workers.pool import attempt
 
 EMBEDDED = "embedded model"
-HEARTBEAT = 1.0  # seconds: so soon it is noticed that somebody has gone
-KEYS = ("prompt", "negative", "model", "preset", "frames", "height", "width", "steps", "guidance", "seed", "image")
-"""What a person may say; everything else is the operator's."""
+HEARTBEAT = 1.0  # seconds until a closed tab is noticed
+KEYS = tuple(name for name, about in SETTINGS.items() if about.page)
+"""The settings that a visitor may give; the operator decides the others."""
 
 
 @dataclass
-class Place:
-    """stop: it is wanted no more; notify: something about it has changed."""
+class Turn:
+    """stop: set when it is no longer wanted; notify: called when something about it has changed."""
 
     user: str
     stop: threading.Event = field(default_factory=threading.Event, kw_only=True)
@@ -42,10 +42,10 @@ class Place:
 
 
 @dataclass
-class Ticket(Place):
-    """state: waiting, starting, denoising, finishing, then done, stopped or failed. steps: all that will run.
+class Ticket(Turn):
+    """state: waiting, starting, denoising, finishing, then done, stopped or failed. steps: total number of steps.
 
-    latents: as the last step left them. record: of the manifest; report: what ran in every call; error: a sentence.
+    latents: after the last step; record: the manifest's; report: the run's; error: a sentence.
     """
 
     job: jobs.Job
@@ -69,12 +69,12 @@ class Ticket(Place):
 
     @property
     def seconds_left(self) -> float | None:
-        """Of denoising, by the mean of the steps after the first one."""
+        """Estimated seconds of denoising left, by the mean of the steps after the first."""
         if len(self.marks) < 2 or self.step >= self.steps:
             return None
         return (self.marks[-1] - self.marks[0]) / (len(self.marks) - 1) * (self.steps - self.step)
 
-    # what `batch.run` tells
+    # called by `batch.run`
     def begin(self, jobs: int) -> None:
         self.become("starting")
 
@@ -89,7 +89,7 @@ class Ticket(Place):
         self.latents = latents
         self.become("denoising" if self.step < self.steps else "finishing")
 
-    def done(self, record: dict[str, Any], said: str) -> None:
+    def done(self, record: dict[str, Any], text: str) -> None:
         self.record = record
 
     def failed(self, record: dict[str, Any]) -> None:
@@ -97,14 +97,14 @@ class Ticket(Place):
 
 
 class Studio:
-    """models: name on the page -> folder or Hub id (None: embedded). fixed: settings of every clip."""
+    """models: {name on the page: folder or Hub id, None for the embedded model}. fixed: settings of every clip."""
 
     def __init__(self, out: Path, models: dict[str, str | None], limits: Limits, fixed: dict[str, Any] | None = None) -> None:
         self.out, self.models, self.limits, self.fixed = out, models, limits, fixed or {}
         self.worker = ThreadPoolExecutor(1, "fastdit-render")
         self.renderer = Renderer(show=False)
-        self.facts: dict[str | None, estimate.Facts] = {}
-        self.queue: list[Place] = []
+        self.facts: dict[str | None, estimate.PipelineFacts] = {}
+        self.queue: list[Turn] = []
         self.lock = threading.Lock()
         self.warm = self.worker.submit(self._load, Settings(prompt="x", model=next(iter(models.values())), **self.fixed))
 
@@ -112,7 +112,7 @@ class Studio:
         self.facts[settings.model] = estimate.facts(self.renderer.load(settings))
 
     def job(self, said: dict[str, Any], custom: Any = None, repeats: int = 0) -> jobs.Job:
-        """What a person said, checked as the command line checks it. Raises UserError."""
+        """Make a job of what a visitor gave, with the checks of the command line. Raises UserError."""
         given = {key: value for key, value in said.items() if value is not None and value != ""}
         if unknown := set(given) - set(KEYS):
             raise UserError(f"unknown setting {sorted(unknown)[0]!r}: known are {', '.join(KEYS)}")
@@ -132,23 +132,23 @@ class Studio:
             self.limits.check_picture(settings.image)
         return made.jobs[0]
 
-    def enter(self, place: Place) -> int:
-        """Put it at the end of the queue; how many come first. Raises UserError if that, or the user's share of it, is full."""
+    def enter(self, turn: Turn) -> int:
+        """Join the end of the queue; returns how many come first. Raises UserError if the queue or the user's share is full."""
         with self.lock:
-            if sum(other.user == place.user for other in self.queue) >= self.limits.each:
+            if sum(other.user == turn.user for other in self.queue) >= self.limits.each:
                 raise UserError(f"you have {self.limits.each} clips waiting already: wait for one of them, or stop it")
             if len(self.queue) >= self.limits.queue:
                 raise UserError("too many people are waiting: try again in a few minutes")
-            self.queue.append(place)
+            self.queue.append(turn)
             return len(self.queue) - 1
 
-    def ahead(self, ticket: Place) -> int:
+    def ahead(self, ticket: Turn) -> int:
         """How many come first."""
         with self.lock:
             return self.queue.index(ticket) if ticket in self.queue else 0
 
     def stop(self, user: str) -> None:
-        """End what this user has under way, within a denoising step."""
+        """Stop this user's clips, within one denoising step."""
         with self.lock:
             for ticket in self.queue:
                 if ticket.user == user:
@@ -156,7 +156,7 @@ class Studio:
                     ticket.notify()
 
     async def follow(self, user: str, job: jobs.Job, folder: Path) -> AsyncGenerator[Ticket, None]:
-        """Draw, and yield the ticket at every change, and every `HEARTBEAT` besides. Closing it stops the drawing."""
+        """Draw; yield the ticket at every change, and at least every `HEARTBEAT` seconds. Closing this stops the clip."""
         settings = job.settings()
         ticket = Ticket(user, job, folder, settings.steps * max(1, 2 * job.repeats))
         self.enter(ticket)
@@ -166,7 +166,7 @@ class Studio:
         try:
             while True:
                 changed.clear()
-                over = ticket.over  # of what is yielded, not of what becomes of it meanwhile
+                over = ticket.over  # read before the yield: the state may change during it
                 yield ticket
                 if over:
                     return
@@ -179,7 +179,7 @@ class Studio:
             if future.cancel() or future.done():
                 self._leave(ticket)
 
-    def _leave(self, ticket: Place) -> None:
+    def _leave(self, ticket: Turn) -> None:
         with self.lock:
             if ticket in self.queue:
                 self.queue.remove(ticket)
@@ -217,24 +217,24 @@ class Studio:
         return "stopped" if summary.left else "done"
 
     def close(self) -> None:
-        """End what is under way within a denoising step, and forget what waits."""
+        """Stop the current clip within one denoising step, and drop those that wait."""
         with self.lock:
             for ticket in self.queue:
                 ticket.stop.set()
         self.worker.shutdown(cancel_futures=True)
 
     def call(self, user: str, function: Callable[[], Any]) -> tuple[Future[Any], int]:
-        """Run something else that needs the model or the cores in its turn, and how many come first. As `enter`."""
-        place = Place(user)
-        ahead = self.enter(place)
+        """Queue a function that needs the model or the cores; returns its future and how many come first. Raises as `enter`."""
+        turn = Turn(user)
+        ahead = self.enter(turn)
 
         def run() -> Any:
-            if place.stop.is_set():
+            if turn.stop.is_set():
                 raise UserError("stopped before its turn")
             return function()
 
         future = self.worker.submit(run)
-        future.add_done_callback(lambda _: self._leave(place))  # also when it is cancelled
+        future.add_done_callback(lambda _: self._leave(turn))  # also when it is cancelled
         return future, ahead
 
 

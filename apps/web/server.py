@@ -1,4 +1,4 @@
-"""`fastdit web`: the page, served to this machine, or to people with names and passwords."""
+"""`fastdit web`: serve the page to this machine, or to users with passwords."""
 
 from __future__ import annotations
 
@@ -7,32 +7,34 @@ import hmac
 import ipaddress
 import os
 import re
+import socket
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.render.text import decode
+from fastdit.apps.web.limits import Limits
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PAUSE = 1.0
-"""Seconds that a wrong password costs, in which no other is looked at for that name: who tries many at once waits for each."""
+"""Seconds of delay after a wrong password. Attempts for one name wait for each other, so parallel guessing is no faster."""
 
 
 def web(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the clips, that of `render`; made if missing.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the clips, that of `render`; created if missing.")] = Path(
         "renders"
     ),
     model: Annotated[
         list[str] | None, typer.Option("--model", "-m", help="A model to offer besides the embedded one; may be repeated.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on. Others than this machine's own need --auth.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; needs --auth if others can reach it.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 7860,
     auth: Annotated[
-        Path | None, typer.Option(help="File of name:password lines. Everybody then has a folder of his own under --out.")
+        Path | None, typer.Option(help="File of name:password lines. Each user then has a folder of their own under --out.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -40,7 +42,7 @@ def web(
     max_pixels: Annotated[int, typer.Option(help="Most pixels of a frame, height x width.")] = 1280 * 720,
     max_steps: Annotated[int, typer.Option(help="Most denoising steps of a clip.")] = 100,
     max_each: Annotated[int, typer.Option(help="Most clips that one user may have waiting.")] = 4,
-    max_queue: Annotated[int, typer.Option(help="Most clips waiting in all.")] = 100,
+    max_queue: Annotated[int, typer.Option(help="Most clips of all users that may be waiting.")] = 100,
     max_upload: Annotated[int, typer.Option(help="Largest picture to start from, in MB.")] = 20,
 ) -> None:
     """Open a page in the browser: text to video, dense and fast side by side."""
@@ -52,7 +54,7 @@ def web(
         raise UserError(f"--port must be from 0 to 65535, got {port}", 2)
     users = None if auth is None else read_users(auth)
     if users is None and not loopback(host):
-        raise UserError(f"--host {host} can be reached by others: name who may come in, with --auth FILE", 2)
+        raise UserError(f"--host {host} can be reached by others: list the users who may log in, with --auth FILE", 2)
     Settings(prompt="x", device=device, dtype=dtype).check()
     serve(out.resolve(), model or [], host, port, users, {"device": device, "dtype": dtype}, sizes | {"upload_mb": max_upload})
 
@@ -66,14 +68,12 @@ def serve(
     fixed: dict[str, Any],
     limits: dict[str, int],
 ) -> None:
-    """Until interrupted. Raises UserError where Gradio is missing, or the port or folder cannot be used."""
-    import socket
-
+    """Serve until interrupted. Raises UserError if Gradio is missing, or the port or folder cannot be used."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write into {out} ({error.strerror}): choose another folder with --out") from None
-    # Gradio reads these when it is imported: what it serves lies under the output folder, and it calls nobody.
+    # Gradio reads these at import: served files lie inside the output folder, and nothing is sent to anybody.
     os.environ["GRADIO_TEMP_DIR"] = str(out / ".served")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -85,31 +85,32 @@ def serve(
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.staticfiles import StaticFiles
 
-    from fastdit.apps.web.limits import Limits
-    from fastdit.apps.web.page import Page, looks
+    from fastdit.apps.web import tabs
+    from fastdit.apps.web.page import Page
     from fastdit.apps.web.queue import EMBEDDED, Studio
 
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port} ({error.strerror}): choose another --port") from None
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on sockets it opened itself
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it only on sockets that it opened itself
     names: dict[str, str | None] = {EMBEDDED: None} | {name: name for name in models}
     studio = Studio(out, names, Limits(**limits), fixed)
-    studio.warm.result()  # a model that cannot be loaded is told before anybody comes
+    studio.warm.result()  # a model that cannot be loaded is reported before the page opens
     page = Page(studio, users is not None)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if users is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host])
-    # Gradio compresses its scripts anew for everybody who comes, which on two cores takes longer than sending them
+    # Gradio compresses its scripts again for every visitor, which takes longer on two cores than sending them
     scripts = Path(gr.__file__).parent / "templates" / "frontend" / "assets"
     if scripts.is_dir():
         app.mount("/assets", StaticFiles(directory=scripts))
     gr.mount_gradio_app(
-        app, page.build(), "/", auth=None if users is None else Door(users).opens, run_history=False, footer_links=["settings"],
+        app, tabs.build(page), "/", auth=None if users is None else PasswordGate(users).opens, run_history=False,
+        footer_links=["settings"],
         max_file_size=f"{limits['upload_mb']}mb", show_error=False, ssr_mode=False, server_name=host, server_port=port,
-        **looks(),
+        **tabs.looks(),
     )  # fmt: skip
     at = listening.getsockname()[1]
     typer.echo(f"fastdit: http://{f'[{host}]' if ':' in host else host}:{at}  (clips go to {out}; Ctrl-C ends it)")
@@ -120,16 +121,16 @@ def serve(
         studio.close()
 
 
-class Door:
-    """Lets in who knows a password, and keeps others from guessing fast. users: {name: password}."""
+class PasswordGate:
+    """Checks passwords, and slows down guessing. users: {name: password}."""
 
     def __init__(self, users: dict[str, str]) -> None:
         self.users = users
         self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def opens(self, name: str, password: str) -> bool:
-        """Gradio awaits this in the server's loop: to wait here keeps nobody else waiting, where to sleep would."""
-        async with self.turns[name if name in self.users else ""]:  # names that nobody has share a turn, and take no memory
+        """Whether the password is right. Gradio awaits this in the server's event loop, so the delay must not block it."""
+        async with self.turns[name if name in self.users else ""]:  # unknown names share one lock, and take no memory
             right = hmac.compare_digest(self.users.get(name, "").encode(), password.encode()) and name in self.users
             if not right:
                 await asyncio.sleep(PAUSE)
@@ -137,7 +138,7 @@ class Door:
 
 
 def loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether an address can be reached only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -145,7 +146,7 @@ def loopback(host: str) -> bool:
 
 
 def read_users(path: Path) -> dict[str, str]:
-    """{name: password} of a file. Raises UserError; no password is ever repeated."""
+    """Read {name: password} from a file. Raises UserError, whose message never contains a password."""
     try:
         lines = [line.strip() for line in decode(path.read_bytes()).split("\n")]
     except (OSError, UnicodeError) as error:
@@ -159,5 +160,5 @@ def read_users(path: Path) -> dict[str, str]:
             raise UserError(f"--auth: line {number} of {path.name} is not name:password (letters, digits, - and _)", 2)
         users[name] = password
     if not users:
-        raise UserError(f"--auth: {path} names nobody", 2)
+        raise UserError(f"--auth: {path} lists no user", 2)
     return users

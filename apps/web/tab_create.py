@@ -1,4 +1,4 @@
-"""The page's first tab: what to draw, how it is coming along, and the clip."""
+"""The first tab: what to draw, the progress, and the clip."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
 from fastdit import PRESETS, preset
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.web import estimate, html
+from fastdit.apps.web.page import Page
 from fastdit.apps.web.preview import preview
-
-if TYPE_CHECKING:
-    from fastdit.apps.web.page import Page
 
 EXAMPLES = [
     ["a red circle moving right"], ["a blue square moving up and a green triangle moving left"],
@@ -31,7 +29,7 @@ EVERY = 3  # steps between two previews
 
 
 def build(page: Page) -> dict[str, Any]:
-    """Lay out the tab and return its settings by name, in the order of `KEYS`."""
+    """Lay out the tab; returns its settings by name."""
     limits, usual = page.studio.limits, Settings(prompt="x")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -77,7 +75,7 @@ def build(page: Page) -> dict[str, Any]:
     die.click(lambda: random.randrange(2**31), None, seed, queue=False, api_visibility="private")
 
     def tell(*values: Any) -> str:
-        return foresee(page, *values)
+        return estimate_line(page, *values)
 
     sizes: list[Any] = [model, speed, frames, height, width, steps]
     gr.on(
@@ -90,7 +88,7 @@ def build(page: Page) -> dict[str, Any]:
 async def draw(
     page: Page, said: dict[str, Any], request: gr.Request, custom: Any = None, repeats: int = 0
 ) -> AsyncGenerator[Any, None]:
-    """From a click to the clip, or to a sentence on why there is none."""
+    """Draw a clip and yield HTML: the progress, then the clip, or an error."""
     try:
         job = page.studio.job(said, custom, repeats)
         async with contextlib.aclosing(page.studio.follow(page.key(request), job, page.folder(request))) as tickets:
@@ -102,7 +100,7 @@ async def draw(
                     now = html.error(ticket.error)
                 elif ticket.state == "done" and ticket.record is not None:
                     page.remember(request, ticket)
-                    # in a thread: it hashes and copies files, while others want to see their progress
+                    # in a thread: it hashes and copies files, and others wait for their progress
                     now = await asyncio.to_thread(page.result, ticket.folder, ticket.record, again=not ticket.marks)
                 else:
                     now = html.progress(ticket, page.studio.ahead(ticket), picture)
@@ -115,8 +113,8 @@ async def draw(
         yield html.error(str(problem))
 
 
-def foresee(page: Page, model: str, name: str, frames: int, height: int, width: int, steps: int) -> str:
-    """Tokens, and about how much faster the preset is, in a line."""
+def estimate_line(page: Page, model: str, name: str, frames: int, height: int, width: int, steps: int) -> str:
+    """A line with the number of tokens, and about how much faster the preset is."""
     known = page.studio.facts.get(page.studio.models.get(model))
     if known is None:
         return html.note("How many tokens that is will be told when the model is loaded.")

@@ -1,22 +1,20 @@
-"""The tab of what was made: the manifest of the output folder, newest first, whoever wrote it."""
+"""The tab of finished clips: the manifest of the output folder, newest first, also those of the command line."""
 
 from __future__ import annotations
 
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
 from fastdit.apps.render import manifest
 from fastdit.apps.web import compare_options, html
+from fastdit.apps.web.page import Page
 from fastdit.apps.web.queue import EMBEDDED
 
-if TYPE_CHECKING:
-    from fastdit.apps.web.page import Page
-
-MANY = 24  # clips shown at first, and with every press of Older
+MANY = 24  # clips shown at first, and added by each press of Older
 LABEL = 120  # characters of a prompt under its picture
 CHOSEN = """element.addEventListener("click", (event) => {
     const button = event.target.closest("[data-job]");
@@ -48,7 +46,7 @@ def build(page: Page, tabs: Any, tab: Any) -> None:
         folder = page.folder(request)
         record = find(folder, str(event.value))
         if record is None:
-            return html.error("That clip is not there any more: press Refresh."), "", gr.update(interactive=False)
+            return html.error("That clip was removed: press Refresh."), "", gr.update(interactive=False)
         prompt = f'<p class="prompt">{html.text(record["settings"]["prompt"])}</p>'
         return prompt + page.result(folder, record), record["job"], gr.update(interactive=True)
 
@@ -74,7 +72,7 @@ def build(page: Page, tabs: Any, tab: Any) -> None:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Clips of a folder whose files are there, newest first."""
+    """Records of the clips in a folder whose files all exist, newest first."""
     there = _files(folder)
     return [record for record in _done(folder) if _names(record) <= there]
 
@@ -85,7 +83,7 @@ def find(folder: Path, job: str) -> dict[str, Any] | None:
 
 
 def _done(folder: Path) -> list[dict[str, Any]]:
-    """Records of clips, newest first, whatever has become of their files. They are shared: to be read only."""
+    """Records of clips, newest first, whether their files exist or not. They are shared: do not change them."""
     try:
         now = (folder / manifest.FILE).stat()
     except OSError:
@@ -95,7 +93,7 @@ def _done(folder: Path) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=16)
 def _parsed(folder: Path, *state: int) -> list[dict[str, Any]]:
-    """Read once as long as the manifest is the same: it has some 10 kB a clip. state: what tells one manifest from another."""
+    """Cached while the manifest is unchanged: it has some 10 kB for each clip. state: tells versions of the file apart."""
     needed = {"file", "files", "name", "settings", "finished", "seconds", "tokens", "density", "seed"}
     done = [record for record in manifest.read(folder).values() if record["state"] == "done" and needed <= set(record)]
     return sorted(done, key=lambda record: str(record["finished"]), reverse=True)
@@ -106,11 +104,11 @@ def _names(record: dict[str, Any]) -> set[str]:
 
 
 def _files(folder: Path) -> set[str]:
-    """Names of plain files, in one look at the folder; a link or a path into another folder is none of them."""
+    """Names of the plain files in a folder. Links do not count, and no name leads out of the folder."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file(follow_symlinks=False)}
-    except FileNotFoundError:  # somebody's folder is made with the first clip
+    except FileNotFoundError:  # a user's folder is created with the first clip
         return set()
 
 
@@ -122,7 +120,7 @@ def _button(page: Page, folder: Path, record: dict[str, Any]) -> str:
 
 
 def cover(record: dict[str, Any]) -> str:
-    """The file that stands for a clip: its contact sheet, or itself."""
+    """The file shown for a clip: its contact sheet, or the clip itself."""
     return next((name for name in record["files"] if name.endswith("-sheet.png")), record["file"])
 
 
@@ -134,7 +132,7 @@ def caption(record: dict[str, Any]) -> str:
 
 
 def loaded(page: Page, settings: dict[str, Any], name: str) -> Any:
-    """The value of one of Create's settings; what this page does not offer stays as it is."""
+    """The value to load into a setting of Create. A value that this page does not offer is left alone."""
     if name == "model":
         offered = {path: label for label, path in page.studio.models.items()}
         return offered.get(settings["model"], EMBEDDED if settings["model"] is None else gr.skip())

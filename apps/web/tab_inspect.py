@@ -1,35 +1,33 @@
-"""The tab of what happens inside: the tiles that a policy keeps, what its heads lose, and what the last run did."""
+"""The tab that looks inside: the tiles that a policy keeps, what its heads lose, and what the last run did."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 import torch
 
-from fastdit.apps.bench.quality import policy_table
 from fastdit.apps.cli import show
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.settings import Settings
-from fastdit.apps.web import html
+from fastdit.apps.tiny.attention import add_noise, clean_latents, recorded_attention
+from fastdit.apps.web import compare_options, html
+from fastdit.apps.web.page import Page
+from fastdit.config import TILE
 from fastdit.core.layout import Grid, Layout
 from fastdit.pipelines import embedded
 from fastdit.policies import POLICIES
-from fastdit.presets import TILE
 from fastdit.reporting.head_profile import retained, tile_mass
 from fastdit.reporting.heatmap import colour
 
-if TYPE_CHECKING:
-    from fastdit.apps.web.page import Page
-
-POLICY = [name for name in POLICIES if name not in ("dense", "head_profile", "power_of_two", "stripe")]
+POLICY = [*compare_options.POLICY, "union", "intersect"]
 MOST = 10_000
-"""Tokens up to which the embedded model's attention is looked at: its masses cost O(N²)."""
+"""Most tokens for which the embedded model's attention is computed: its masses cost O(N²)."""
 MOST_TILES = 2048
-"""Tiles up to which a map is drawn, a point for each pair: about two seconds and 300 MB."""
+"""Most tiles for which a map is drawn, with a point for each pair: about two seconds and 300 MB."""
 WHAT = {"Density": "density", "Error": "error", "Time": "seconds"}
 
 
@@ -61,7 +59,7 @@ def build(page: Page) -> None:
             page.studio.limits.check(asked)
             grid = known.grid(asked.frames, asked.height, asked.width)
             if name not in POLICY or min(grid) < 1:
-                raise UserError(f"there is no such policy, or no such grid: {name}, {grid}")
+                raise UserError(f"unknown policy, or an empty grid: {name}, {grid}")
             found, ahead = page.studio.call(page.key(request), lambda: tile_map(name, share, grid, level))
             if ahead:
                 yield html.note(f"Waiting for its turn: {ahead} come first.")
@@ -76,13 +74,13 @@ def build(page: Page) -> None:
         return last_run(ticket.report, choice)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    # no limit of Gradio's: all come to the studio's queue, which has one thread, and refuses in a sentence when it is full
+    # without Gradio's limit: the studio's queue has one thread, and refuses with a sentence when it is full
     draw.click(picture, [*sizes, policy, density, sigma], kept, concurrency_limit=None, trigger_mode="once", **quiet)
     gr.on([look.click, what.change], heat, what, ran, queue=False, **quiet)
 
 
 def tile_map(name: str, density: float, grid: Grid, sigma: float) -> str:
-    """Picture and legend of the tiles kept, and the mass that each head of the embedded model retains in them."""
+    """Picture and legend of the kept tiles, and the attention mass that each head of the embedded model retains in them."""
     t, h, w = (min(side, most) for side, most in zip(TILE, grid, strict=True))
     layout = Layout(grid, (t, h, w))
     if layout.video_tiles > MOST_TILES:
@@ -97,7 +95,7 @@ def tile_map(name: str, density: float, grid: Grid, sigma: float) -> str:
     picture = (
         f'<figure><img class="map" alt="Tiles kept by {html.text(policy)}" src="{html.data_url(image, "PNG")}">'
         f"<figcaption>{html.text(policy)}: {found:.1%} of {layout.video_tiles:,}² pairs of tiles of "
-        f"{' × '.join(map(str, layout.tile))} tokens. Down: tiles that ask; right: tiles that answer, both in order of time. "
+        f"{' × '.join(map(str, layout.tile))} tokens. Query tiles run down and key tiles to the right, both in order of time. "
         f"{legend('no head', 'all heads')}</figcaption></figure>"
     )
     if layout.video_len > MOST:
@@ -106,13 +104,13 @@ def tile_map(name: str, density: float, grid: Grid, sigma: float) -> str:
 
 
 def heads(policy: Any, layout: Layout, sigma: float) -> str:
-    """A table, layer by head, of the share of attention that lies in the kept tiles of the embedded model."""
+    """A table, layer by head, of the share of the embedded model's attention that lies in the kept tiles."""
     t, h, w = layout.grid
     rows = ""
     with torch.no_grad():
         pipe = embedded.load()
-        inputs = policy_table.noised(*policy_table.clean(pipe, 1, ((t - 1) * 4 + 1, h * 8, w * 8)), sigma, 0)
-        calls = policy_table.watch(pipe, inputs, layout.tile)
+        inputs = add_noise(*clean_latents(pipe, 1, ((t - 1) * 4 + 1, h * 8, w * 8)), sigma, 0)
+        calls = recorded_attention(pipe, inputs, layout.tile)
         for layer, (q, k, v) in enumerate(calls):
             kept = policy.select(layout, *(() if policy.static else (q, k, v)[: len(policy.reads)]))
             shares = retained(tile_mass(q, k, layout), kept.float(), layout)[0].tolist()
@@ -131,13 +129,13 @@ def _cell(share: float) -> str:
 
 
 def legend(low: str, high: str) -> str:
-    """The colours of all these pictures (viridis), dark to light."""
+    """The colour scale (viridis) of these pictures, from dark to light."""
     stops = ",".join("rgb({},{},{})".format(*colour(i / 8)) for i in range(9))
     return f'<span class="scale">{low} <i style="background:linear-gradient(to right,{stops})"></i> {high}</span>'
 
 
 def last_run(report: Any, choice: str) -> str:
-    """The heat map of a run, or why there is none."""
+    """The heat map of a run, or an error that says why there is none."""
     if choice not in WHAT:
         return html.error("Choose density, error or time.")
     what = WHAT[choice]

@@ -1,7 +1,7 @@
-"""One video over several GPUs: the processes that torchrun started render every job together, each a part of the sequence.
+"""One video on several GPUs: the processes that torchrun started render each job together, each a part of the sequence.
 
 diffusers splits the denoiser (`enable_parallelism`: Ulysses, arXiv 2309.14509, exchanges heads for tokens; a ring, arXiv
-2310.01889, passes keys around). The first process decides what is rendered, tells the others, and alone writes.
+2310.01889, passes keys around). The first process decides what is rendered, tells the others, and is the only one that writes.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastdit.apps.render.load import denoisers
-from fastdit.apps.render.media import UserError
+import torch
+import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from fastdit.apps.render.jobs import Job
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.jobs import Job
+from fastdit.apps.render.renderer import Renderer
+from fastdit.apps.workers.pool import Failure, attempt
 
 
 def join(ulysses: int, ring: int) -> int:
-    """Meet the other processes; the rank of this one, on whose GPU it works from now on. Raises UserError."""
-    import torch
-    import torch.distributed as dist
-
+    """Join the other processes and choose this process's GPU; returns its rank. Raises UserError."""
     count = ulysses * ring
     if int(os.environ.get("WORLD_SIZE", "1")) != count:
         raise UserError(
@@ -39,28 +38,11 @@ def join(ulysses: int, ring: int) -> int:
     return dist.get_rank()
 
 
-def split(pipe: Any, ulysses: int, ring: int) -> None:
-    """Split the sequence of every denoiser. Raises UserError for a model that diffusers cannot split so."""
-    from diffusers import ContextParallelConfig
-
-    for model in denoisers(pipe):
-        split_over: Any = getattr(model, "enable_parallelism", None)
-        name, heads = type(model).__name__, getattr(model.config, "num_attention_heads", None)
-        if split_over is None or getattr(model, "_cp_plan", None) is None:
-            raise UserError(f"--ulysses, --ring: diffusers does not know how to split {name} over GPUs")
-        if isinstance(heads, int) and heads % ulysses:
-            raise UserError(f"--ulysses {ulysses} must divide the {heads} attention heads of {name}: use --ring")
-        split_over(config=ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring))
-
-
 def lead(jobs: Iterable[Job], stop: Callable[[], bool], show: bool) -> Iterator[tuple[Job, Any]]:
-    """The pool of the first process: render with the others, in order; `stop` counts between clips.
+    """The pool of the first process: render in order, together with the others. `stop` is asked between clips.
 
-    Raises UserError after a failure that the others may not have had: they might wait for this process in their attention.
+    Raises UserError after an unforeseen failure, which the others may not have had: they may be waiting in their attention.
     """
-    from fastdit.apps.render.renderer import Renderer
-    from fastdit.apps.workers.pool import Failure, attempt
-
     renderer = Renderer(show)
     for job in jobs:
         if stop():
@@ -80,10 +62,7 @@ def lead(jobs: Iterable[Job], stop: Callable[[], bool], show: bool) -> Iterator[
 
 
 def follow() -> int:
-    """The life of every other process: render what the first one says, and keep nothing."""
-    from fastdit.apps.render.renderer import Renderer
-    from fastdit.apps.workers.pool import Failure, attempt
-
+    """What every other process does: render the jobs that the first one sends, and keep nothing."""
     renderer = Renderer(show=False)
     while (job := _tell(None)) is not None:
         outcome = attempt(renderer, job)
@@ -94,10 +73,7 @@ def follow() -> int:
 
 
 def _tell(job: Job | None) -> Job | None:
-    """What the first process says, heard by all."""
-    import torch
-    import torch.distributed as dist
-
+    """Send a job from the first process to all; every process gets it back."""
     said = [job]
     dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
     return said[0]

@@ -1,8 +1,8 @@
-"""Who renders: this process, processes of its own beside it, or Ray actors anywhere (`cluster`). All take jobs from one queue.
+"""The workers that render: this process, child processes, or Ray actors (`ray_cluster.py`). All take jobs from one queue.
 
-A worker holds one pipeline and draws one job at a time; results come back as bytes, and only the driver writes files. A job
-whose worker died is given to another one, and fails when that happened `ATTEMPTS` times. A clip depends on its seed and
-settings alone, so it does not matter who draws it.
+A worker holds one pipeline and renders one job at a time. Results come back as bytes, and only the driver writes files. If a
+worker dies, its job goes to another one, and fails after `ATTEMPTS` deaths. A clip depends only on its seed and settings, so it
+does not matter which worker renders it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,21 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
+import torch
+
+from fastdit.apps.compare.runs import both
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import Stopped
 from fastdit.apps.render.jobs import Job
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.renderer import Renderer, Result
 
 ATTEMPTS = 3
-POLL = 0.2  # seconds between two looks at whether to stop
+POLL = 0.2  # seconds between two checks whether to stop
 
 
 @dataclass
 class Failure:
-    """Why there is no clip. code: exit status of a run of this job alone; trace: where, if no UserError says what to mend."""
+    """Why a job gave no clip. code: exit status if there is no other job; trace: the traceback, unless it was a UserError."""
 
     error: str
     code: int = 1
@@ -39,16 +42,16 @@ class Failure:
 
 
 class Died(Exception):  # noqa: N818
-    """The worker is gone, with what it was doing."""
+    """The worker died, and its job was lost."""
 
 
 Outcome = Result | Failure
 
 
 def attempt(renderer: Renderer, job: Job, on_step: Callable[[int, Any], None] = lambda step, latents: None) -> Outcome:
-    """Render, whatever happens. Raises Stopped if `on_step` does."""
+    """Render a job; an error becomes a Failure. Raises Stopped if `on_step` does."""
     try:
-        return renderer.render(job, on_step)
+        return both(renderer, job, on_step) if job.repeats else renderer.render(job, on_step)
     except UserError as error:
         return Failure(str(error), error.code)
     except Stopped:
@@ -57,7 +60,7 @@ def attempt(renderer: Renderer, job: Job, on_step: Callable[[int, Any], None] = 
         return Failure("out of memory: render something smaller", unforeseen=True)
     except Exception as error:
         with contextlib.suppress(Exception):
-            renderer.close()  # of a pipeline that broke nothing is known
+            renderer.close()  # the pipeline may be in any state
         text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         return Failure(f"{type(error).__name__}: {text}", 1, traceback.format_exc(), unforeseen=True)
 
@@ -81,23 +84,23 @@ def here(jobs: Iterable[Job], stop: Callable[[], bool], show: bool = True) -> It
 
 
 class Team(Protocol):
-    """Workers by number."""
+    """Numbered workers."""
 
     size: int
 
     def start(self, worker: int, job: Job) -> None: ...
 
     def wait(self) -> list[tuple[int, Outcome | Died]]:
-        """What became of jobs since last asked, after `POLL` seconds at most; Died also of a worker that had none."""
+        """Outcomes since the last call, after at most `POLL` seconds; Died is also reported for an idle worker."""
         ...
 
     def close(self) -> None:
-        """End all, also in the middle of a job."""
+        """End all workers, even in the middle of a job."""
         ...
 
 
 def elsewhere(jobs: Iterable[Job], stop: Callable[[], bool], team: Team) -> Iterator[tuple[Job, Outcome]]:
-    """Render by a team, as results come, until `stop`; what is under way then is abandoned."""
+    """Render with a team until `stop`, and yield results as they come. Jobs under way at `stop` are abandoned."""
     queue, died = deque(jobs), Counter[str]()
     busy: dict[int, Job] = {}
     try:
@@ -109,7 +112,7 @@ def elsewhere(jobs: Iterable[Job], stop: Callable[[], bool], team: Team) -> Iter
             for worker, outcome in team.wait():
                 job = busy.pop(worker, None)
                 if job is None:
-                    continue  # it died waiting for one
+                    continue  # the worker died while idle
                 if not isinstance(outcome, Died):
                     yield job, outcome
                     continue
@@ -124,9 +127,10 @@ def elsewhere(jobs: Iterable[Job], stop: Callable[[], bool], team: Team) -> Iter
 
 
 class Processes:
-    """A spawned process per GPU, or `size` of them on the CPU. threads: of PyTorch, each.
+    """One spawned process for each GPU, or `size` of them on the CPU. threads: of PyTorch, in each process.
 
-    Where one died stands None, until there is a job for another: what kills workers that wait would find one after the other.
+    A dead worker is None in `workers` and is replaced only when there is a job for it. Otherwise whatever kills idle workers
+    would kill their replacements too, without end.
     """
 
     def __init__(self, size: int, gpus: bool = False, threads: int | None = None) -> None:
@@ -141,12 +145,12 @@ class Processes:
             target=_serve, args=(theirs, number if self.gpus else None, self.threads), daemon=True, name=f"fastdit-{number}"
         )
         process.start()
-        theirs.close()  # or the end of the process would not be seen here
+        theirs.close()  # otherwise this process would not notice the other's end
         return process, ours
 
     def start(self, worker: int, job: Job) -> None:
         self.workers[worker] = found = self.workers[worker] or self._spawn(worker)
-        with contextlib.suppress(OSError):  # it died waiting: `wait` sees that
+        with contextlib.suppress(OSError):  # the worker died while idle: `wait` notices
             found[1].send(job)
 
     def wait(self) -> list[tuple[int, Outcome | Died]]:
@@ -175,9 +179,9 @@ class Processes:
 
 
 def _serve(connection: Any, gpu: int | None, threads: int | None) -> None:
-    """A worker's life: jobs in, outcomes out, until the driver is gone."""
+    """What a worker does: receive jobs and send outcomes, until the driver is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the driver decides
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds: temporary files go
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds the stack, so that temporary files are removed
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
@@ -187,13 +191,11 @@ def _serve(connection: Any, gpu: int | None, threads: int | None) -> None:
         try:
             job = connection.recv()
         except EOFError:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # leaving already: nothing is to be unwound
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # leaving already: there is nothing to unwind
             return
         connection.send(attempt(renderer, job))
 
 
 def set_threads(count: int | None) -> None:
-    import torch
-
     if count is not None:
         torch.set_num_threads(count)

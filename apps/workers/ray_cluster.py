@@ -1,4 +1,4 @@
-"""Workers of a batch on Ray: an actor holds a pipeline and renders a job at a time, here or on other machines."""
+"""Workers on Ray: each actor holds a pipeline and renders one job at a time, on this machine or another."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import logging
 import socket
 from typing import Any
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.jobs import Job
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.renderer import Renderer
 from fastdit.apps.workers.pool import POLL, Died, Outcome, attempt, set_threads
 
 
 class Actors:
-    """A Ray actor per GPU of the cluster, or per `cpus` cores where it has none. address: "auto", "local" or ray://HOST:PORT.
+    """One Ray actor for each GPU of the cluster, or for each `cpus` cores if it has no GPU. address: "auto", "local" or
+    ray://HOST:PORT.
 
-    Models, LoRAs and images are read by the workers: their paths must mean the same on every machine. A session of Ray that
-    this process has already is used, and outlives `close`.
+    The workers read models, LoRAs and images, so paths must be the same on every machine. If this process already has a Ray
+    session, that one is used, and `close` leaves it running.
     """
 
     def __init__(self, address: str, cpus: int, size: int | None = None) -> None:
@@ -30,7 +31,7 @@ class Actors:
         host, _, port = address.removeprefix("ray://").rpartition(":")
         if self.ours:
             try:
-                if host and port.isdigit():  # or Ray tries for minutes, and then ends the process itself
+                if host and port.isdigit():  # otherwise Ray tries for minutes, and then ends this process
                     socket.create_connection((host, int(port)), timeout=10).close()
                 ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level=logging.ERROR)
             except (OSError, OverflowError, ValueError, RuntimeError) as error:

@@ -18,17 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdit.apps.render.outputs import write_json
 from fastdit.apps.tiny import clips
 from fastdit.apps.tiny.codec import Codec
 from fastdit.apps.tiny.model import encode_text, make_transformer, tokenize
 from fastdit.apps.tiny.tasks import Size, parse_sizes
 from fastdit.apps.tiny.words import caption
+from fastdit.pipelines import embedded
 
 SUMS = ("3x3x3", "5x9x9", "own frame", "best quarter of tiles")
 
 
 class _Probe:
-    """Stands in for a layer's attention processor: measures, then calls it."""
+    """Replaces a layer's attention processor: measures, then calls the original."""
 
     def __init__(self, inner: Any, regions: Tensor, tiles: Tensor, queries: Tensor) -> None:
         self.inner, self.regions, self.tiles, self.queries = inner, regions, tiles, queries
@@ -105,8 +107,6 @@ def main(argv: list[str] | None = None) -> None:
     ap.add_argument("--json", type=Path)
     args = ap.parse_args(argv)
 
-    from fastdit.pipelines import embedded
-
     try:
         pipe: Any = embedded.load(args.pipeline)
     except FileNotFoundError as err:
@@ -123,8 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         report.append(row)
         print(json.dumps(row), flush=True)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(args.json, report)
 
 
 if __name__ == "__main__":

@@ -10,23 +10,18 @@ by bisection until the mean density is the one asked for, at each noise level fo
 from __future__ import annotations
 
 import argparse
-import json
-import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-import fastdit
 from fastdit import Config, Phase, Window
-from fastdit.apps.tiny import clips
-from fastdit.apps.tiny.codec import Codec
-from fastdit.apps.tiny.model import encode_text, tokenize
-from fastdit.apps.tiny.words import caption
-from fastdit.core.layout import Grid, Layout
+from fastdit.apps.render.outputs import write_json
+from fastdit.apps.tiny.attention import add_noise, clean_latents, recorded_attention, velocity_under
+from fastdit.core.layout import Layout
 from fastdit.core.reference import relative_error
 from fastdit.pipelines import embedded
 from fastdit.policies import LSH, Antidiagonal, Policy, PowerOfTwo, Radial, SpatialTemporal, Stripe, TopMass
@@ -40,7 +35,7 @@ SIZE, TILE = (33, 128, 128), (1, 4, 4)
 
 @dataclass(frozen=True)
 class Oracle(Policy):
-    """The tiles that hold most of the true mass: what no policy can know beforehand."""
+    """The tiles that hold most of the true mass, which no policy can know beforehand."""
 
     density: float = 0.25
     name: ClassVar[str] = "oracle"
@@ -53,7 +48,7 @@ class Oracle(Policy):
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """Any tiles, the same for all heads and layers."""
+    """Random tiles, the same for all heads and layers."""
 
     density: float = 0.25
     name: ClassVar[str] = "random"
@@ -64,25 +59,9 @@ class Random(Policy):
         return keep(torch.rand(1, 1, n, n, generator=torch.Generator().manual_seed(0)), None, self.density)
 
 
-@dataclass(frozen=True, eq=False)
-class Watch(Policy):
-    """Keeps everything, and q, k and v of every call."""
-
-    calls: list[tuple[Tensor, ...]] = field(default_factory=list)
-    name: ClassVar[str] = "watch"
-    reads: ClassVar[str] = "qkv"
-
-    def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        self.calls.append((q.clone(), k.clone(), v.clone()))
-        return torch.ones(1, 1, layout.video_tiles, layout.video_tiles, dtype=torch.bool)
-
-
 @dataclass
 class State:
-    """Inputs of the denoiser at one noise level, its dense velocity, and what its layers saw."""
+    """Inputs of the denoiser at one noise level, its dense velocity, and the q, k and v of its layers."""
 
     sigma: float
     inputs: tuple[Tensor, ...]
@@ -108,52 +87,21 @@ KNOBS: dict[str, tuple[Make, float, float] | Make] = {
     "head_profile": lambda d: Window(density=d),  # replaced by what `choose` finds
     "power_of_two": lambda d: Window(density=d),  # replaced by the window sizes that come closest
 }
-"""By name: the policy of a density, or of a knob between two ends that raises it."""
-
-
-def clean(pipe: Any, clips_count: int, size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Latents of procedural clips and the embeddings of their captions."""
-    rng = random.Random(11)
-    asked = [clips.sample(rng) for _ in range(clips_count)]
-    latents = Codec.load(embedded.PATH / "codec.safetensors").encode(clips.render(clips.pack(asked), *size))
-    ids, mask = tokenize(pipe.tokenizer, [caption(clip) for clip in asked])
-    text = torch.zeros(clips_count, 512, pipe.transformer.config.text_dim)
-    states, _ = encode_text(pipe.text_encoder, ids, mask)
-    text[:, : states.shape[1]] = states
-    return latents, text
-
-
-def noised(latents: Tensor, text: Tensor, sigma: float, seed: int) -> tuple[Tensor, ...]:
-    """The denoiser's inputs at a noise level."""
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
-    return torch.lerp(latents, noise, sigma), torch.full((len(latents),), sigma * 1000), text
-
-
-def watch(pipe: Any, inputs: tuple[Tensor, ...], tile: Grid) -> list[tuple[Tensor, ...]]:
-    """q, k and v of every layer in a dense call, in tile order."""
-    seen = Watch()
-    run(pipe, Config((Phase(policy=seen),), tile, min_tokens=0, max_density=1), inputs)
-    return seen.calls
+"""By name: the policy for a density, or for a knob with its two ends; more of it raises the density."""
 
 
 def states(pipe: Any, clips_count: int, seeds: int, layout: Layout) -> Iterator[State]:
-    found = clean(pipe, clips_count, SIZE)
+    found = clean_latents(pipe, clips_count, SIZE)
     for seed in range(seeds):
         for sigma in SIGMAS:
-            inputs = noised(*found, sigma, seed)
-            calls = watch(pipe, inputs, TILE)
+            inputs = add_noise(*found, sigma, seed)
+            calls = recorded_attention(pipe, inputs, TILE)
             dense = pipe.transformer(*inputs, return_dict=False)[0]
             yield State(sigma, inputs, dense, calls, [tile_mass(q, k, layout) for q, k, _ in calls])
 
 
-def run(pipe: Any, config: Config, inputs: tuple[Tensor, ...]) -> tuple[Tensor, float]:
-    """Velocity under a configuration, and the density it had."""
-    with fastdit.accelerate(pipe.transformer, config):
-        return pipe.transformer(*inputs, return_dict=False)[0], fastdit.report(pipe.transformer).density
-
-
 def policy_of(name: str, density: float, state: State, layout: Layout) -> Policy:
-    """The policy of that name whose maps have this density at this noise level, by bisection where it has a knob."""
+    """The policy of that name with this density at this noise level, found by bisection if it has a knob."""
     made = KNOBS[name]
     if callable(made):
         return made(density)
@@ -193,7 +141,7 @@ def config_of(name: str, density: float, state: State, layout: Layout, remainder
 
 @torch.no_grad()
 def table(pipe: Any, clips_count: int, seeds: int, out: Path, gathered: tuple[str, ...]) -> None:
-    """gathered: policies to try with the remainders that gather keys as well."""
+    """Measure every policy. gathered: policies to try also with the remainders that gather keys."""
     layout = Layout((9, 16, 16), TILE)
     rows: dict[tuple[str, float, str], dict[str, Any]] = {}
     for state in states(pipe, clips_count, seeds, layout):
@@ -201,7 +149,7 @@ def table(pipe: Any, clips_count: int, seeds: int, out: Path, gathered: tuple[st
             for name in KNOBS:
                 for remainder in ("none", "pooled", *(("sampled", "stripes") if name in gathered else ())):
                     config = config_of(name, density, state, layout, remainder)
-                    velocity, achieved = run(pipe, config, state.inputs)
+                    velocity, achieved = velocity_under(pipe, config, state.inputs)
                     row = rows.setdefault((name, density, remainder), {"density": [], "error": {}, "retained": []})
                     row["density"].append(achieved)
                     errors = [relative_error(a, b) for a, b in zip(velocity, state.dense, strict=True)]
@@ -227,8 +175,7 @@ def write(rows: dict[tuple[str, float, str], dict[str, Any]], clips_count: int, 
         for (name, density, remainder), row in rows.items()
     ]
     facts = {"size": "x".join(map(str, SIZE)), "tokens": 2304, "tile": list(TILE), "clips": clips_count, "seeds": seeds}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts | {"rows": found}, indent=1) + "\n", encoding="utf-8")
+    write_json(out, facts | {"rows": found})
 
 
 def main(argv: list[str] | None = None) -> None:

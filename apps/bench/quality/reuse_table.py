@@ -10,7 +10,6 @@ Arms take turns batch by batch, and the best batch's seconds count.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 import fastdit
 from fastdit import Config, Phase, Window
+from fastdit.apps.render.outputs import write_json
 from fastdit.apps.tiny import clips
 from fastdit.apps.tiny.words import caption
 from fastdit.config import Reuse
@@ -45,7 +45,7 @@ ARMS = {
 
 
 def config_of(arm: str, density: float, sigmas: list[float]) -> Config:
-    """sigmas: the run's noise levels, for the arms that remember nothing: their dense steps are phases of their own."""
+    """The configuration of an arm. sigmas: the run's noise levels; in arms without memory, each dense step is a phase."""
     kind, remainder = ARMS[arm]
     policy = Window(density=density)
     if kind != "none":
@@ -59,7 +59,7 @@ def _config(*phases: Phase) -> Config:
 
 
 def draw(pipe: Any, prompts: list[str], seed: int) -> tuple[Tensor, float]:
-    """Final latents of a batch, one generator a prompt, on the CPU; seconds."""
+    """Final latents of a batch on the CPU, with one generator for each prompt; and seconds."""
     frames, height, width = SIZE
     generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
     start = time.perf_counter()
@@ -71,7 +71,7 @@ def draw(pipe: Any, prompts: list[str], seed: int) -> tuple[Tensor, float]:
 
 
 class Recorder:
-    """Calls of the denoiser with what they gave."""
+    """Records the calls of the denoiser and their results."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
@@ -132,8 +132,7 @@ def write(rows: dict[tuple[str, float], dict[str, Any]], done: int, out: Path, d
         "steps": STEPS,
         "refresh": REFRESH,
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts | {"clips": done, "rows": found}, indent=1) + "\n", encoding="utf-8")
+    write_json(out, facts | {"clips": done, "rows": found})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,7 +8,6 @@ call.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from fastdit import Config, Phase
+from fastdit.apps.render.outputs import write_json
 from fastdit.core.layout import Grid
 from fastdit.planning.forward_plan import plan_call
 from fastdit.policies import LSH, Antidiagonal, Radial, SpatialTemporal, Stripe, TopMass, Window
@@ -25,7 +25,7 @@ from fastdit.policies import LSH, Antidiagonal, Radial, SpatialTemporal, Stripe,
 
 @dataclass(frozen=True)
 class Case:
-    """Where to measure: a grid in tokens and its tile, batch, heads, head dim, type."""
+    """What to measure on each device: a grid in tokens and its tile, batch, heads, head dim, type."""
 
     grid: Grid
     tile: Grid
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/selection.json"))
     args = parser.parse_args(argv)
     rows = cost(args.repeats, args.device)
-    args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    write_json(args.out, rows)
     print("\n".join(map(str, rows)))
 
 

@@ -16,16 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdit.apps.tiny.world.light import AMBIENT, DARK, DIFFUSE, GLOSS, LIGHT, SOFT, WALL
 from fastdit.apps.tiny.world.scene import OBJECT
 from fastdit.apps.tiny.world.solids import DISTANCE, FAR, MEET
 from fastdit.apps.tiny.world.view import HALF, HEIGHT, View, camera, middle, motion, rays
 
-LIGHT = (-0.451, 0.803, -0.391)  # towards the light, length 1
-AMBIENT, DIFFUSE, GLOSS = 0.58, 0.46, 0.3
-WALL = 6.0  # radius
 GRID = ((0.375, 0.125), (0.875, 0.375), (0.125, 0.625), (0.625, 0.875))  # a rotated grid of four rays a pixel
-SOFT = 7.0  # the larger, the sharper the shadow's edge
-DARK = 0.5  # share of the light that a full shadow takes
 
 
 @dataclass

@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdit.apps.tiny.world import render, view
+from fastdit.apps.tiny.world import light, view
 from fastdit.apps.tiny.world.scene import OBJECT
 from fastdit.apps.tiny.world.solids_gpu import FAR, absolute, far, meet, positive
 
 _HALF, _SIN, _COS = (tl.constexpr(v) for v in (view.HALF, view.SIN, view.COS))
-_HEIGHT, _WALL = tl.constexpr(view.HEIGHT), tl.constexpr(render.WALL)
-_LX, _LY, _LZ = (tl.constexpr(v) for v in render.LIGHT)
-_AMBIENT, _DIFFUSE, _GLOSS = (tl.constexpr(v) for v in (render.AMBIENT, render.DIFFUSE, render.GLOSS))
-_SOFT, _DARK = tl.constexpr(render.SOFT), tl.constexpr(render.DARK)
+_HEIGHT, _WALL = tl.constexpr(view.HEIGHT), tl.constexpr(light.WALL)
+_LX, _LY, _LZ = (tl.constexpr(v) for v in light.LIGHT)
+_AMBIENT, _DIFFUSE, _GLOSS = (tl.constexpr(v) for v in (light.AMBIENT, light.DIFFUSE, light.GLOSS))
+_SOFT, _DARK = tl.constexpr(light.SOFT), tl.constexpr(light.DARK)
 _OBJECT = tl.constexpr(OBJECT)
 
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from fastdit.apps.bench import encoder as bench
-from fastdit.apps.bench import encoder_arms as arms
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 
 DOCS = Path(__file__).parents[3] / "docs"
 SMALL = {
@@ -20,8 +19,8 @@ SMALL = {
 @pytest.fixture
 def small(monkeypatch):
     for key, value in SMALL.items():
-        monkeypatch.setitem(arms.SD15, key, value)
-    monkeypatch.setattr(bench, "MODELS", {"SD 1.5": arms.SD15})
+        monkeypatch.setitem(bench.SD15, key, value)
+    monkeypatch.setattr(bench, "MODELS", {"SD 1.5": bench.SD15})
 
 
 def run(out, **more):

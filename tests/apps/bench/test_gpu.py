@@ -8,7 +8,7 @@ import torch
 from util import call
 
 from fastdit.apps.bench import gpu_tests
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 
 ROOT = Path(__file__).parents[3]
 

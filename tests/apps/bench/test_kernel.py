@@ -10,7 +10,7 @@ import torch
 from util import environment, fastdit
 
 from fastdit.apps.bench import attention, kernel, roofline
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.core.layout import Layout
 from fastdit.core.quant import Quant
 from fastdit.kernels import cpu

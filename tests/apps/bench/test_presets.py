@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,11 @@ import pytest
 from util import call
 
 from fastdit import PRESETS, Config, Dense, Phase, Window
-from fastdit.apps.bench.presets import BEGIN, END, cpu_name, markdown, parse_sizes, read_rows, run, save, write_table
-from fastdit.apps.render.media import UserError
+from fastdit.apps.bench import presets
+from fastdit.apps.bench.markdown import cpu_name
+from fastdit.apps.bench.presets import BEGIN, END, markdown, read_rows, run, write_table
+from fastdit.apps.errors import UserError
+from fastdit.apps.sizes import FRAMES, parse_size
 
 SIZES = [(5, 32, 32), (9, 64, 64)]
 FIELDS = (
@@ -66,9 +67,7 @@ def test_rows_and_table(measured: dict[str, Any], tmp_path: Path, monkeypatch: p
 
 
 def test_goes_on_where_it_stopped(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastdit.apps.compare import measure as module
-
-    real, asked = module.measure, []
+    real, asked = presets.measure, []
 
     def interrupted(pipe: Any, settings: Any, configs: Any, repeats: int) -> Any:
         if (settings.frames, list(configs)) == (9, ["balanced", "fast"]) and len(asked) == 1:
@@ -77,7 +76,7 @@ def test_goes_on_where_it_stopped(measured: dict[str, Any], monkeypatch: pytest.
         asked.append(f"{settings.frames} {' '.join(configs)}")
         return real(pipe, settings, configs, repeats, show=False)
 
-    monkeypatch.setattr(module, "measure", interrupted)
+    monkeypatch.setattr(presets, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(**measured)
     first = read_rows(measured["out"])
@@ -116,8 +115,6 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
         assert other.read_text() == content
     with pytest.raises(UserError, match="measure first"):
         read_rows(tmp_path / "none.json", must_exist=True)
-    with pytest.raises(UserError, match="choose another file"):
-        save(other / "below.json", [])
     other.write_text("# no markers")
     with pytest.raises(UserError, match="has no <!-- bench:main -->"):
         write_table(other, [])
@@ -125,18 +122,10 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
 
 
 def test_sizes() -> None:
-    assert parse_sizes("33x256x256, 17x64x64") == [(33, 256, 256), (17, 64, 64)]
-    for wrong in ("33x256", "", "axbxc", "33x256x256,,"):
-        with pytest.raises(UserError, match="is not frames x height x width"):
-            parse_sizes(wrong)
-
-
-def test_json_has_no_infinity(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        save(tmp_path / "a.json", [{"ratio": math.inf}])
-    assert list(tmp_path.iterdir()) == []
-    save(tmp_path / "a.json", [])
-    assert json.loads((tmp_path / "a.json").read_text()) == {"rows": []}
+    assert parse_size(" 33x256x256", "--sizes") == (33, 256, 256)
+    for wrong in ("33x256", "", "axbxc", "33x0x256", "33x256x256x1"):
+        with pytest.raises(UserError, match="--sizes: .* is not frames x height x width"):
+            parse_size(wrong, "--sizes", FRAMES)
 
 
 def test_machine() -> None:

@@ -11,7 +11,8 @@ import torch
 from util import call
 
 from fastdit.apps.bench import attention
-from fastdit.apps.cli import doctor, models
+from fastdit.apps.cli import doctor
+from fastdit.apps.cli import list as lists
 from fastdit.core.quant import Quant
 from fastdit.kernels import launch
 from fastdit.pipelines.registry import ADAPTERS, HOPELESS
@@ -88,5 +89,5 @@ def test_models_are_those_that_the_adapters_know(monkeypatch: pytest.MonkeyPatch
 
 def test_the_page_of_families_is_made_from_the_table() -> None:
     text = (DOCS / "families.md").read_text(encoding="utf-8")
-    between = text.partition(models.BEGIN)[2].partition(models.END)[0]
-    assert between == f"\n{models.markdown(list(models.rows()))}\n", "run: fastdit models --table docs/families.md"
+    between = text.partition(lists.BEGIN)[2].partition(lists.END)[0]
+    assert between == f"\n{lists.markdown(list(lists.rows()))}\n", "run: fastdit models --table docs/families.md"

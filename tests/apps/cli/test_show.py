@@ -12,7 +12,7 @@ from util import call
 
 from fastdit import Config, Dense, Phase
 from fastdit.apps.cli import show
-from fastdit.apps.render.media import UserError
+from fastdit.apps.errors import UserError
 from fastdit.core.layout import Layout
 from fastdit.policies import POLICIES, Window
 from fastdit.reporting.heatmap import MEASURES, colour, of_calls

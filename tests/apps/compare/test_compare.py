@@ -17,12 +17,12 @@ from util import decode, fastdit
 
 import fastdit as package
 from fastdit import Config, Dense, Phase, Window
-from fastdit.apps.compare.measure import Recorder, measure, velocity_error
-from fastdit.apps.compare.runs import describe
+from fastdit.apps.compare.measure import FirstCalls, measure, velocity_error
+from fastdit.apps.compare.runs import both, describe
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import generate
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.load import denoisers
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.renderer import Renderer
 from fastdit.apps.render.settings import Settings
 
@@ -76,7 +76,7 @@ def test_sparse_differs_by_what_it_says(pipe: Any) -> None:
 def test_velocity_error_is_of_the_recorded_calls(pipe: Any) -> None:
     """By hand: the dense run's own inputs through the accelerated denoiser."""
     calls: list[Any] = []
-    with Recorder(pipe, calls):
+    with FirstCalls(pipe, calls):
         generate(pipe, small(), show=False)
     assert [round(call.sigma, 2) for call in calls] == SIGMAS
     (_, row) = velocity_error(pipe, SPARSE, calls)
@@ -118,12 +118,12 @@ def test_frames_that_are_not_finite_are_refused(pipe: Any) -> None:
 
 def test_files(sparse_fast: None, pipe: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("fastdit.apps.render.renderer.load", lambda settings: pipe)
-    result = Renderer(show=False).render(Job(0, vars(small(preset="fast")), repeats=2))
+    result = both(Renderer(show=False), Job(0, vars(small(preset="fast")), repeats=2))
     assert list(result.files) == ["-sheet.png", "-dense.mp4", ".mp4"]
     facts = result.record
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert facts["ratio"] == pytest.approx(facts["dense_s"] / facts["fast_s"])
-    assert f"PSNR {facts['psnr_db']:.1f} dB" in result.said
+    assert f"PSNR {facts['psnr_db']:.1f} dB" in result.text
     assert result.report.density == facts["density"] < 1
     assert facts["stayed_dense"] is None
     sheet = Image.open(io.BytesIO(result.files["-sheet.png"]))

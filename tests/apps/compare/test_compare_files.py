@@ -103,7 +103,7 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     small = write(tmp_path / "small.png", film(1)[:, :8, :8])
     (tmp_path / "empty").mkdir()
     cases = [
-        ((path, tmp_path / "no.mp4"), 2, "there is no"),
+        ((path, tmp_path / "no.mp4"), 2, "no such file or folder"),
         ((path, tmp_path), 2, "two files or two folders"),
         ((tmp_path / "a", tmp_path / "empty"), 1, "have no clip of the same name"),
         ((small, small), 1, "at least 11 x 11 pixels"),

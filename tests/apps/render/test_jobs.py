@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastdit import PRESETS, Config, Phase, Window
+from fastdit.apps.errors import UserError
 from fastdit.apps.render import jobs
 from fastdit.apps.render.jobs import make, parse, read
-from fastdit.apps.render.media import UserError
-from fastdit.apps.render.settings import _sha256
+from fastdit.apps.render.paths import _sha256
 
 BASE = {"seed": 3, "preset": "fast"}
 TWO = [
@@ -88,7 +88,7 @@ def test_files_that_cannot_be_read(name: str, content: bytes | None, said: str, 
         ('{"prompt": "a", "seed": NaN}', "seed must be a whole number"),
         ('{"prompt": "a", "seed": 1e999}', "seed must be a whole number"),
         ('{"prompt": "a", "guidance": "inf"}', "guidance must be a number"),
-        ('{"prompt": "a", "steps": 3, "num_inference_steps": 4}', "said twice"),
+        ('{"prompt": "a", "steps": 3, "num_inference_steps": 4}', "given twice"),
         ('{"prompt": "a", "image": "/nowhere/a.png"}', "no file /nowhere/a.png"),
         ('{"prompt": "a", "preset": "warp"}', "unknown preset 'warp'"),
         (json.dumps({"prompt": "a" * 10_000}), "10000 characters"),

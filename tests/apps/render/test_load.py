@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import arguments
 from fastdit.apps.render.load import load
-from fastdit.apps.render.media import UserError
 from fastdit.apps.render.settings import Settings
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from util import environment
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render import manifest as module
 from fastdit.apps.render.manifest import FILE, LOCK, Manifest, read
-from fastdit.apps.render.media import UserError
 
 FILES = {".json": b'{"job": "a", "file": "clip.mp4", "state": "done", "report": {}}', ".mp4": b"film"}
 

@@ -14,19 +14,9 @@ import pytest
 from PIL import Image
 from util import decode, probe
 
-from fastdit.apps.render.media import (
-    SLUG_LENGTH,
-    Outputs,
-    UserError,
-    contact_sheet,
-    digest,
-    ffmpeg,
-    png,
-    slug,
-    to_json,
-    to_uint8,
-    write_mp4,
-)
+from fastdit.apps.errors import UserError
+from fastdit.apps.render.media import SLUG_LENGTH, contact_sheet, digest, ffmpeg, png, slug, to_uint8, write_mp4
+from fastdit.apps.render.outputs import Outputs, write_json
 
 
 def frames(count: int = 9, height: int = 32, width: int = 48) -> np.ndarray:
@@ -165,6 +155,11 @@ def test_outputs_unwritable(tmp_path: Path, folder: str) -> None:
     assert (tmp_path / "file").read_text() == "I was here"
 
 
-def test_json_says_no_infinity(tmp_path: Path) -> None:
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        to_json({"psnr": float("inf")})
+        write_json(tmp_path / "a.json", {"psnr": float("inf")})
+    assert list(tmp_path.iterdir()) == []
+    write_json(tmp_path / "new" / "a.json", {"psnr": None})
+    assert [path.read_text() for path in (tmp_path / "new").iterdir()] == ['{\n  "psnr": null\n}\n']
+    with pytest.raises(UserError, match="choose another file with --out"):
+        write_json(tmp_path / "new" / "a.json" / "below.json", {})

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from util import call, command, environment, fastdit
 
-from fastdit.apps.cli.render import Talk
+from fastdit.apps.cli.render import Console
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.jobs import make
-from fastdit.apps.render.media import UserError
+from fastdit.apps.render.paths import split_lora
 from fastdit.apps.render.prompts import read
-from fastdit.apps.render.settings import Settings, split_lora
+from fastdit.apps.render.settings import Settings
 
 MARK = "\ufeff"
 SAYS = {
@@ -133,7 +134,7 @@ def test_characters_that_no_text_has(odd: str, name: str, tmp_path: Path) -> Non
     found, ((where, why),) = prompts(name, SAYS[name].format(f"a red{odd} circle", "a\tstar"), tmp_path)
     assert found == ["a\tstar"]
     assert where == ("2" if name == "a.csv" else "1")
-    assert f"{odd!r} in a line, which is no text" in why
+    assert f"{odd!r} in a line, so it is not text" in why
 
 
 @pytest.mark.parametrize("odd", ["\0", "\x1b"])
@@ -142,7 +143,7 @@ def test_control_characters_that_json_says(odd: str, tmp_path: Path) -> None:
     said = [{"prompt": f"a{odd}b"}, {"prompt": "a", "image": f"{odd}[2J.png"}]
     found, ((where, why),) = prompts("a.jsonl", "\n".join(map(json.dumps, said)), tmp_path)
     assert (found, where) == ([f"a{odd}b"], "2")
-    assert why == f"the image has {odd!r} in it: leave that out"
+    assert why == f"the image contains {odd!r}: remove it"
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "image", "lora", "preset"])
@@ -151,14 +152,14 @@ def test_half_a_surrogate_pair(field: str, tmp_path: Path) -> None:
     said = [{"prompt": "a"} | {field: "a\ud800"}, {"prompt": "a star"}]
     found, ((where, why),) = prompts("a.jsonl", "\n".join(map(json.dumps, said)), tmp_path)
     assert (found, where) == (["a star"], "1")
-    assert f"the {field.removesuffix('_prompt')} has '\\ud800' in it" in why
+    assert f"the {field.removesuffix('_prompt')} contains '\\ud800'" in why
 
 
 def test_utf16_is_not_drawn(tmp_path: Path) -> None:
     for name in ("a.txt", "- text"):
         found, errors = prompts(name, "a red circle\n".encode("utf-16-le"), tmp_path)
         assert not found
-        assert "'\\x00' in a line, which is no text: save it as UTF-8" in errors[0][1]
+        assert "'\\x00' in a line, so it is not text: save it as UTF-8" in errors[0][1]
         for content in ("a red circle\n".encode("utf-16"), "un château\n".encode("latin-1")):
             with pytest.raises(UserError, match="not UTF-8: save it as UTF-8"):
                 prompts(name, content, tmp_path)
@@ -242,9 +243,9 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_record_is_one_line_to_every_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    talk, record = Talk(False, True, False, tmp_path), {"where": "line 1", "error": "a\u2028b\x85c"}
-    talk.begin(0)
-    talk.done(record, "")
-    talk.failed(record)
-    talk.close()
+    console, record = Console(False, True, False, tmp_path), {"where": "line 1", "error": "a\u2028b\x85c"}
+    console.begin(0)
+    console.done(record, "")
+    console.failed(record)
+    console.close()
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [record, record]

@@ -20,10 +20,11 @@ from PIL import Image
 from util import command, decode, environment, fastdit, probe
 
 import fastdit as package
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import generate
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.load import check_shape, dropped_tokens, multiples
-from fastdit.apps.render.media import UserError, to_uint8
+from fastdit.apps.render.media import to_uint8
 from fastdit.apps.render.renderer import Renderer
 from fastdit.apps.render.settings import Settings
 

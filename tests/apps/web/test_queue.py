@@ -19,8 +19,8 @@ from util import call
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'fastdit[ui]'")
 
 from fastdit import PRESETS
+from fastdit.apps.errors import UserError
 from fastdit.apps.render import manifest
-from fastdit.apps.render.media import UserError
 from fastdit.apps.web import compare_options, html, tab_create, tab_inspect
 from fastdit.apps.web.limits import Limits
 from fastdit.apps.web.page import Page
@@ -194,9 +194,9 @@ def test_pictures_that_are_refused(tmp_path: Path) -> None:
 def test_limits_come_before_the_prediction(studio: Studio) -> None:
     studio.warm.result()
     page = Page(studio, users=False)
-    assert "921,600 at most" in tab_create.foresee(page, "tiny", "balanced", 1, 2048, 2048, 20)
-    assert "241 at most" in tab_create.foresee(page, "tiny", "balanced", 10**9, 64, 64, 20)
-    assert "tokens" in tab_create.foresee(page, "tiny", "balanced", 9, 64, 64, 20)
+    assert "921,600 at most" in tab_create.estimate_line(page, "tiny", "balanced", 1, 2048, 2048, 20)
+    assert "241 at most" in tab_create.estimate_line(page, "tiny", "balanced", 10**9, 64, 64, 20)
+    assert "tokens" in tab_create.estimate_line(page, "tiny", "balanced", 9, 64, 64, 20)
     with pytest.raises(ValueError, match="at most 2,048 tiles"):
         tab_inspect.tile_map("power_of_two", 0.125, (33, 64, 64), 0.6)
 

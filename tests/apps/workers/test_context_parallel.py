@@ -66,8 +66,8 @@ def test_what_cannot_be_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_heads_and_models_that_cannot_be_split(pipe: object) -> None:
     from util import tiny_flux_pipeline
 
-    from fastdit.apps.render.media import UserError
-    from fastdit.apps.workers.context_parallel import split
+    from fastdit.apps.errors import UserError
+    from fastdit.apps.render.load import split
 
     with pytest.raises(UserError, match="--ulysses 3 must divide the 2 attention heads of WanTransformer3DModel"):
         split(pipe, 3, 1)

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from util import call, command, environment, fastdit
 
+from fastdit.apps.errors import UserError
 from fastdit.apps.render.manifest import read
-from fastdit.apps.render.media import UserError
 from fastdit.apps.workers.ray_cluster import Actors
 
 ray = pytest.importorskip("ray", reason="the extra `cluster`")

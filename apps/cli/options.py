@@ -1,0 +1,40 @@
+"""Options of `fastdit render` that are made from the table of settings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from fastdit.apps.render.settings import DEFAULTS, KINDS, SETTINGS
+
+
+def names(name: str) -> list[str]:
+    """The ways to write the option of a setting: our name, diffusers' name, and its letter."""
+    about = SETTINGS[name]
+    words = [f"--{word.replace('_', '-')}" for word in (name, about.alias) if word]
+    return words + ([f"-{about.short}"] if about.short else [])
+
+
+def with_settings(command: Callable[..., int]) -> Callable[..., int]:
+    """Replace the **settings of a command by an option for each setting except the prompt. None means: not given.
+
+    They come before the command's own keyword-only parameters, in the order of the table.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    made = []
+    for name, about in SETTINGS.items():
+        if name != "prompt":
+            kind: Any = KINDS[name] | None if about.own else KINDS[name]
+            annotation = Annotated[kind, typer.Option(*names(name), help=about.help)]
+            default = None if about.own else DEFAULTS[name]
+            made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    given = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    first = [each for each in given if each.kind is not inspect.Parameter.KEYWORD_ONLY]
+    parameters = [*first, *made, *given[len(first) :]]
+    changed: Any = command
+    changed.__signature__ = signature.replace(parameters=parameters)
+    changed.__annotations__ = {each.name: each.annotation for each in parameters} | {"return": signature.return_annotation}
+    return command
