@@ -11,13 +11,12 @@ import sys
 
 import torch
 import torch.distributed as dist
+from chequer import SPARSE
 from diffusers import ContextParallelConfig
-from families import CASES as FAMILIES
-from test_families import SPARSE, name, run
+from families import BY_NAME, run
 
 import fastdit
 
-BY_NAME = {name(case): case for case in FAMILIES}
 SPLITS = {
     "ulysses": {"ulysses_degree": 2},
     "ulysses anything": {"ulysses_degree": 2, "ulysses_anything": True},

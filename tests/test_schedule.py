@@ -4,8 +4,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
-from test_show import DOCS
-from util import call
+from util import DOCS, call
 
 from fastdit import Config, Phase, Window, preset
 from fastdit.approx import remainder

@@ -4,14 +4,14 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from chequer import SPARSE
 from diffusers import ContextParallelConfig, ParallelConfig
-from ranks import BY_NAME, CASES, call
-from test_families import SPARSE, run
-from util import environment
+from families import BY_NAME, run
+from ranks import CASES, call
+from util import ROOT, environment
 
 import fastdit
 from fastdit import ops
@@ -31,14 +31,12 @@ def found(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    here = Path(__file__).parents[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(here / "ranks.py"), str(rank), str(port), str(folder / f"{rank}.pt")],
-            env=environment(PYTHONPATH=f"{here}{os.pathsep}{here / 'pipelines'}", OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    tests = ROOT / "tests"
+    seen = environment(PYTHONPATH=os.pathsep.join((str(tests), str(ROOT))), OMP_NUM_THREADS="1")
+    programs = [
+        [sys.executable, str(tests / "ranks.py"), str(rank), str(port), str(folder / f"{rank}.pt")] for rank in range(2)
+    ]
+    processes = [subprocess.Popen(program, env=seen, stderr=subprocess.PIPE, text=True) for program in programs]
     try:
         for process in processes:
             _, said = process.communicate(timeout=400)

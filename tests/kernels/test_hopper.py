@@ -4,7 +4,11 @@ What it compiles to is held everywhere, by test_compile.py."""
 import pytest
 import torch
 from device import DEVICE
-from test_triton import ROUNDING, block_sparse_attention, check, hurtful
+from oracle import ROUNDING, hurtful
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+from triton_check import block_sparse_attention, check
 
 from fastdit.core.block_mask import BlockMask
 from fastdit.core.layout import Layout

@@ -4,14 +4,18 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
-from util import environment
+from util import ROOT, environment
 
-ROOT = Path(__file__).parents[2]
-TESTS = ("pipelines/test_families.py", "attach/test_interplay.py", "pipelines/test_pipelines.py", "test_api.py", "attach/test_processor.py")
+TESTS = (
+    "pipelines/test_families.py",
+    "attach/test_interplay.py",
+    "pipelines/test_pipelines.py",
+    "test_api.py",
+    "attach/test_processor.py",
+)
 
 
 def bounds() -> list[str]:

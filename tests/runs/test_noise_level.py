@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import SchedulerMixin
 from families import CASES
+from models import Pipe
 
 import fastdit
 from fastdit import Config, Phase, Window
@@ -39,13 +40,6 @@ ALL = sorted(
 SPARSE = Config((Phase(policy=Window(size=(1, 1, 1))),), (1, 2, 2), min_tokens=0, max_density=1)
 UNET = next(case for case in CASES if case.cls == "UNet2DConditionModel")
 TEXT = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(1))
-
-
-class Pipe:
-    """As much of a pipeline as tells the scheduler."""
-
-    def __init__(self, unet, scheduler):
-        self.unet, self.scheduler = unet, scheduler
 
 
 @pytest.fixture(scope="module")

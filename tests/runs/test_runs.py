@@ -15,14 +15,14 @@ from diffusers import (
     WanPipeline,
 )
 from families import CASES
-from test_noise_level import Pipe
+from models import Pipe
 from torch.overrides import TorchFunctionMode
-from util import tiny_wan_pipeline
+from util import render, tiny_wan_pipeline
 
 import fastdit
 from fastdit import Config, Phase, Window
-from fastdit.core.reference import relative_error
 from fastdit.config import Reuse
+from fastdit.core.reference import relative_error
 
 WINDOW = Config((Phase(policy=Window(size=(1, 1, 1))),), (1, 2, 2), min_tokens=0, max_density=1)
 RESIDUAL = Config(
@@ -42,11 +42,6 @@ def beside(pipe):
     other = WanPipeline(**(pipe.components | {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}))
     other.set_progress_bar_config(disable=True)
     return other
-
-
-def render(pipe, prompt="a b c", seed=0, steps=6, size=64, **more):
-    call = {"num_frames": 9, "height": size, "width": size, "num_inference_steps": steps, "output_type": "latent"}
-    return pipe(prompt, negative_prompt="d e", generator=torch.Generator().manual_seed(seed), **call | more).frames
 
 
 def hows(report, layer=0):
