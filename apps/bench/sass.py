@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 import triton
-from fastdit.kernels.attention import unsupported
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastdit.core.quant import LARGEST, Quant
 from fastdit.kernels import launch
+from fastdit.kernels.cuda import unsupported
 from fastdit.kernels.triton_forward import forward
 
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}

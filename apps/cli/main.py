@@ -1,6 +1,6 @@
 """The `fastdit` command.
 
-Each command is one file in `apps/` with a function of the command's name; nothing heavy is imported before it runs.
+Each command is a function of the command's name in one file of `apps/`; nothing heavy is imported before it runs.
 Whatever a user can mend ends in one line on standard error. Exit status: 0 done, 1 failed while running, 2 wrong usage,
 130 interrupted, 143 terminated.
 """
@@ -19,20 +19,20 @@ import typer
 from fastdit.apps.render.media import UserError
 
 COMMANDS = {
-    "render": "command",
-    "web": "web",
-    "compare": "compare_files",
-    "doctor": "doctor",
-    "models": "model_table",
-    "bench": "bench",
-    "bench kernel": "bench_kernel",
-    "bench gpu": "bench_gpu",
-    "bench encoder": "bench_encoder",
-    "show policy": "show",
-    "show presets": "presets",
-    "show policies": "presets",
-    "show schedule": "show",
-    "show gallery": "show",
+    "render": "cli.render",
+    "web": "web.server",
+    "compare": "compare.files",
+    "doctor": "cli.doctor",
+    "models": "cli.models",
+    "bench": "bench.presets",
+    "bench kernel": "bench.kernel",
+    "bench gpu": "bench.gpu",
+    "bench encoder": "bench.encoder",
+    "show policy": "cli.show",
+    "show presets": "cli.list",
+    "show policies": "cli.list",
+    "show schedule": "cli.show",
+    "show gallery": "cli.show",
 }
 """Commands and their modules in `fastdit.apps`; the function has the command's name, with an underscore for a space.
 
