@@ -14,7 +14,7 @@ from diffusers.hooks import apply_layer_skip
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import CROSS_ATTENTION_PROCESSORS, AttnProcessor, AttnProcessor2_0
-from families import BY_NAME, each_family, run
+from families import BY_NAME, CASES, each_family, name, run
 from models import wan, wan_inputs
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
@@ -164,8 +164,12 @@ def test_any_mode_around_attention_acts_and_is_reported():
 # Autocast and dtypes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@each_family
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.bfloat16) for case in CASES]
+    + [(BY_NAME[each], torch.float16) for each in ("Wan", "Flux", "UNet2DCondition")],
+    ids=lambda each: str(each) if isinstance(each, torch.dtype) else name(each),
+)
 @torch.no_grad()
 def test_autocast(case, dtype):
     def answer(config=None):
