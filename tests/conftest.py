@@ -1,17 +1,65 @@
-"""Fixtures: the small pipeline of `util`, in memory and saved. Triton kernels run interpreted where there is no GPU."""
+"""Fixtures, markers and who shares a process. Triton kernels run interpreted where there is no GPU.
+
+Under `pytest -n N --dist loadgroup` tests go to any worker, one by one, but for those of a file that shares an expensive
+fixture: they stay together, so that it is made once. Every process has one thread for sums, unless OMP_NUM_THREADS says
+otherwise: N workers then do not fight for N cores, and no answer depends on how many threads added it up.
+"""
 
 from __future__ import annotations
 
+import inspect
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported; processes that tests start inherit it
+
 import pytest
+import torch
 from device import DEVICE
 from util import tiny_wan_pipeline
 
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 if find_spec("triton") and DEVICE == "cpu":  # before any test module imports Triton, whichever comes first
     import interpreter  # noqa: F401
+
+TELLING = {
+    "browser": {"browser"},
+    "process": {"subprocess", "Popen", "Processes", "serve", "server", "cluster", "both", "test_compile"},
+    "compile": {"compile", "compile_repeated_blocks"},
+}
+"""A test has a marker if its file, one of its fixtures or a name in its code is one of these."""
+
+
+def names(item: pytest.Function) -> set[str]:
+    """What a test is made of: its fixtures, its file, the names in its code."""
+    function = inspect.unwrap(item.function)
+    found = {*item.fixturenames, item.path.stem, *function.__code__.co_names}
+    command = "fastdit" in found and callable(function.__globals__.get("fastdit"))  # `util.fastdit`, not the package
+    return found | {"subprocess"} if command else found
+
+
+def shared(item: pytest.Function) -> bool:
+    """Whether it uses a fixture of its whole file."""
+    return any(fixture.scope == "module" for each in item._fixtureinfo.name2fixturedefs.values() for fixture in each[-1:])
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    for item in items:
+        for mark in (mark for mark, telling in TELLING.items() if telling & names(item)):
+            item.add_marker(mark)
+        if shared(item):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.name}"))
+    if "PYTEST_XDIST_WORKER" in os.environ:  # what takes long begins first, and no worker ends late with it
+        items.sort(key=lambda item: not {"browser", "process", "compile"} & {mark.name for mark in item.iter_markers()})
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if (mark := item.get_closest_marker("gpu")) is not None and torch.cuda.device_count() < (wanted := (*mark.args, 1)[0]):
+        pytest.skip("needs a GPU" if wanted == 1 else f"needs {wanted} GPUs")
 
 
 @pytest.fixture

@@ -218,7 +218,7 @@ def test_a_policys_pooled_mass_is_the_kernels():
     torch.testing.assert_close(scores.pooled(q.to(DEVICE), k.to(DEVICE), layout).cpu(), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU's own path is eager")
+@pytest.mark.gpu  # the CPU's own path is eager
 def test_pooled_mass_on_a_gpu_makes_no_wide_copy():
     layout = Layout((8, 32, 32), (2, 8, 8))
     q, k = torch.randn(2, 1, 8, layout.video_tiles, 128, 128, device=DEVICE, dtype=torch.bfloat16).unbind()

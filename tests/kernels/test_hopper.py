@@ -16,9 +16,12 @@ from fastdit.core.quant import Quant
 from fastdit.core.reference import relative_error
 from fastdit.kernels import cpu, launch
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (H100, H200)"
-)
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU (H100, H200)"
+    ),
+]
 FORMATS = [
     Quant(),
     Quant("fp8", "fp8"),
