@@ -10,7 +10,7 @@ render: .venv/.ready
 
 # Tests run in JOBS processes of one thread each (JOBS=0: in pytest's own): as many as cores, at most 8.
 JOBS ?= logical
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 8 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 8
 # What most changes break. Left out: whatever is asked of every model family or scheduler, processes, compilation.
 QUICK := $(addprefix tests/,core policies planning approx runs attach reporting test_api.py test_config.py test_end_to_end.py \
 	test_ops.py test_schedule.py kernels/test_cpu.py kernels/test_cpu_options.py)

@@ -1,12 +1,13 @@
 """Fixtures, markers and who shares a process. Triton kernels run interpreted where there is no GPU.
 
-Under `pytest -n N --dist loadgroup` tests go to any worker, one by one, but for those of a file that shares an expensive
-fixture: they stay together, so that it is made once. Every process has one thread for sums, unless OMP_NUM_THREADS says
-otherwise: N workers then do not fight for N cores, and no answer depends on how many threads added it up.
+Under `pytest -n N` tests go to any worker, one by one, but for those of a file with a fixture for all of it: they stay
+together, so that it is made once. Every process has one thread for sums, unless OMP_NUM_THREADS says otherwise: N workers then
+do not fight for N cores, and no answer depends on how many threads added it up.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported; pro
 import pytest
 import torch
 from device import DEVICE
-from util import tiny_wan_pipeline
+from util import ROOT, tiny_wan_pipeline
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -41,18 +42,31 @@ def names(item: pytest.Function) -> set[str]:
     return found | {"subprocess"} if command else found
 
 
-def shared(item: pytest.Function) -> bool:
-    """Whether it uses a fixture of its whole file."""
-    return any(fixture.scope == "module" for each in item._fixtureinfo.name2fixturedefs.values() for fixture in each[-1:])
+@functools.cache
+def shares(file: str) -> bool:
+    """Whether tests of a file share a fixture that is made once for all."""
+    return 'scope="module"' in (ROOT / file).read_text(encoding="utf-8")
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+@pytest.hookimpl(optionalhook=True)  # xdist's, for whom it is `--dist loadgroup`, which pytest 9.2 and xdist 3.8 do not follow
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Shared(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if shares(file) else nodeid
+
+    return Shared(config, log)
+
+
+def pytest_itemcollected(item: pytest.Function) -> None:
+    """Before `-m` chooses."""
+    for mark in (mark for mark, telling in TELLING.items() if telling & names(item)):
+        item.add_marker(mark)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    for item in items:
-        for mark in (mark for mark, telling in TELLING.items() if telling & names(item)):
-            item.add_marker(mark)
-        if shared(item):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.name}"))
     if "PYTEST_XDIST_WORKER" in os.environ:  # what takes long begins first, and no worker ends late with it
         items.sort(key=lambda item: not {"browser", "process", "compile"} & {mark.name for mark in item.iter_markers()})
 
