@@ -188,6 +188,12 @@ class Config:
         """Index of the phase that holds for a layer at a noise level; None: no phase, dense."""
         return next((i for i, phase in enumerate(self.phases) if phase.holds(sigma, layer, layers)), None)
 
+    def accept(self, site: str, reason: str) -> str:
+        """The reason why a site is dense for want of something. Raises RuntimeError if the configuration is strict."""
+        if self.strict:
+            raise RuntimeError(f"{site}: {reason} (strict: attention may not fall back to dense)")
+        return reason
+
     def gaps(self) -> tuple[tuple[float, float], ...]:
         """Noise levels (high, low), falling, that no phase names for any layer, in a configuration that has phases."""
         found, low = [], 1.0

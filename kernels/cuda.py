@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fastdit.core.byte_cache import byte_cache
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastdit.core.block_mask import version
+from fastdit.core.byte_cache import byte_cache
 from fastdit.core.quant import BLOCK, LARGEST, Quant
 from fastdit.core.reference import merge
 from fastdit.kernels import launch

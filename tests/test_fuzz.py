@@ -20,7 +20,7 @@ from fastdit.approx.step_cache import Memory
 from fastdit.config import KINDS, STORES, Reuse
 from fastdit.core.quant import Quant
 from fastdit.core.reference import relative_error
-from fastdit.planning.plan import layout_of, make_plan
+from fastdit.planning.forward_plan import layout_of, plan_call
 from fastdit.policies import (
     LSH,
     Antidiagonal,
@@ -145,7 +145,7 @@ def test_any_configuration_is_attention_under_its_token_mask(examples):
     def check(problem):
         config, grid, text, text_first, q, k, v = problem
         mask, tile = token_mask(*problem)
-        plan = make_plan(config, 0.5, 0, 1, grid, text, text_first, q, k, v)
+        plan = plan_call(config, 0.5, grid, q, k, v, **{"before" if text_first else "after": text})
         kind = config.phases[0].remainder
         if plan.reason is None:
             out, lse = remainder.attention(q, k, v, plan.block_mask, plan.quant, None, plan.remainder)
@@ -176,7 +176,7 @@ def test_any_configuration_is_attention_under_its_token_mask(examples):
 def test_stripes_of_everything_are_dense_attention(examples):
     def check(problem):
         config, grid, text, text_first, q, k, v = problem
-        mask = make_plan(config, 0.5, 0, 1, grid, text, text_first, q, k, v).block_mask
+        mask = plan_call(config, 0.5, grid, q, k, v, **{"before" if text_first else "after": text}).block_mask
         if mask is not None:
             kept = remainder.attention(q, k, v, mask)
             rest = remainder.stripes(q, k, v, mask, kept[1], theta=math.inf, limit=q.shape[2])
@@ -203,7 +203,7 @@ def test_statistics_are_what_their_formulas_say(examples):
 
     def check(drawn):
         (config, grid, text, text_first, *first), reuse, steps = drawn
-        plan = make_plan(config, 0.5, 0, 1, grid, text, text_first, *first)
+        plan = plan_call(config, 0.5, grid, *first, **{"before" if text_first else "after": text})
         if plan.reason is not None or plan.remainder not in ("none", "pooled"):
             return
         mask, tile = token_mask(config, grid, text, text_first, *first)

@@ -12,7 +12,7 @@ from fastdit.apps.cli import show
 from fastdit.config import Reuse
 from fastdit.core.quant import Quant
 from fastdit.core.reference import attention, relative_error
-from fastdit.planning.plan import make_plan
+from fastdit.planning.forward_plan import plan_call
 from fastdit.policies import Dense
 from fastdit.schedule import noise_levels, schedule
 
@@ -49,7 +49,7 @@ def test_fps_is_sparse_then_dense_then_between_and_so_are_its_errors():
     q, k, v = (torch.randn(1, 1, 5184, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     dense, density, error = attention(q, k, v)[0], [], []
     for sigma in (1.0, 0.9, 0.3):
-        plan = make_plan(config, sigma, 0, 1, grid, 0, False, q, k, v)
+        plan = plan_call(config, sigma, grid, q, k, v)
         density.append(plan.density)
         error.append(relative_error(remainder.attention(q, k, v, plan.block_mask, plan.quant)[0], dense))
     assert density[0] < density[2] < density[1]

@@ -206,10 +206,11 @@ def enter(
     import torch
 
     from fastdit.planning.adapter import Facts
+    from fastdit.planning.sequence import SequenceSpec
     from fastdit.runs.branches import Call
 
-    facts = Facts(grid, torch.tensor(sigma), before, after)
+    facts, sequence = Facts(grid, torch.tensor(sigma), before, after), SequenceSpec((grid,), before, after)
     call = Call(denoiser.number, None, b"", (), torch.zeros(0) if latents is None else latents)
-    forward = denoiser.handle.enter(sigma, None, call, facts)
+    forward = denoiser.handle.enter(sigma, None, call, sequence)
     denoiser.call.token, denoiser.call.facts = torch.tensor([forward.number]), facts
     return forward

@@ -20,7 +20,7 @@ from fastdit.approx import step_cache
 from fastdit.apps.bench.attention import baselines, inputs, measure, milliseconds
 from fastdit.core.block_mask import BlockMask
 from fastdit.core.layout import Grid, Layout
-from fastdit.planning.plan import make_plan
+from fastdit.planning.forward_plan import plan_call
 
 FP8, INT8 = Quant("fp8", "fp8"), Quant("int8", "fp8", smooth_k=True)
 FORMATS = [Quant(), FP8, INT8]
@@ -71,7 +71,7 @@ def remembered(repeats: int) -> Rows:
         calls: dict[str, Any] = {}
         for reuse in (Reuse(), *(Reuse(kind, refresh=1 << 30) for kind in ("retention", "ratio", "residual", "broadcast"))):
             config = Config((Phase(policy=Window(density=0.125), quant=quant, reuse=reuse),), tile)
-            plan = make_plan(config, 0.5, 0, 1, grid, 0, False, q, k, v)
+            plan = plan_call(config, 0.5, grid, q, k, v)
             calls[reuse.kind] = _step(q, k, v, plan, reuse, step_cache.Memory(), lines)
         yield from _kinds("remembered", calls, quant, lines, plan.density, q.shape[2], repeats)
 

@@ -87,18 +87,17 @@ def measure(grid: tuple[int, int, int], model: Any, used: int, repeats: int) -> 
     with fastdit.accelerate(model, "exact"):
         model(**given)
         facts: Any = installed(model)
-        ids = torch.tensor([facts.handle.number, 0])
-        facts.call.token = torch.tensor([facts.call.forward.number])
+        token, layer = torch.tensor([facts.call.forward.number]), torch.tensor([0])
         calls = {
             "stock": lambda: dispatch_attention_fn(q, k, v, mask),
-            "cut": lambda: attend(facts, ids, q, k, v, mask, None, ""),
+            "cut": lambda: attend(token, layer, q, k, v, mask, None, ""),
         }
         cut, masked = (call()[:, : video + used] for call in (calls["cut"], calls["stock"]))  # nobody reads the padding
         call_error = relative_error(cut, masked)
         if max(call_error, forward_error) > LIMIT:
             raise RuntimeError(f"{grid}: cut text changes the answer by {call_error:.1e} a call, {forward_error:.1e} in all")
         call = seconds(calls, repeats)
-        trimmed = facts.handle.sites[0].ran[-1].trimmed
+        trimmed = facts.handle.sites[0].calls[-1].trimmed
     forward = seconds({"stock": lambda: model(**given), "cut": fast}, repeats)
     return {
         "clip": f"{4 * grid[0] - 3}x{16 * grid[1]}x{16 * grid[2]}", "grid": grid, "tokens": tokens,

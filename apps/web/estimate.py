@@ -15,7 +15,7 @@ from typing import Any
 from fastdit import Config
 from fastdit.apps.render.load import denoisers, multiples
 from fastdit.core.layout import Grid, Layout
-from fastdit.planning.plan import complete, layout_of
+from fastdit.planning.forward_plan import complete, layout_of
 from fastdit.policies import Dense, Policy, Window
 from fastdit.policies.window import fit_window, near
 from fastdit.schedule import noise_levels, schedule

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.core.block_mask import BlockMask
+from fastdit.core.byte_cache import sent
 from fastdit.core.quant import Quant
 from fastdit.core.reference import attention as exact
 from fastdit.core.reference import merge
@@ -64,7 +65,8 @@ def sampled(
 ) -> tuple[Tensor, Tensor]:
     """Estimated attention to the keys that a block mask drops: q, k, v [B, H, N, D] -> (out, lse [B, H, N])."""
     heads, length = k.shape[1], k.shape[2]
-    draw = torch.randint(length, (heads, samples), generator=torch.Generator().manual_seed(seed), device="cpu").to(k.device)
+    drawn = torch.randint(length, (heads, samples), generator=torch.Generator().manual_seed(seed), device="cpu")
+    draw = sent(drawn, k.device)
     index = draw[None, :, :, None].expand(k.shape[0], -1, -1, k.shape[3])
     keys, values = (x.gather(2, index).repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
     q_tile, k_tile = (_tiles(order, n) for order, n in ((block_mask.q_order, q.shape[2]), (block_mask.k_order, length)))

@@ -26,7 +26,7 @@ from fastdit.approx import remainder
 from fastdit.approx.memory_budget import free_bytes
 from fastdit.config import Reuse
 from fastdit.core.block_mask import BlockMask
-from fastdit.planning.plan import Plan
+from fastdit.planning.forward_plan import CallPlan
 
 STORES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 PART_BYTES = 64 << 20
@@ -38,13 +38,23 @@ class Memory:
     """What one site holds for one branch, phase and shape. uses: sparse steps since the last refresh."""
 
     block_mask: BlockMask | None = None
-    density: float = 1.0
+    density: float | Tensor = 1.0
     map_uses: int = 0
     ratio: Tensor | None = None
     kept: Stored | None = None
     uses: int = 0
     no_room: str | None = None
     """Why nothing is remembered, though it should be."""
+
+    def with_map(self, plan: CallPlan, q: Tensor, k: Tensor, v: Tensor) -> CallPlan:
+        """A dynamic policy's plan with the tiles that it chose, now or, while they serve, in an earlier step."""
+        if self.block_mask is not None and self.map_uses < plan.reuse.map_age:
+            self.map_uses += 1
+            return plan.with_mask(self.block_mask, self.density, q.shape[1])
+        plan = plan.choose(q, k, v)
+        if plan.reuse.map_age > 1:
+            self.block_mask, self.density, self.map_uses = plan.block_mask, plan.density, 1
+        return plan
 
     def drop(self) -> None:
         self.block_mask = self.ratio = self.kept = None
@@ -110,7 +120,7 @@ def _taken(size: int, pinned: bool) -> int:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, reuse: Reuse, memory: Memory, scale: float | None,
+    q: Tensor, k: Tensor, v: Tensor, plan: CallPlan, reuse: Reuse, memory: Memory, scale: float | None,
     dense: Callable[[], Tensor], held: Callable[[torch.device], int] = lambda device: 0,
     compute: Callable[..., tuple[Tensor, Tensor]] = remainder.attention,
 ) -> tuple[Tensor, str]:  # fmt: skip

@@ -35,14 +35,23 @@ def refusal(denoiser: Denoiser, config: Any, mask: Tensor | None) -> str | None:
     if parallel.ring_degree > 1 and mask is not None:
         return "split over processes by a ring, with a mask"
     facts = getattr(denoiser.call, "facts", None)
-    if facts is not None and (facts.before or facts.after) and not diffusers_hooks.splits_text(denoiser.model()):
+    if facts is not None and (facts.before or facts.after) and not _splits_text(denoiser, config):
         return "split over processes, and not text and picture apart"
     return None
 
 
+def _splits_text(denoiser: Denoiser, config: Any) -> bool:
+    """`diffusers_hooks.splits_text`, which walks the model: asked once for what one `enable_parallelism` set up."""
+    if torch.compiler.is_compiling():  # a note on the denoiser would be a guard of the graph
+        return diffusers_hooks.splits_text(denoiser.model())
+    if denoiser.text_split is None or denoiser.text_split[0] is not config:
+        denoiser.text_split = config, diffusers_hooks.splits_text(denoiser.model())
+    return denoiser.text_split[1]
+
+
 def attention(
     denoiser: Denoiser,
-    ids: Tensor,
+    layer: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -60,14 +69,14 @@ def attention(
         start = dist.get_rank(group) * q.shape[1] if sizes is None else sum(sizes[: dist.get_rank(group)])
         token, order = tokens(denoiser, k.shape[1], parallel.ring_degree, k.device)
         at = _own(token, start, q.shape[1], q.device)
-        return attend(denoiser, ids, q, _taken(k, order), _taken(v, order), None, scale, backend, at)
+        return attend(denoiser.call.token, layer, q, _taken(k, order), _taken(v, order), None, scale, backend, at)
 
     def whole(_: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         token, order = tokens(denoiser, q.shape[1], parallel.ulysses_degree, q.device)
         if mask is not None and order is not None:
             mask = mask[..., order] if mask.shape[-2] == 1 else mask[..., order, :][..., order]
         query, key, value = (_taken(x, order) for x in (q, k, v))
-        return _taken(attend(denoiser, ids, query, key, value, mask, scale, backend), token)
+        return _taken(attend(denoiser.call.token, layer, query, key, value, mask, scale, backend), token)
 
     return _templated_context_parallel_attention(
         q, k, v, mask, 0.0, False, scale, False, False, forward_op=whole, backward_op=None, _parallel_config=config

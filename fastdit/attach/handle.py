@@ -22,12 +22,15 @@ from torch import nn
 from fastdit.approx.step_cache import Memory
 from fastdit.config import Config
 from fastdit.core.byte_cache import ByteCache
-from fastdit.planning.adapter import Adapter, Facts
-from fastdit.planning.plan import MASK_BYTES
+from fastdit.planning.adapter import Adapter
+from fastdit.planning.forward_plan import MASK_BYTES, plan_forward
+from fastdit.planning.sequence import SequenceSpec
 from fastdit.runs import loops
 from fastdit.runs.branches import Call
 from fastdit.runs.clock import Clock
-from fastdit.runs.run import Forward, Ran, Run, SiteState
+from fastdit.runs.forward import Forward
+from fastdit.runs.run import Run
+from fastdit.runs.site_state import CallRecord, SiteState
 
 _numbers = itertools.count()
 _handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
@@ -52,16 +55,12 @@ class Site:
         return self.denoiser.handle.latest.sites[self.index]
 
     @property
-    def ran(self) -> list[Ran]:
-        return self.state.ran
+    def calls(self) -> list[CallRecord]:
+        return self.state.calls
 
     @property
     def memories(self) -> dict[tuple[Any, ...], Memory]:
         return self.state.memories
-
-    def bytes(self, device: torch.device | None = None) -> int:
-        """Of statistics in all runs, on a device; None: on all."""
-        return sum(run.sites[self.index].bytes(device) for run in self.denoiser.handle.live())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         twin = memo[id(self)] = copy.copy(self)
@@ -86,6 +85,8 @@ class Denoiser:
     call: threading.local = field(default_factory=threading.local)
     attentions: list[weakref.ref[nn.Module]] = field(default_factory=list)
     """The sites' modules."""
+    text_split: tuple[Any, bool] | None = None
+    """Of one parallel configuration of diffusers': whether it splits text beside the picture."""
     deleted: Any = None
     """What is done when the model is (`weakref.finalize`)."""
 
@@ -151,7 +152,7 @@ class Handle:
             raise RuntimeError("this attention belongs to a pipeline that fastdit no longer accelerates: compile it again")
         return handle
 
-    def enter(self, sigma: float, timestep: float | None, call: Call, facts: Facts) -> Forward:
+    def enter(self, sigma: float, timestep: float | None, call: Call, sequence: SequenceSpec) -> Forward:
         """Take in one call of a denoiser: the run of this thread that it belongs to, or a new one. Whatever an older run of the
         thread remembered goes then, also after one that was interrupted."""
         unserved = {site.index: why for site, why in self.denoisers[call.model].unserved()}
@@ -162,11 +163,20 @@ class Handle:
                 before.finish()
                 if loop is not None and not unserved:
                     run.follow(before)
+        run.settle()
         for index, why in unserved.items():
-            run.sites[index].lost = self.lacking(self.sites[index], why)
-        forward = run.enter(run.level(sigma, timestep), call, facts)
+            run.sites[index].lost = self.config.accept(self.sites[index].name, why)
+        branch = run.enter(run.level(sigma, timestep), call)
         self.latest = run
-        return forward
+        sites = self.denoisers[call.model].sites
+        levels = tuple(run.sites[site.index].level for site in sites)
+        plan = plan_forward(self.config, run.clock.sigma, sequence, levels)
+        names = tuple(site.name for site in sites)
+        return Forward(run, branch, plan, self.config, sites[0].index if sites else 0, names, self.masks, self.bytes)
+
+    def bytes(self, device: torch.device | None = None) -> int:
+        """Of statistics in all runs, on a device; None: on all."""
+        return sum(state.bytes(device) for run in self.live() for state in run.sites)
 
     def _running(self, sigma: float, timestep: float | None, call: Call) -> tuple[loops.Loop | None, Run | None]:
         """The loop and the run that a call of this thread may belong to. Of several loops that take turns (generators) it is
@@ -201,12 +211,6 @@ class Handle:
         for site in self.sites:
             site.refusal = None
         return run
-
-    def lacking(self, site: Site, reason: str) -> str:
-        """The reason why a site is not served, which a strict configuration does not accept. Raises RuntimeError then."""
-        if self.config.strict:
-            raise RuntimeError(f"{site.name}: {reason} (strict: attention may not fall back to dense)")
-        return reason
 
     def live(self) -> list[Run]:
         """Runs that may remember something."""

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from fastdit.attach.cuda_graphs import STAYS_OUT, refuse_capture
 from fastdit.attach.handle import Denoiser, Handle
-from fastdit.planning.adapter import Facts
+from fastdit.planning.sequence import SequenceSpec
 from fastdit.runs import fingerprint, loops
 from fastdit.runs.branches import Call
+from fastdit.runs.verdict import to_host
 
 
 @dataclass(eq=False)
@@ -49,11 +50,10 @@ class Observe(Hook):
         facts = denoiser.adapter.facts(model, args, kwargs)
         where = facts.grid if isinstance(facts.grid, Tensor) else None
         sides = [side for grid in (facts.grid, *facts.coarser) if not isinstance(grid, Tensor) for side in grid]
-        places = [facts.before, facts.after, int(facts.ragged), int(facts.unread), *sides]
         denoiser.call.facts = facts
         denoiser.call.token = _begin_forward(
             facts.sigma, facts.timestep, where, fingerprint.latents_of(call), fingerprint.conditioning_of(call), self.ids,
-            places, facts.missing,
+            sides, facts.before, facts.after, facts.ragged, facts.unread, facts.missing,
         )  # fmt: skip
 
 
@@ -72,7 +72,11 @@ def _begin_forward(
     latents: Tensor | None,
     conditioning: list[Tensor],
     ids: Tensor,
-    places: list[int],
+    sides: list[int],
+    before: int,
+    after: int,
+    ragged: bool,
+    unread: bool,
     missing: str | None,
 ) -> Tensor:
     number, model = ids.tolist()
@@ -85,9 +89,8 @@ def _begin_forward(
         pieces = [fingerprint.summed(each) for each in conditioning] + (
             [] if latents is None else [fingerprint.sampled(latents)]
         )
-        read = _to_host([*given, *pieces])
+        read = to_host([*given, *pieces])
     numbers = [float(piece) for piece in read[: len(given)]]
-    before, after, ragged, unread, *sides = places
     grids = [(sides[i], sides[i + 1], sides[i + 2]) for i in range(0, len(sides), 3)]
     if where is not None:
         t, h, w = (int(side) for side in numbers[-3:])
@@ -100,10 +103,10 @@ def _begin_forward(
         model, loops.name_of(denoiser.model()), b"".join(piece.numpy().tobytes() for piece in read),
         () if latents is None else tuple(latents.shape), sample,
     )  # fmt: skip
-    facts = Facts(grids[0], sigma, before, after, bool(ragged), bool(unread), tuple(grids[1:]), missing=missing)
+    sequence = SequenceSpec(tuple(grids), before, after, ragged, unread, missing)
     time = None if timestep is None else numbers[1] if timestep.is_floating_point() else round(numbers[1])
     with torch.autocast("cpu", enabled=False):  # cosines of latents in float32
-        forward = denoiser.call.forward = handle.enter(numbers[0], time, call, facts)
+        forward = denoiser.call.forward = handle.enter(numbers[0], time, call, sequence)
     return torch.tensor([forward.number], dtype=torch.int64, device="cpu")
 
 
@@ -111,14 +114,3 @@ def _begin_forward(
 def _(*_: Any) -> Tensor:
     refuse_capture()
     return torch.empty(1, dtype=torch.int64, device="cpu")
-
-
-def _to_host(pieces: list[Tensor]) -> list[Tensor]:
-    """Tensors of any dtype, on any devices, as float32 [n] on the CPU: one transfer, and one wait, a device."""
-    flat = [piece.reshape(-1).float() for piece in pieces]
-    found: dict[int, Tensor] = {}
-    for device in {piece.device for piece in flat}:
-        mine = [i for i, piece in enumerate(flat) if piece.device == device]
-        parts = torch.cat([flat[i] for i in mine]).cpu().split([len(flat[i]) for i in mine])
-        found.update(zip(mine, parts, strict=True))
-    return [found[i] for i in range(len(flat))]

@@ -28,7 +28,8 @@ from torch.utils._device import DeviceContext
 from fastdit.attach import context_parallel
 from fastdit.attach.handle import Site
 from fastdit.attach.site_call import SDPA, attend
-from fastdit.runs.run import Forward, Ran
+from fastdit.runs.forward import Forward
+from fastdit.runs.site_state import CallRecord
 
 _current = threading.local()
 """`.site`: the bound processor that is running in this thread, between its call and the core attention; `.reached`: whether it
@@ -55,17 +56,17 @@ class BoundProcessor(metaclass=_Alike):
     site: None for one that a loader made by the class alone; `replace` gives it one.
     """
 
-    __slots__ = ("ids", "inner", "site")
+    __slots__ = ("inner", "layer", "site")
     inner: Any
     site: Site | None
-    ids: Tensor | None
+    layer: Tensor | None
 
     def __new__(cls, inner: Any = None, site: Site | None = None) -> Any:
         bound = object.__new__(cls)
         inner = cls.original() if inner is None else inner
         # A tensor, not integers: integers would be constants of the compiled graph, one graph per layer.
-        ids = None if site is None else torch.tensor([site.denoiser.handle.number, site.index], dtype=torch.int64, device="cpu")
-        for name, value in (("__dict__", inner.__dict__), ("inner", inner), ("site", site), ("ids", ids)):
+        layer = None if site is None else torch.tensor([site.layer], dtype=torch.int64, device="cpu")
+        for name, value in (("__dict__", inner.__dict__), ("inner", inner), ("site", site), ("layer", layer)):
             object.__setattr__(bound, name, value)  # a processor may be a module, which would take its inner one for a part
         return bound
 
@@ -118,12 +119,12 @@ def _left(bound: BoundProcessor, reason: str) -> None:
     """This call is not ours, and why. Raises RuntimeError if the configuration is strict."""
     site = bound.site
     assert site is not None
-    site.refusal = site.denoiser.handle.lacking(site, reason)
+    site.refusal = site.denoiser.handle.config.accept(site.name, reason)
     token = getattr(site.denoiser.call, "token", None)
     if token is None or torch.compiler.is_compiling():  # which would trace the note, and not take it at every call
         return
     forward = Forward.find(int(token))
-    forward.run.sites[site.index].ran.append(Ran(None, 1.0, "dense", reason, forward.step, forward.sigma))
+    forward.state(site.layer).calls.append(CallRecord(None, 1.0, "dense", reason, forward.step, forward.sigma))
 
 
 def _dispatch(
@@ -157,9 +158,9 @@ def _dispatch(
     query, key, value = _autocast(query, key, value)
     if parallel_config is not None:
         return context_parallel.attention(
-            bound.site.denoiser, bound.ids, query, key, value, attn_mask, scale, name, parallel_config
+            bound.site.denoiser, bound.layer, query, key, value, attn_mask, scale, name, parallel_config
         )
-    return attend(bound.site.denoiser, bound.ids, query, key, value, attn_mask, scale, name)
+    return attend(bound.site.denoiser.call.token, bound.layer, query, key, value, attn_mask, scale, name)
 
 
 def _sdpa(
@@ -181,7 +182,7 @@ def _sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     query, key, value = (x.transpose(1, 2) for x in _autocast(query, key, value))
-    return attend(bound.site.denoiser, bound.ids, query, key, value, attn_mask, scale, SDPA).transpose(1, 2)
+    return attend(bound.site.denoiser.call.token, bound.layer, query, key, value, attn_mask, scale, SDPA).transpose(1, 2)
 
 
 _functional = types.ModuleType("fastdit_functional")

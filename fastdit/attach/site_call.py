@@ -1,4 +1,4 @@
-"""One attention call of a site, decided when it runs: where its tokens sit, its plan, what was remembered, whether it held.
+"""One attention call of a site: it looks its plan up, runs it, and has the answer checked. It decides nothing.
 
 Opaque to torch.compile (`fastdit::site_attention`), so that noise levels, phases, prompt lengths and statistics never cost a
 graph.
@@ -6,9 +6,9 @@ graph.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,26 +18,25 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.approx import error_guard, step_cache
-from fastdit.approx.step_cache import Memory
 from fastdit.attach.cuda_graphs import STAYS_OUT, refuse_capture
-from fastdit.attach.handle import Denoiser, Handle, Site
-from fastdit.core.quant import Quant
 from fastdit.planning import key_padding
-from fastdit.planning.plan import Plan, make_plan
-from fastdit.planning.sequence import Place, find_place
+from fastdit.planning.forward_plan import CallPlan
+from fastdit.planning.key_padding import Runs
 from fastdit.runs.clock import Stopwatch
-from fastdit.runs.run import Forward, Ran
-
-Qkv = tuple[Tensor, Tensor, Tensor]
+from fastdit.runs.forward import Forward
+from fastdit.runs.site_state import CallRecord, SiteState
+from fastdit.runs.verdict import BROKEN, Verdict
 
 NEW = "no earlier step of its branch: the conditioning or the noise is new"
+EXACT = ("refresh", "dense")
+"""Answers that every key was read for: there is no error to measure."""
 SDPA = "F.scaled_dot_product_attention"
 """The backend of processors that call it themselves, instead of diffusers' `dispatch_attention_fn`."""
 
 
 def attend(
-    denoiser: Denoiser,
-    ids: Tensor,
+    token: Tensor,
+    layer: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -46,11 +45,12 @@ def attend(
     backend: str,
     at: Tensor | None = None,
 ) -> Tensor:
-    """[B, N, H, D] -> [B, N, H, D] at the site of this number in the denoiser's call. Traced by torch.compile.
+    """[B, N, H, D] -> [B, N, H, D] at a layer of the denoiser's running call. Traced by torch.compile.
 
-    at: int64 [n], where q has only n of the sequence's tokens: which ones.
+    token, layer: int64 [1] on the CPU, the `Forward` and the index of the site in it. at: int64 [n], where q has only n of the
+    sequence's tokens: which ones.
     """
-    return _site_attention(q, k, v, mask, ids, denoiser.call.token, at, scale, backend)
+    return _site_attention(q, k, v, mask, token, layer, at, scale, backend, torch.compiler.is_compiling())
 
 
 @torch.library.custom_op("fastdit::site_attention", mutates_args=(), **STAYS_OUT)
@@ -59,38 +59,17 @@ def _site_attention(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    ids: Tensor,
     token: Tensor,
+    layer: Tensor,
     at: Tensor | None,
     scale: float | None,
     backend: str,
+    compiled: bool,
 ) -> Tensor:
-    number, index = ids.tolist()
-    handle = Handle.find(number)
-    call = _Call(handle, handle.sites[index], Forward.find(int(token)), at, scale, backend)
+    call = SiteCall(Forward.find(int(token)), int(layer), at, scale, backend)
     # What autocast asks for was done before; products of our own, in float32, are not its business.
     with ops.on_device(q), torch.autocast(q.device.type, enabled=False):
-        return _answer(call, q, k, v, mask)
-
-
-def _answer(call: _Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    if (why := call.forward.missing) is not None:
-        return call.dense(call.lacking(why), q, k, v, mask).contiguous()
-    keys = None if mask is None else key_padding.read(mask, q.shape[0], q.shape[1], k.shape[1])
-    if mask is not None and keys is None:
-        return call.dense(call.lacking(key_padding.why_not(mask)), q, k, v, mask).contiguous()
-    if keys is None or all(runs == ((0, k.shape[1]),) for runs in keys.kept):
-        return call.answer(q, k, v, call.place(k.shape[1])).contiguous()
-    groups = key_padding.alike(keys.kept)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for runs, rows in groups.items():
-        if len(groups) == 1:
-            call.trimmed(out, q, k, v, runs, keys.square)
-        else:
-            part = torch.empty_like(out[rows])
-            call.trimmed(part, q[rows], k[rows], v[rows], runs, keys.square)
-            out[rows] = part
-    return out
+        return call.answer(q, k, v, mask, compiled).contiguous()
 
 
 @_site_attention.register_fake
@@ -107,128 +86,134 @@ torch.library.register_autograd("fastdit::site_attention", _no_backward)
 
 
 @dataclass
-class _Call:
-    """What one call of the op knows; tensors [B, N, H, D] throughout. nth: of the site's calls in this forward."""
+class SiteCall:
+    """Tensors [B, N, H, D]. nth: of the site's calls in this forward."""
 
-    handle: Handle
-    site: Site
     forward: Forward
+    layer: int
     at: Tensor | None
     scale: float | None
     backend: str
+    state: SiteState = field(init=False)
+    nth: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.state = self.forward.run.sites[self.site.index]
-        self.sigma, self.layer, self.layers = self.forward.sigma, self.site.layer, len(self.site.denoiser.sites)
-        self.nth = self.forward.seen[self.layer]
-        self.forward.seen[self.layer] += 1
-        self.phase = self.handle.config.at(self.sigma, self.layer, self.layers)
+        self.state, self.nth = self.forward.state(self.layer), self.forward.count(self.layer)
 
-    def trimmed(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, runs: key_padding.Runs, square: bool) -> None:
-        """Into out. Hidden tokens are no keys; as queries they attend what is left, or stay 0 if the mask is square, or if they
-        are text of which nobody reads what becomes."""
+    def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, compiled: bool) -> Tensor:
+        """Batch elements that a mask leaves the same keys are answered together, without the others."""
+        forward = self.forward
+        if (why := forward.plan.sequence.missing) is not None:
+            return self.dense(forward.dense(self.layer, why), q, k, v, mask)
+        if mask is None:
+            return self.run(q, k, v)
+        keys = forward.kept_keys(mask, q.shape[0], q.shape[1], k.shape[1], compiled)
+        if isinstance(keys, str):
+            return self.dense(forward.dense(self.layer, keys), q, k, v, mask)
+        groups = key_padding.alike(keys.kept)
+        if set(groups) == {((0, k.shape[1]),)}:
+            return self.run(q, k, v)
+        if len(groups) == 1:
+            return self.trimmed(q, k, v, next(iter(groups)), keys.square)
+        out = q.new_empty(q.shape)
+        for runs, rows in groups.items():
+            out[rows] = self.trimmed(q[rows], k[rows], v[rows], runs, keys.square)
+        return out
+
+    def trimmed(self, q: Tensor, k: Tensor, v: Tensor, runs: Runs, square: bool) -> Tensor:
+        """Hidden tokens are no keys. As queries they attend what is left. They stay 0 if the mask is square, or if they are
+        text and nobody reads what becomes of it."""
         hidden = key_padding.gaps(runs, q.shape[1])
-        query, key, value = (key_padding.take(x, runs) for x in (q, k, v))
-        place = self.place(q.shape[1], runs)
-        key_padding.put(out, self.answer(query, key, value, place, key_padding.count(hidden), kept=runs), runs)
-        if not hidden:
-            return
-        if square or (self.forward.unread and not isinstance(place, str)):
-            key_padding.put(out, torch.zeros_like(key_padding.take(q, hidden)), hidden)
-        else:
-            key_padding.put(out, self.original(key_padding.take(q, hidden), key, value), hidden)
+        query, key, value = (key_padding.gather_runs(x, runs) for x in (q, k, v))
+        out = q.new_empty(q.shape)
+        key_padding.scatter_runs(out, self.run(query, key, value, k.shape[1], runs, key_padding.count(hidden)), runs)
+        if hidden:
+            sequence = self.forward.plan.sequence
+            unread = square or (sequence.unread and not isinstance(sequence.span(k.shape[1], runs), str))
+            others = key_padding.gather_runs(q, hidden)
+            rest = torch.zeros_like(others) if unread else self.original(others, key, value)
+            key_padding.scatter_runs(out, rest, hidden)
+        return out
 
-    def answer(
-        self, q: Tensor, k: Tensor, v: Tensor, place: Place | str, trimmed: int = 0, kept: key_padding.Runs | None = None
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, keys: int | None = None, kept: Runs | None = None, trimmed: int = 0
     ) -> Tensor:
-        """Sparse, quantized or dense as planned; again on a higher rung of the guard while the answer is not good enough."""
-        state, run = self.state, self.forward.run
-        roll = place.after if not isinstance(place, str) and place.before else 0
-
-        @functools.cache
-        def rolled() -> Qkv:
-            query = q if self.at is not None else _roll(q, roll)  # queries that are only some of them stay where they are
-            return query.transpose(1, 2), _roll(k, roll).transpose(1, 2), _roll(v, roll).transpose(1, 2)
-
-        while True:
-            held = state.memory(self.phase, self.forward.branch, self.nth, kept, place, q.shape, q.dtype, state.rung)
-            plan = self.plan(q, k, v, place, held, roll, rolled)
+        """As planned, or dense. keys: tokens of the sequence, of which a mask leaves `kept`, which k has."""
+        forward, state = self.forward, self.state
+        plan = forward.call(self.layer, q.transpose(1, 2), keys or k.shape[1], kept)
+        # also for a dense phase: what another phase remembers ends with it
+        memory = state.memory(plan.phase, forward.branch, self.nth, kept, plan.span, q.shape, q.dtype, plan.level)
+        if plan.reason is None and (why := state.too_dense.get(plan.phase)) is not None:
+            plan = plan.dense(why)
+        if plan.reason is not None:
+            return self.dense(plan, q, k, v, trimmed=trimmed)
+        watch, roll = Stopwatch(q), plan.roll
+        # queries that are only some of them stay where they are
+        query = (q if self.at is not None else _roll(q, roll)).transpose(1, 2)
+        key, value = (_roll(x, roll).transpose(1, 2) for x in (k, v))
+        if plan.policy is not None:
+            plan = memory.with_map(plan, query, key, value)
             if plan.reason is not None:
                 return self.dense(plan, q, k, v, trimmed=trimmed)
-            watch = Stopwatch(q)
-            query, key, value = rolled()
-            out, how = step_cache.attention(
-                query, key, value, plan, plan.reuse, held, self.scale,
-                lambda: self.original(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2),  # noqa: B023
-                lambda device: sum(site.bytes(device) for site in self.handle.sites),
-            )  # fmt: skip
-            note, state.most = held.no_room, max(state.most, state.bytes()) if how == "refresh" else state.most
-            if how == "refresh" and self.forward.branch.first == run.clock.step > 0:
-                note = NEW
-            if held.no_room and run.forget(1):
-                held.no_room = None  # the next call of this branch tries again
-            if run.last:
-                held.drop()  # decoding, which comes next, needs the room
-            error, why = self.fault(query, key, value, out, how)
-            if why is None:
-                skipped = how == "reuse" and plan.reuse.kind == "broadcast"
-                density = 1.0 if how in ("refresh", "dense") else 0.0 if skipped else plan.density
-                self.record(replace(plan, density=density), how, watch, trimmed, error, note)
-                return out.transpose(1, 2) if self.at is not None else _roll(out.transpose(1, 2), -roll)
-            state.climb(f"{why} at noise level {self.sigma:.3f}", error_guard.TOP if error is None else state.rung + 1)
-
-    def fault(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, how: str) -> tuple[float | None, str | None]:
-        """Measured error (None: not measured, or not finite) and what is wrong with an answer, None if nothing is."""
-        # A sum that is not finite says the same as `isfinite().all()`, without a mask as large as the answer
-        if not bool(out.sum(dtype=torch.promote_types(out.dtype, torch.float32)).isfinite()):
-            sane = all(bool(x.isfinite().all()) for x in (q, k, v))
-            return None, "not finite" if sane else None  # what came in broken is the model's own affair
-        budget = self.handle.config.error_budget
-        if budget is None or how in ("refresh", "dense"):
-            return None, None
-        error = error_guard.probe(q, k, v, out, self.scale)
-        return error, f"error {error:.3g} over the budget of {budget:g}" if error > budget else None
-
-    def place(self, tokens: int, kept: key_padding.Runs | None = None) -> Place | str:
-        forward = self.forward
-        return find_place(tokens, forward.grids, forward.before, forward.after, forward.ragged, kept)
-
-    def plan(
-        self, q: Tensor, k: Tensor, v: Tensor, place: Place | str, held: Memory, roll: int, rolled: Callable[[], Qkv]
-    ) -> Plan:
-        """rolled: q, k, v [B, H, N, D], the sequence rolled by `roll` so that all other tokens lie in front."""
-        if isinstance(place, str):
-            return self.lacking(place)
-        config = error_guard.raised(self.handle.config, self.state.rung)
-        phase = None if self.phase is None else config.phases[self.phase]
-        age = 1 if phase is None else phase.reuse.map_age
-        known = (held.block_mask, held.density) if held.block_mask is not None and held.map_uses < age else None
-        # A policy that does not read them needs no more than their shape
-        looks = phase is not None and not phase.policy.static and known is None
-        query, key, value = rolled() if looks else (x.transpose(1, 2) for x in (q, k, v))
-        plan = make_plan(
-            config, self.sigma, self.layer, self.layers, place.grid, place.before + place.after, place.before > 0,
-            query, key, value, known, self.handle.masks,
-        )  # fmt: skip
-        if plan.reason is None and (refusal := ops.unsupported(query, plan.quant)):
-            return self.lacking(refusal)
-        if age > 1:
-            held.block_mask, held.density = plan.block_mask, plan.density
-            held.map_uses = 1 if known is None else held.map_uses + 1
         if self.at is not None and plan.block_mask is not None:
             plan = replace(plan, block_mask=plan.block_mask.for_queries(self.at, roll))
-        return plan
 
-    def lacking(self, reason: str) -> Plan:
-        """Dense for want of something. Raises RuntimeError if the configuration is strict."""
-        return Plan(self.phase, 1.0, None, Quant(), self.handle.lacking(self.site, reason))
+        def dense() -> Tensor:
+            return self.original(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
 
-    def dense(self, plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, trimmed: int = 0) -> Tensor:
+        out, how = step_cache.attention(query, key, value, plan, plan.reuse, memory, self.scale, dense, forward.held)
+        note = memory.no_room
+        if how == "refresh":
+            state.peak_bytes = max(state.peak_bytes, state.bytes())
+            if forward.branch.first == forward.run.clock.step > 0:
+                note = NEW
+        if memory.no_room and forward.run.forget(1):
+            memory.no_room = None  # the next call of this branch tries again
+        if forward.run.last:
+            memory.drop()  # decoding, which comes next, needs the room
+        record = self.record(plan, how, note, watch, trimmed)
+        out = self.checked(query, key, value, out, dense, plan, record)
+        return out.transpose(1, 2) if self.at is not None else _roll(out.transpose(1, 2), -roll)
+
+    def checked(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, dense: Callable[[], Tensor], plan: CallPlan, record: CallRecord
+    ) -> Tensor:
+        """The answer out [B, H, N, D], or the dense one in its place if it is not finite or its error is above the budget."""
+        run, state, budget, exact = self.forward.run, self.state, self.forward.config.error_budget, record.how in EXACT
+        error = None if budget is None or exact else error_guard.probe(q, k, v, out, self.scale)
+        fault = error_guard.fault(out, error, budget)
+        if q.is_cuda:
+            ops.repair(q, k, v, out, self.scale, fault)
+        elif fault and not out.isfinite().all() and not all(bool(x.isfinite().all()) for x in (q, k, v)):
+            fault |= BROKEN
+        elif fault:
+            out = dense()
+        share = None
+        if not exact:
+            known = 0.0 if record.how == "reuse" and plan.reuse.kind == "broadcast" else plan.density
+            share, known = (known, 0.0) if isinstance(known, Tensor) else (None, known)
+            record = record._replace(density=known)
+        state.calls.append(record)
+        run.pending.append(Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, budget or math.inf))
+        if not q.is_cuda:
+            run.settle()
+        return out
+
+    def dense(self, plan: CallPlan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, trimmed: int = 0) -> Tensor:
+        forward, state = self.forward, self.state
+        if plan.wanting:
+            forward.config.accept(forward.names[self.layer], str(plan.reason))
         watch = Stopwatch(q)
         out = self.original(q, k, v, mask)
-        reason = self.state.guarded if self.state.rung == error_guard.TOP and self.state.guarded else plan.reason
-        self.record(replace(plan, reason=reason), "dense", watch, trimmed)
+        reason = state.guarded if plan.level == error_guard.DENSE and state.guarded else plan.reason
+        state.calls.append(self.record(plan, "dense", reason, watch, trimmed))
         return out
+
+    def record(self, plan: CallPlan, how: str, reason: str | None, watch: Stopwatch, trimmed: int) -> CallRecord:
+        forward = self.forward
+        return CallRecord(
+            plan.phase, 1.0, how, reason, forward.step, forward.sigma, str(plan.quant), trimmed, None, plan.level, watch.stop()
+        )
 
     def original(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Dense, by the function and the backend that the model's own processor names."""
@@ -239,12 +224,6 @@ class _Call:
             return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale).transpose(1, 2)
         backend = AttentionBackendName(self.backend) if self.backend else None
         return dispatch_attention_fn(q, k, v, mask, scale=self.scale, backend=backend)
-
-    def record(
-        self, plan: Plan, how: str, watch: Stopwatch, trimmed: int = 0, error: float | None = None, note: str | None = None
-    ) -> None:
-        ran = Ran(plan.phase, plan.density, how, plan.reason or note, self.forward.step, self.sigma, str(plan.quant), trimmed)
-        self.state.ran.append(ran._replace(error=error, rung=self.state.rung, seconds=watch.stop()))
 
 
 def _roll(x: Tensor, tokens: int) -> Tensor:

@@ -70,17 +70,17 @@ class BlockMask:
 
     def density(self) -> float:
         """Attended / all (query, key) pairs, padding excluded, in [0, 1]."""
-        return density(self.to_tile_map(), self.q_order, self.k_order)
+        return float(density(self.to_tile_map(), self.q_order, self.k_order))
 
 
 _latest: WeakKeyDictionary[BlockMask, tuple[Tensor, int, BlockMask]] = WeakKeyDictionary()
 
 
-def density(tile_map: Tensor, q_order: Tensor, k_order: Tensor) -> float:
-    """Attended / all (query, key) pairs of a tile map bool [b, h, q_tiles, k_tiles], padding excluded, in [0, 1]."""
+def density(tile_map: Tensor, q_order: Tensor, k_order: Tensor) -> Tensor:
+    """Attended / all (query, key) pairs of a tile map bool [b, h, q_tiles, k_tiles], padding excluded: float64 [] in [0, 1]."""
     q_counts, k_counts = ((order >= 0).sum(-1).double() for order in (q_order, k_order))
     keys = (tile_map.float() @ k_counts.float()).double()  # of each query tile: whole numbers below 2²⁴, so exact
-    return float((keys @ q_counts).mean() / (q_counts.sum() * k_counts.sum()))
+    return (keys @ q_counts).mean() / (q_counts.sum() * k_counts.sum())
 
 
 def version(x: Tensor) -> int:

@@ -17,7 +17,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from fastdit.core.byte_cache import byte_cache
+from fastdit.core.byte_cache import byte_cache, sent
 
 Grid = tuple[int, int, int]
 
@@ -118,13 +118,13 @@ def _order(layout: Layout, device: str) -> Tensor:
         text[: layout.text_len] = torch.arange(layout.text_len, device="cpu")
         video_start, text_start = (layout.text_len, 0) if layout.text_first else (0, layout.video_len)
         tiles = torch.cat([_shift(tiles, video_start), _shift(text, text_start).view(-1, layout.tile_tokens)])
-    return tiles.contiguous().to(device)
+    return sent(tiles.contiguous(), device)
 
 
 @byte_cache(ORDER_BYTES)
 def _padding(layout: Layout, device: str) -> Tensor:
     """int64 [n]: the slots, of those of all tiles, that hold no token."""
-    return (layout.order().flatten() < 0).nonzero().flatten().to(device)
+    return sent((layout.order().flatten() < 0).nonzero().flatten(), device)
 
 
 def _shift(index: Tensor, start: int) -> Tensor:

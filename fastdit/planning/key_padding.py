@@ -22,7 +22,7 @@ HIDDEN = -9000.0
 """Additive masks hide by −∞, by the dtype's minimum or by −10000 (−9984 in bfloat16); exp of any of them is 0 in float32."""
 
 
-class Keys(NamedTuple):
+class KeptKeys(NamedTuple):
     """The keys that a mask leaves to each batch element.
 
     square: hidden tokens are hidden as queries too, and their rows are 0 (a row without keys).
@@ -32,13 +32,12 @@ class Keys(NamedTuple):
     square: bool = False
 
 
-def read(mask: Tensor, batch: int, queries: int, keys: int) -> Keys | None:
+def read(mask: Tensor, batch: int, queries: int, keys: int) -> KeptKeys | None:
     """Keys of an attention mask (bool, or additive float) that broadcasts to [B, H, queries, keys].
 
     None if the mask is not one of whole keys: it differs between heads or queries, or adds a real bias.
 
-    It is read at every call. Its identity and `Tensor._version` would not tell that it is the one of the call before: code by
-    torch.compile writes a second mask into the buffer, and the very tensor, of a first, and counts nothing.
+    On a GPU this waits: `attach/forward.py` says when it is read.
     """
     mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
     for axis in (1, 2):  # what is only repeated is looked at once
@@ -64,7 +63,7 @@ def read(mask: Tensor, batch: int, queries: int, keys: int) -> Keys | None:
     valid = valid.expand(batch, keys).cpu()
     if not bool(valid.any(-1).all()):
         return None
-    return Keys(tuple(map(_runs, valid)), square)
+    return KeptKeys(tuple(map(_runs, valid)), square)
 
 
 def why_not(mask: Tensor) -> str:
@@ -97,14 +96,14 @@ def gaps(runs: Runs, length: int) -> Runs:
     return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
 
 
-def take(x: Tensor, runs: Runs) -> Tensor:
+def gather_runs(x: Tensor, runs: Runs) -> Tensor:
     """x [B, N, …] -> [B, kept, …]: a view where the tokens lie together, [B, 0, …] of no runs."""
     pieces = [x[:, a:b] for a, b in runs or ((0, 0),)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
-def put(out: Tensor, x: Tensor, runs: Runs) -> None:
-    """Inverse of `take`: write x [B, kept, …] into out [B, N, …]."""
+def scatter_runs(out: Tensor, x: Tensor, runs: Runs) -> None:
+    """Inverse of `gather_runs`: write x [B, kept, …] into out [B, N, …]."""
     start = 0
     for a, b in runs:
         out[:, a:b] = x[:, start : start + b - a]

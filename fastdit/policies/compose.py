@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastdit.core.byte_cache import sent
 from fastdit.core.layout import Grid, Layout
 from fastdit.policies.base import Policy
 
@@ -34,7 +35,7 @@ class _Composed(Policy):
 
     def _maps(self, layout: Layout, *tensors: Tensor | None) -> list[Tensor]:
         device = next((x.device for x in tensors if x is not None), torch.device("cpu"))
-        return [policy.select(layout, *tensors).to(device) for policy in self.policies]
+        return [sent(policy.select(layout, *tensors), device) for policy in self.policies]
 
 
 @dataclass(frozen=True)

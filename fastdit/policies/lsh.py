@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastdit.core.byte_cache import sent
 from fastdit.core.layout import Layout
 from fastdit.policies.base import Policy, check_share
 from fastdit.policies.scores import means
@@ -41,7 +42,7 @@ class LSH(Policy):
             raise ValueError("lsh needs q and k")
         queries, keys = means(q, layout), means(k, layout)
         drawn = torch.Generator().manual_seed(self.seed)
-        planes = torch.randn(q.shape[-1], self.planes, generator=drawn, dtype=torch.float32, device="cpu").to(q.device)
+        planes = sent(torch.randn(q.shape[-1], self.planes, generator=drawn, dtype=torch.float32, device="cpu"), q.device)
         rows, columns = (
             buckets(x, planes).argsort(dim=-1, stable=True).argsort(-1) for x in (queries, keys - keys.mean(2, keepdim=True))
         )

@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdit.core.byte_cache import byte_cache
+from fastdit.core.byte_cache import byte_cache, sent
 from fastdit.core.layout import Layout
 from fastdit.policies.base import Policy, check_share
 from fastdit.policies.scores import places
@@ -78,7 +78,7 @@ def _ready(policy: SpatialTemporal, layout: Layout, device: str) -> tuple[Tensor
     slots = (layout.order()[: layout.video_tiles].flatten() >= 0).nonzero().flatten()
     drawn = torch.randperm(len(slots), generator=torch.Generator().manual_seed(policy.seed), device="cpu")
     spatial, temporal = policy.maps(layout)
-    return spatial.to(device), temporal.to(device), slots[drawn[: policy.rows]].to(device)
+    return sent(spatial, device), sent(temporal, device), sent(slots[drawn[: policy.rows]], device)
 
 
 def permute(layout: Layout) -> Tensor:

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastdit.core.byte_cache import byte_cache
+from fastdit.core.byte_cache import byte_cache, sent
 from fastdit.core.layout import Grid, Layout
 from fastdit.policies.base import Policy
 from fastdit.policies.scores import ROWS_BYTES, means, places
@@ -77,4 +77,4 @@ def _ready(window: Grid, layout: Layout, device: str) -> tuple[Tensor, Tensor, T
     """Which tiles lie near each (bool, and as many numbers a tile as the largest window has) and which in the first frame."""
     near = Window(size=window).select(layout)[0, 0]
     local = near.int().argsort(dim=-1, descending=True, stable=True)[:, : int(near.sum(-1).max())]
-    return near.to(device), (places(layout)[0] == 0).to(device), local.to(device)
+    return sent(near, device), sent(places(layout)[0] == 0, device), sent(local, device)

@@ -26,7 +26,7 @@ def colour(share: float) -> tuple[int, int, int]:
 
 
 def of_calls(calls: Iterable[tuple[int, Any]], what: str, sites: int) -> Image.Image:
-    """One of `MEASURES` of calls (site, `Ran`). Raises ValueError for what was not measured."""
+    """One of `MEASURES` of calls (site, `CallRecord`). Raises ValueError for what was not measured."""
     if what not in MEASURES:
         raise ValueError(f"a heatmap shows one of {', '.join(MEASURES)}, not {what!r}")
     return draw([(ran.step, site, getattr(ran, what)) for site, ran in calls], what, sites)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastdit.approx import error_guard
 from fastdit.attach.handle import Handle, Site
 from fastdit.config import Config, Phase
-from fastdit.runs.run import Ran, SiteState
+from fastdit.runs.site_state import CallRecord, SiteState
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,7 +62,7 @@ class Report:
     phases: tuple[PhaseReport, ...]
     sites: tuple[SiteReport, ...]
     memory: int
-    calls: tuple[tuple[int, Ran], ...]
+    calls: tuple[tuple[int, CallRecord], ...]
     """(index of the site, what it did) in the order in which they ran."""
     left: tuple[tuple[str, int], ...] = ()
     """(why, how many) of the attention modules that are no self-attention of the picture and were not touched."""
@@ -71,7 +71,8 @@ class Report:
     def of(cls, handle: Handle, pipeline: Any = None) -> Report:
         """Of the latest run, a pipeline's where several share a model."""
         config, run = handle.config, handle.run_of(pipeline)
-        timed = [[_timed(ran) for ran in state.ran] for state in run.sites]
+        run.settle()
+        timed = [[_timed(ran) for ran in state.calls] for state in run.sites]
         calls = [(site.index, ran) for site, rans in zip(handle.sites, timed, strict=True) for ran in rans]
         calls.sort(key=lambda call: call[1].step)
         total = [ran for _, ran in calls]
@@ -124,7 +125,7 @@ class Report:
         notes = [
             f"{count} sites {ran}"
             + (f" ({reason})" if reason else "")
-            + (f", now {rung}" if rung != error_guard.RUNGS[0] else "")
+            + (f", now {rung}" if rung != error_guard.LEVELS[0] else "")
             for (ran, reason, rung), count in sites.items()
         ]
         notes += [f"{count} modules left alone ({why})" for why, count in self.left]
@@ -150,7 +151,7 @@ class Report:
         return "\n".join(_table(rows))
 
 
-def _timed(ran: Ran) -> Ran:
+def _timed(ran: CallRecord) -> CallRecord:
     if not isinstance(ran.seconds, tuple):
         return ran
     start, end = ran.seconds
@@ -158,7 +159,7 @@ def _timed(ran: Ran) -> Ran:
     return ran._replace(seconds=start.elapsed_time(end) / 1000)
 
 
-def _phase(phase: Phase, ran: Sequence[Ran]) -> PhaseReport:
+def _phase(phase: Phase, ran: Sequence[CallRecord]) -> PhaseReport:
     measured = [r.error for r in ran if r.error is not None]
     return PhaseReport(
         phase.sigma, str(phase.policy), str(phase.quant), phase.remainder, str(phase.reuse), _density(ran), len(ran),
@@ -166,16 +167,18 @@ def _phase(phase: Phase, ran: Sequence[Ran]) -> PhaseReport:
     )  # fmt: skip
 
 
-def _density(ran: Sequence[Ran]) -> float:
+def _density(ran: Sequence[CallRecord]) -> float:
     return sum(r.density for r in ran) / len(ran) if ran else 1.0
 
 
-def _site(site: Site, state: SiteState, timed: Sequence[Ran], unserved: str | None) -> SiteReport:
+def _site(site: Site, state: SiteState, timed: Sequence[CallRecord], unserved: str | None) -> SiteReport:
     lost = state.lost or unserved
     if not timed:
         lost = lost or site.refusal
         ran = "dense" if lost else "never"
-        return SiteReport(site.name, ran, 1.0, "none", lost or "not called yet", 0.0, None, error_guard.RUNGS[state.rung], 0, 0)
+        return SiteReport(
+            site.name, ran, 1.0, "none", lost or "not called yet", 0.0, None, error_guard.LEVELS[state.level], 0, 0
+        )
     # statistics that no step before could serve were all that there was to it
     dense = sum(r.how == "dense" or (r.how == "refresh" and r.reason is not None) for r in timed)
     reasons = Counter(r.reason for r in timed if r.reason is not None)
@@ -187,9 +190,9 @@ def _site(site: Site, state: SiteState, timed: Sequence[Ran], unserved: str | No
         lost or (reasons.most_common(1)[0][0] if reasons else None),
         sum(r.seconds for r in timed),
         max((r.error for r in timed if r.error is not None), default=None),
-        error_guard.RUNGS[state.rung],
+        error_guard.LEVELS[state.level],
         sum(r.how == "reuse" for r in timed),
-        state.most,
+        state.peak_bytes,
     )
 
 

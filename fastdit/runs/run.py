@@ -1,121 +1,29 @@
 """The state of one run of a pipeline: where it is, which branches it has, and what its sites did and remember.
 
-A run is one denoising loop (`scope.Loop`) on one accelerated pipeline. A model called by hand, without such a loop, is in a run
+A run is one denoising loop (`loops.Loop`) on one accelerated pipeline. A model called by hand, without such a loop, is in a run
 of the calling thread, of which only the noise level tells where it ends. All state hangs on the run and none on the model, so
 that pipelines, threads and runs that share a model do not meet.
 """
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastdit.runs.branches import Branch, Branches, Call
 from fastdit.runs.clock import RISE, Clock
-from fastdit.planning.adapter import Facts
-from fastdit.core.layout import Grid
-from fastdit.approx.step_cache import Memory
 from fastdit.runs.noise_level import Scale
+from fastdit.runs.site_state import SiteState
+from fastdit.runs.verdict import Verdict, settle
 
 STALE = 2
 """Noise levels after which a branch that was not called remembers nothing: windows that move come back every second step."""
 MOST_CALLS = 4096
 """Calls of a model by hand at one noise level, more than the tiles or views of one picture: beyond it a new run."""
-_numbers = itertools.count()
-_forwards: WeakValueDictionary[int, Forward] = WeakValueDictionary()
-
-
-class Ran(NamedTuple):
-    """What one call of a site did.
-
-    phase: as in `Plan`. density: of all query-key pairs. how: "dense", "sparse" (or quantized), "refresh" (dense, statistics
-    taken), "reuse" (sparse, completed by statistics). reason: why it was dense. step, sigma: of the run. quant: number format.
-    trimmed: padded keys cut. error: relative L2 on a few rows, None if not measured. rung: of the guard. seconds: of the
-    attention call, or a pair of CUDA events that will tell.
-    """
-
-    phase: int | None
-    density: float
-    how: str
-    reason: str | None = None
-    step: int = 0
-    sigma: float = 0.0
-    quant: str = "none"
-    trimmed: int = 0
-    error: float | None = None
-    rung: int = 0
-    seconds: Any = 0.0
-
-
-@dataclass(eq=False)
-class SiteState:
-    """Of one site in one run. ran: its calls; memories: what it remembers by phase, branch, shape; most: bytes of them, when
-    they were most; rung: of `guard.RUNGS`; guarded: why it was last raised; lost: why the site was not served."""
-
-    ran: list[Ran] = field(default_factory=list)
-    memories: dict[tuple[Any, ...], Memory] = field(default_factory=dict)
-    most: int = 0
-    rung: int = 0
-    guarded: str | None = None
-    lost: str | None = None
-
-    def memory(self, phase: int | None, *key: Any) -> Memory:
-        """What is remembered for a phase and branch, shape, …: new at first. What another phase left goes: a phase begins with
-        statistics of its own."""
-        for other in [other for other in list(self.memories) if other[0] != phase]:
-            del self.memories[other]
-        return self.memories.setdefault((phase, *key), Memory())
-
-    def bytes(self, device: torch.device | None = None) -> int:
-        """Of statistics, on a device; None: on all."""
-        return sum(memory.bytes(device) for memory in list(self.memories.values()))
-
-    def climb(self, why: str, rung: int) -> None:
-        self.guarded, self.rung = f"guard: {why}", rung
-        self.memories.clear()
-
-
-@dataclass(eq=False)
-class Forward:
-    """One call of a denoiser, which its sites look up by `number`.
-
-    grids: that the denoiser's input makes, finest first; before, after, ragged, unread, missing: as in `facts.Facts`.
-    seen: calls of each layer so far (some processors call once a sample).
-    """
-
-    run: Run
-    branch: Branch
-    sigma: float
-    grids: list[Grid]
-    before: int = 0
-    after: int = 0
-    ragged: bool = False
-    unread: bool = False
-    missing: str | None = None
-    seen: Counter[int] = field(default_factory=Counter)
-    number: int = field(default_factory=_numbers.__next__)
-
-    def __post_init__(self) -> None:
-        _forwards[self.number] = self
-
-    @property
-    def step(self) -> int:
-        """In the report."""
-        return self.run.first_step + self.run.clock.step
-
-    @staticmethod
-    def find(number: int) -> Forward:
-        if (found := _forwards.get(number)) is None:
-            raise RuntimeError("this attention belongs to a call of a denoiser that is over: call the denoiser, not its layers")
-        return found
 
 
 class Run:
@@ -128,6 +36,8 @@ class Run:
         self.first_step = 0
         """Of the report's steps."""
         self.branches = Branches()
+        self.pending: list[Verdict] = []
+        """On answers on a GPU, not read yet."""
         self.scale: Scale | None = None
         self.finished = False
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
@@ -157,7 +67,7 @@ class Run:
         step on and the latents go on from those of the step before. unserved: sites that another processor has taken."""
         if self.clock.step < 0:
             return False
-        if any(self.sites[index].ran for index in unserved):
+        if any(self.sites[index].calls for index in unserved):
             return True
         if sigma > self.clock.sigma + RISE:
             return not (self._rises and self.branches.goes_on(sigma, call))
@@ -177,10 +87,15 @@ class Run:
         """What this loop did before its noise rose stays in the report."""
         self.first_step = before.first_step + before.clock.step + 1
         for site, old in zip(self.sites, before.sites, strict=True):
-            site.ran, site.most = old.ran, old.most
+            site.calls, site.peak_bytes = old.calls, old.peak_bytes
 
-    def enter(self, sigma: float, call: Call, facts: Facts) -> Forward:
-        """Take in one call of a denoiser. facts: its grid no longer a tensor."""
+    @property
+    def step(self) -> int:
+        """In the report."""
+        return self.first_step + self.clock.step
+
+    def enter(self, sigma: float, call: Call) -> Branch:
+        """Take in one call of a denoiser: which branch it is of."""
         if moves := self.clock.step < 0 or abs(sigma - self.clock.sigma) > RISE:
             self.branches.move()
             self._calls.clear()
@@ -196,11 +111,7 @@ class Run:
             self._drop([ended])
         if self.last:
             self.forget(1)  # guidance that has ended
-        grid = facts.grid
-        assert not isinstance(grid, Tensor)
-        return Forward(
-            self, branch, sigma, [grid, *facts.coarser], facts.before, facts.after, facts.ragged, facts.unread, facts.missing
-        )
+        return branch
 
     @property
     def last(self) -> bool:
@@ -213,6 +124,11 @@ class Run:
             moved = listed.diff().abs() > RISE * max(1.0, float(listed.abs().amax())) if len(listed) else listed
             self._steps = int(moved.sum()) + (len(listed) > 0)  # as the clock counts them
         return 0 < self._steps <= self.clock.step + 1
+
+    def settle(self) -> None:
+        """Read the verdicts that are pending."""
+        pending, self.pending = self.pending, []
+        settle(pending)
 
     def forget(self, steps: int) -> bool:
         """Let go of branches that were not called for more than so many steps; whether there were any with statistics."""

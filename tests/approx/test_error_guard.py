@@ -60,8 +60,8 @@ def test_denser(policy, expected):
 
 def test_rungs():
     config = Config((Phase((1, 0.5), Window(density=0.1), Quant("int8")), Phase((0.5, 0), Window(density=0.2))))
-    assert error_guard.raised(config, 0) is config
-    first, second, top = (error_guard.raised(config, rung).phases for rung in (1, 2, 3))
+    assert error_guard.config_at_level(config, 0) is config
+    first, second, top = (error_guard.config_at_level(config, rung).phases for rung in (1, 2, 3))
     assert [p.policy for p in first] == [p.policy for p in second] == [Window(density=0.2), Window(density=0.4)]
     assert first[0].quant == Quant("int8")
     assert second[0].quant.is_none
@@ -124,7 +124,7 @@ def test_a_layer_that_breaks_under_the_window_is_caught(monkeypatch):
 
     def breaks(q, *args, **kwargs):
         out, lse = original(q, *args, **kwargs)
-        layer = len(handle.sites[0].ran) - len(handle.sites[1].ran)
+        layer = len(handle.sites[0].calls) - len(handle.sites[1].calls)
         return (out * 40 if layer == 1 and handle.clock.step >= 2 else out), lse
 
     kept_all = Config((Phase(policy=Window(density=1.0)),), (1, 2, 2), min_tokens=0, max_density=1, error_budget=0.05)
@@ -134,7 +134,7 @@ def test_a_layer_that_breaks_under_the_window_is_caught(monkeypatch):
     first, second = fastdit.report(pipe).sites
     assert first.rung == "as configured"
     assert second.rung == "dense"
-    assert next(ran.step for ran in handle.sites[1].ran if ran.rung > 0) == 2
+    assert next(ran.step for ran in handle.sites[1].calls if ran.rung > 0) == 2
     assert relative_error(found, render(stock)) < 1e-4
     render(pipe)
     assert fastdit.report(pipe).sites[0].rung == "as configured"
@@ -157,7 +157,7 @@ def test_a_default_device_does_not_reach_what_is_drawn_on_the_cpu():
     """Under torch.set_default_device("cuda") a draw that names no device cannot use the CPU's generator."""
     q = torch.zeros(1, 1, 77, 8)
     with torch.device("meta"):
-        assert error_guard._rows(77, 5).device.type == "cpu"
+        assert error_guard._rows(77, 5, torch.device("cpu")).device.type == "cpu"
         assert error_guard.probe(q, q, q, q, None) == 0
 
 
@@ -181,7 +181,7 @@ def test_a_layer_that_gives_nan_is_answered_dense(monkeypatch, bad):
     site = fastdit.report(pipe).sites[0]
     assert "not finite" in site.reason
     assert site.rung == "dense"
-    assert handle.sites[1].state.rung == 0
+    assert handle.sites[1].state.level == 0
 
 
 def test_nan_of_the_models_own_is_left_to_it():

@@ -14,7 +14,7 @@ from fastdit.core.block_mask import BlockMask
 from fastdit.core.layout import Layout
 from fastdit.core.quant import Quant
 from fastdit.core.reference import attention, relative_error, token_mask
-from fastdit.planning.plan import Plan
+from fastdit.planning.forward_plan import CallPlan
 
 LAYOUT = Layout((4, 6, 6), (1, 3, 3))
 KEPT = Window(size=(1, 3, 3)).select(LAYOUT)
@@ -26,7 +26,7 @@ def tensors(seed=0, scale=1.5):
 
 
 def plan_of(kept=KEPT):
-    return Plan(0, 0.25, BlockMask.from_tile_map(kept, LAYOUT), Quant(), None)
+    return CallPlan(0, density=0.25, block_mask=BlockMask.from_tile_map(kept, LAYOUT))
 
 
 def call(reuse, held, q, k, v, plan=None):

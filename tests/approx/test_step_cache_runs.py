@@ -20,7 +20,7 @@ from util import enter, render, tiny_wan_pipeline, windows_reusing
 
 import fastdit
 from fastdit import Config, Phase, Window
-from fastdit.attach.site_call import _Call
+from fastdit.attach.site_call import SiteCall
 from fastdit.config import Reuse
 from fastdit.policies import SpatialTemporal, TopMass
 
@@ -185,13 +185,13 @@ def test_what_a_step_cache_skips_ages_nothing(pipes, monkeypatch, cache):
     pipe.transformer.enable_cache(STEP_CACHES[cache](pipe))
     handle = fastdit.accelerate(pipe, windows_reusing())
     seen = {}
-    record = _Call.record
+    record = SiteCall.record
 
     def note(self, plan, how, *rest):
-        seen.setdefault((self.site.layer, id(self.forward.branch)), []).append((handle.clock.step, how))
-        record(self, plan, how, *rest)
+        seen.setdefault((self.layer, id(self.forward.branch)), []).append((handle.clock.step, how))
+        return record(self, plan, how, *rest)
 
-    monkeypatch.setattr(_Call, "record", note)
+    monkeypatch.setattr(SiteCall, "record", note)
     render(pipe, steps=12)
     assert len(seen) == 4 if cache != "broadcast" else len(seen) >= 2  # which skips the second branch's calls altogether
     assert min(map(len, seen.values())) < 12
@@ -210,7 +210,7 @@ def test_another_batch_starts_anew_and_a_phase_that_ends_leaves_nothing(pipes):
         for sigma, batch in ((900.0, 1), (800.0, 1), (700.0, 2), (600.0, 1), (400.0, 1)):
             model(x[:batch], torch.full((batch,), sigma), text[:batch])
             held.append(sum(memory.bytes() for site in handle.sites for memory in site.memories.values()))
-    assert [ran.how for ran in handle.sites[0].ran] == ["refresh", "reuse", "refresh", "reuse", "refresh"]
+    assert [ran.how for ran in handle.sites[0].calls] == ["refresh", "reuse", "refresh", "reuse", "refresh"]
     assert held == [held[0], held[0], 3 * held[0], 3 * held[0], held[0]]
     assert fastdit.report(model).memory == 3 * held[0], "when it was most"
 
@@ -248,7 +248,7 @@ def test_rows_with_other_padding_have_statistics_of_their_own(pipes):
             forward = enter(handle.denoisers[0], (3, 4, 4), 0.9 - 0.1 * i, after=8)
             found.append(attn.processor(attn, hidden[rows], attention_mask=shown[rows])[:, :50])
         assert forward.seen[0] == 1
-        return torch.stack(found), [ran.how for ran in handle.sites[0].ran]
+        return torch.stack(found), [ran.how for ran in handle.sites[0].calls]
 
     with torch.no_grad():
         both, hows = answers(slice(0, 2))

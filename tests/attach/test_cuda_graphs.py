@@ -93,7 +93,7 @@ def test_every_phase_under_cuda_graphs(mode):
         for sigma in LEVELS:
             torch.compiler.cudagraph_mark_step_begin()
             assert relative_error(run(compiled, "cuda", sigma), run(eager, "cuda", sigma)) < 0.02
-    found = [[ran.how for ran in site.ran] for site in fastdit.attach.processor.installed(model).sites]
+    found = [[ran.how for ran in site.calls] for site in fastdit.attach.processor.installed(model).sites]
     assert found == [["dense", "dense", "refresh", "reuse", "sparse", "sparse", "sparse"]] * 2
 
 

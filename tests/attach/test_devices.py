@@ -12,7 +12,7 @@ from fastdit import Config, Phase, Quant, Reuse, Window, ops
 from fastdit.approx.remainder import REMAINDERS, attention
 from fastdit.core.block_mask import BlockMask
 from fastdit.core.layout import Layout
-from fastdit.planning.plan import complete
+from fastdit.planning.forward_plan import complete
 from fastdit.policies import Antidiagonal, TopMass, scores
 from fastdit.runs.clock import Stopwatch
 

@@ -110,7 +110,7 @@ def test_the_grid_follows_the_call(model):
     fastdit.accelerate(model, SPARSE)
     for grid in ((3, 8, 8), (1, 5, 7), (4, 4, 12)):
         run(model, grid=grid)
-        assert installed(model).call.forward.grids == [grid]
+        assert installed(model).call.forward.plan.sequence.grids == (grid,)
         assert fastdit.report(model).sites[0].ran == "sparse"
 
 

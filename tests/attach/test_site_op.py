@@ -26,8 +26,10 @@ def test_opcheck_in_full(config, masked):
     forward = enter(denoiser, GRID)
     q, k, v = torch.randn(3, 2, 192, 2, 64, generator=torch.Generator().manual_seed(0)).unbind()
     mask = torch.ones(2, 1, 1, 192, dtype=torch.bool) if masked else None
-    ids = model.blocks[0].attn1.processor.ids
-    torch.library.opcheck(_site_attention, (q, k, v, mask, ids, denoiser.call.token, None, None, "native"))
+    layer = model.blocks[0].attn1.processor.layer
+    for compiled in (False, True):
+        given = (q, k, v, mask, denoiser.call.token, layer, None, None, "native", compiled)
+        torch.library.opcheck(_site_attention, given)
     del forward
     assert fastdit.report(model).sites[0].ran == ("dense" if config == "exact" else "sparse")
 

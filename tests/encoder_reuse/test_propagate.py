@@ -330,9 +330,9 @@ def test_composes_with_the_attention_processor(first):
     assert torch.equal(ours[0], alone[0])
     assert torch.equal(ours[3], alone[3])
     assert relative_error(ours[1], alone[1]) > 1e-4
-    calls = {site.name.split(".")[0]: len(site.ran) for site in attention.sites}
+    calls = {site.name.split(".")[0]: len(site.calls) for site in attention.sites}
     assert calls == {"down_blocks": 2, "mid_block": 2, "up_blocks": 5}
-    assert {ran.how for site in attention.sites for ran in site.ran} == {"sparse"}
+    assert {ran.how for site in attention.sites for ran in site.calls} == {"sparse"}
     attention.restore()
     assert propagation_of(model) is not None  # each handle takes off its own
     fastdit.restore(model)

@@ -18,7 +18,7 @@ from fastdit.core.block_mask import BlockMask
 from fastdit.core.layout import Layout
 from fastdit.pipelines.family import noise_level
 from fastdit.pipelines.registry import ADAPTERS
-from fastdit.planning.plan import Plan, complete
+from fastdit.planning.forward_plan import CallPlan, complete
 from fastdit.policies import LSH, Antidiagonal, Dense, PowerOfTwo, Radial, SpatialTemporal, Stripe, TopMass
 from fastdit.reporting import head_profile
 
@@ -107,7 +107,7 @@ def test_statistics(other, store, kind):
 
     def steps():
         mask = BlockMask.from_tile_map(complete(Window(size=(1, 1, 1)).select(layout), layout), layout)
-        plan, held = Plan(0, mask.density(), mask, Quant(), None, reuse=reuse), Memory()
+        plan, held = CallPlan(0, density=mask.density(), block_mask=mask, reuse=reuse), Memory()
         found = [step_cache.attention(q * level, k, v, plan, reuse, held, None, lambda: q + v)[0] for level in (1.0, 0.9, 0.8)]
         scale = None if held.kept is None else held.kept.scale
         assert scale is None or scale.dtype == torch.float32

@@ -40,7 +40,7 @@ def test_phases_and_text_follow_the_call(mine):
         mine(*given(percent))
         assert fastdit.report(mine).sites[0].ran == ran
     call = installed(mine).call.forward
-    assert (call.grids, call.before) == ([GRID], TEXT)
+    assert (call.plan.sequence.grids, call.plan.sequence.before) == ((GRID,), TEXT)
 
 
 def test_compiled_it_is_one_graph(mine):

@@ -113,7 +113,7 @@ def test_linear_attention_says_so():
 def test_layout_of_the_test_is_the_library_s():
     """The mask by tokens, written down above, against the library's own from tiles."""
     from fastdit.core.reference import token_mask as by_tiles
-    from fastdit.planning.plan import complete
+    from fastdit.planning.forward_plan import complete
 
     for grid, before, after in [((3, 8, 8), 0, 5), ((1, 12, 8), 7, 0)]:
         layout = Layout(grid, TILE, before + after, before > 0)

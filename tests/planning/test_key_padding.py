@@ -32,7 +32,7 @@ def additive(mask, low, dtype=torch.float32):
 )
 def test_masks_of_keys(mask):
     found = key_padding.read(mask, 2, LENGTH, LENGTH)
-    assert found == key_padding.Keys(RUNS, square=False)
+    assert found == key_padding.KeptKeys(RUNS, square=False)
 
 
 @pytest.mark.parametrize("low", [None, float("-inf")], ids=["bool", "additive"])
@@ -51,7 +51,7 @@ def test_what_is_only_repeated_is_looked_at_once(low):
 
     expanded = mask.expand(2, 3, LENGTH, LENGTH)
     with Most() as most:
-        assert key_padding.read(expanded, 2, LENGTH, LENGTH) == key_padding.Keys(RUNS, square=False)
+        assert key_padding.read(expanded, 2, LENGTH, LENGTH) == key_padding.KeptKeys(RUNS, square=False)
     assert most.seen <= 2 * LENGTH
 
 
@@ -65,7 +65,7 @@ def test_a_mask_that_was_changed_is_read_again():
 
 def test_square_mask_hides_queries_too():
     square = VALID[:, None, None] & VALID[:, None, :, None]
-    assert key_padding.read(square, 2, LENGTH, LENGTH) == key_padding.Keys(RUNS, square=True)
+    assert key_padding.read(square, 2, LENGTH, LENGTH) == key_padding.KeptKeys(RUNS, square=True)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +96,10 @@ def test_one_mask_serves_the_batch():
 def test_take_and_put_are_inverse():
     x = torch.randn(1, LENGTH, 2, 4)
     out = torch.zeros_like(x)
-    key_padding.put(out, key_padding.take(x, RUNS[1]), RUNS[1])
-    key_padding.put(out, key_padding.take(x, key_padding.gaps(RUNS[1], LENGTH)), key_padding.gaps(RUNS[1], LENGTH))
+    key_padding.scatter_runs(out, key_padding.gather_runs(x, RUNS[1]), RUNS[1])
+    key_padding.scatter_runs(
+        out, key_padding.gather_runs(x, key_padding.gaps(RUNS[1], LENGTH)), key_padding.gaps(RUNS[1], LENGTH)
+    )
     assert torch.equal(out, x)
     assert key_padding.count(RUNS[1]) == 10
     assert key_padding.count(RUNS[1], 1, 5) == 2
@@ -107,11 +109,11 @@ def test_no_runs_take_nothing():
     """What a row without padding hides."""
     x = torch.randn(2, LENGTH, 2, 4)
     assert key_padding.gaps(((0, LENGTH),), LENGTH) == ()
-    nothing = key_padding.take(x, ())
+    nothing = key_padding.gather_runs(x, ())
     assert nothing.shape == (2, 0, 2, 4)
     assert (nothing.dtype, nothing.device) == (x.dtype, x.device)
     out = x.clone()
-    key_padding.put(out, nothing, ())
+    key_padding.scatter_runs(out, nothing, ())
     assert torch.equal(out, x)
     assert key_padding.count(()) == 0
     assert key_padding.gaps((), LENGTH) == ((0, LENGTH),)
@@ -133,10 +135,10 @@ def trimmed(q, k, v, mask):
     for row, runs in enumerate(keys.kept):
         query, key, value = (x[row : row + 1] for x in (q, k, v))
         hidden = key_padding.gaps(runs, q.shape[1])
-        left = key_padding.take(key, runs), key_padding.take(value, runs)
-        key_padding.put(out[row : row + 1], dense(key_padding.take(query, runs), *left), runs)
-        others = key_padding.take(query, hidden)
-        key_padding.put(out[row : row + 1], torch.zeros_like(others) if keys.square else dense(others, *left), hidden)
+        left = key_padding.gather_runs(key, runs), key_padding.gather_runs(value, runs)
+        key_padding.scatter_runs(out[row : row + 1], dense(key_padding.gather_runs(query, runs), *left), runs)
+        others = key_padding.gather_runs(query, hidden)
+        key_padding.scatter_runs(out[row : row + 1], torch.zeros_like(others) if keys.square else dense(others, *left), hidden)
     return out
 
 

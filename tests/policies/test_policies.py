@@ -16,7 +16,7 @@ from fastdit.approx import remainder
 from fastdit.core.block_mask import BlockMask
 from fastdit.core.layout import Layout
 from fastdit.core.reference import attention, relative_error, token_mask
-from fastdit.planning.plan import complete, make_plan
+from fastdit.planning.forward_plan import complete, plan_call
 from fastdit.policies import (
     LSH,
     POLICIES,
@@ -161,7 +161,7 @@ def test_nothing_is_as_large_as_all_pairs_of_tokens(policy, kind):
     q, k, v = (torch.randn(1, 2, math.prod(grid), 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     config = Config((Phase(policy=policy, remainder=kind),), (1, 8, 8), max_density=1)
     with Largest() as seen:
-        plan = make_plan(config, 0.5, 0, 1, grid, 0, False, q, k, v)
+        plan = plan_call(config, 0.5, grid, q, k, v)
         if plan.density < 0.15:
             remainder.attention(q, k, v, plan.block_mask, remainder=kind)
     assert 0 < seen.most < math.prod(grid) ** 2

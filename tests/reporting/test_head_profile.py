@@ -10,7 +10,7 @@ import fastdit
 from fastdit import Config, Window
 from fastdit.core.layout import Layout
 from fastdit.core.reference import attention, token_mask
-from fastdit.planning.plan import complete
+from fastdit.planning.forward_plan import complete
 from fastdit.policies import HeadProfile, TopMass
 from fastdit.reporting import head_profile
 

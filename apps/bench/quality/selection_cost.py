@@ -19,7 +19,7 @@ import torch
 
 from fastdit import Config, Phase
 from fastdit.core.layout import Grid
-from fastdit.planning.plan import make_plan
+from fastdit.planning.forward_plan import plan_call
 from fastdit.policies import LSH, Antidiagonal, Radial, SpatialTemporal, Stripe, TopMass, Window
 
 
@@ -62,7 +62,7 @@ def cost(repeats: int = 3, device: str = "cpu") -> list[dict[str, Any]]:
         for policy in policies:
             config = Config((Phase(policy=policy),), case.tile, max_density=1)
             start = _now(device)
-            make_plan(config, 0.5, 0, 1, case.grid, 0, False, q, k, v)
+            plan_call(config, 0.5, case.grid, q, k, v)
             best[str(policy)] = min(best.get(str(policy), 1e9), _now(device) - start)
     return [{"policy": name, "seconds": round(t, 5), "of dense": round(t / best["dense"], 4)} for name, t in best.items()]
 

@@ -10,7 +10,7 @@ import torch
 from fastdit import PRESETS, Config, Phase, Window
 from fastdit.apps.web import estimate
 from fastdit.core.layout import Layout
-from fastdit.planning.plan import complete
+from fastdit.planning.forward_plan import complete
 from fastdit.policies import Radial
 
 

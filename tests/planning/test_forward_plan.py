@@ -1,18 +1,18 @@
 import pytest
 import torch
 
-from fastdit import ops
 from fastdit.config import Config, Phase
 from fastdit.core.byte_cache import ByteCache
 from fastdit.core.layout import Layout
 from fastdit.core.quant import Quant
-from fastdit.planning.plan import complete, layout_of, make_plan
+from fastdit.planning.forward_plan import complete, layout_of, plan_call
 from fastdit.policies import Dense, HeadProfile, Policy, SpatialTemporal, Window
 
 
 def plan(config, sigma=0.5, grid=(2, 8, 8), layer=0, text=0, text_first=False, tokens=None, masks=None):
     q = torch.zeros(1, 1, tokens or grid[0] * grid[1] * grid[2] + text, 8)
-    return make_plan(config, sigma, layer, 4, grid, text, text_first, q, q, q, masks=masks)
+    others = {"before" if text_first else "after": text}
+    return plan_call(config, sigma, grid, q, q, q, layer=layer, layers=4, masks=masks, **others)
 
 
 def windowed(**overrides):
@@ -88,8 +88,8 @@ def test_nothing_is_chosen_where_no_kernel_would_run_it():
             raise AssertionError("chosen for nothing")
 
     q = torch.zeros(1, 1, 128, 8, device="meta")  # like "mps": a device that has no kernel
-    got = make_plan(windowed(phases=(Phase(policy=Never()),)), 0.5, 0, 4, (2, 8, 8), 0, False, q, q, q)
-    assert (got.block_mask, got.reason, ops.unsupported(q, got.quant)) == (None, None, "no kernel for meta tensors")
+    got = plan_call(windowed(phases=(Phase(policy=Never()),)), 0.5, (2, 8, 8), q, q, q)
+    assert (got.block_mask, got.reason, got.wanting) == (None, "no kernel for meta tensors", True)
 
 
 def test_a_policy_that_reads_values_gets_them():

@@ -1,0 +1,219 @@
+"""What a forward of a denoiser will do, decided once before its first layer; and what each of its attention calls looks up.
+
+`plan_forward` is a pure function of the configuration, the noise level, the denoiser's sequence and the guard's level at each
+site. A call adds its shape (`ForwardPlan.call`): all sites of one phase and shape share one `CallPlan`. What depends on the
+values of q, k and v, the tiles that a dynamic policy keeps, is chosen by `CallPlan.choose`.
+
+Text, padding and each tile's own diagonal are this file's business and no policy's: every tile attends all text, text
+attends everything, and a tile always attends itself. So a policy can cost quality but never break a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastdit import ops
+from fastdit.approx.error_guard import config_at_level
+from fastdit.config import Config, Phase, Reuse
+from fastdit.core.block_mask import BlockMask, density
+from fastdit.core.byte_cache import ByteCache, sent
+from fastdit.core.layout import Grid, Layout, fit_tile
+from fastdit.core.quant import Quant
+from fastdit.kernels import launch
+from fastdit.planning.key_padding import Runs
+from fastdit.planning.sequence import SequenceSpan, SequenceSpec
+from fastdit.policies import Dense, Policy
+
+MASK_BYTES = 256 << 20
+"""Of static policies' block masks that one pipeline keeps: some 40 of a 14B model's at 720p."""
+
+
+@dataclass(frozen=True, eq=False)
+class SitePlan:
+    """What the configuration asks of a site in this forward; sites of one phase and level share it.
+
+    config: at the guard's level. phase: index into `Config.phases`, None outside all of them. reason: why the site stays dense
+    whatever it is called with.
+    """
+
+    config: Config
+    phase: int | None
+    level: int
+    reason: str | None = None
+
+    @property
+    def settings(self) -> Phase:
+        return Phase() if self.phase is None else self.config.phases[self.phase]
+
+
+@dataclass(frozen=True, eq=False)
+class CallPlan:
+    """What an attention call of one shape will do.
+
+    reason: why it runs dense through the pipeline's own attention; None: it runs through `ops.run`. wanting: it is dense for
+    want of something, which a strict configuration refuses. density: in [0, 1] of all query-key pairs, a tensor [] where it
+    would have to be waited for. block_mask None: attend to every key, or, with a policy, not chosen yet. span: where the
+    tokens sit. policy: a dynamic one, which chooses its tiles by q, k and v. level: of the guard.
+    """
+
+    phase: int | None
+    reason: str | None = None
+    wanting: bool = False
+    density: float | Tensor = 1.0
+    block_mask: BlockMask | None = None
+    quant: Quant = field(default_factory=Quant)
+    remainder: str = "none"
+    reuse: Reuse = field(default_factory=Reuse)
+    span: SequenceSpan | None = None
+    layout: Layout | None = None
+    policy: Policy | None = None
+    first_frame: bool = False
+    max_density: float = 1.0
+    level: int = 0
+
+    @property
+    def roll(self) -> int:
+        """See `SequenceSpan.roll`."""
+        return 0 if self.span is None else self.span.roll
+
+    def choose(self, q: Tensor, k: Tensor, v: Tensor) -> CallPlan:
+        """With the tiles that the dynamic policy keeps for q, k and v [B, H, N, D], rolled by `roll` places."""
+        assert self.policy is not None
+        assert self.layout is not None
+        return self.with_mask(*_select(self.policy, self.layout, self.first_frame, q, k, v), heads=q.shape[1])
+
+    def with_mask(self, block_mask: BlockMask, share: float | Tensor, heads: int) -> CallPlan:
+        """share: the mask's density. Raises ValueError for a mask of another number of heads."""
+        if block_mask.kv_indices.shape[1] not in (1, heads):
+            raise ValueError(f"{self.policy} is for {block_mask.kv_indices.shape[1]} heads, this layer has {heads}")
+        if not isinstance(share, Tensor) and share > self.max_density:
+            return self.dense(above(share, self.max_density))
+        return replace(self, block_mask=block_mask, density=share)
+
+    def dense(self, reason: str) -> CallPlan:
+        return CallPlan(self.phase, reason, span=self.span, level=self.level)
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardPlan:
+    """What holds for a whole forward of a denoiser. sites: by layer."""
+
+    sequence: SequenceSpec
+    sites: tuple[SitePlan, ...]
+
+    def call(self, layer: int, q: Tensor, keys: int, kept: Runs | None = None, masks: ByteCache | None = None) -> CallPlan:
+        """For queries q [B, H, n, D] of a sequence of `keys` tokens, of which a mask leaves `kept`. q has those that are left,
+        or some of them (of a sequence split over processes). masks: where static policies' block masks are kept."""
+        site = self.sites[layer]
+        span = self.sequence.missing or self.sequence.span(keys, kept)
+        return _call(site, span, q, masks)
+
+
+@lru_cache(maxsize=256)
+def plan_forward(config: Config, sigma: float, sequence: SequenceSpec, levels: tuple[int, ...]) -> ForwardPlan:
+    """sigma: noise level in [0, 1]; levels: of the guard (`error_guard.LEVELS`), by layer."""
+    known: dict[tuple[int, int], SitePlan] = {}
+    sites = []
+    for layer, level in enumerate(levels):
+        phase = config.at(sigma, layer, len(levels))
+        if phase is None:
+            none = f"no phase for noise level {sigma:.3f} and layer {layer} of {len(levels)}"
+            sites.append(SitePlan(config, None, level, none if config.phases else "the configuration is dense"))
+        else:
+            sites.append(known.setdefault((phase, level), SitePlan(config_at_level(config, level), phase, level)))
+    return ForwardPlan(sequence, tuple(sites))
+
+
+def layout_of(config: Config, grid: Grid, text_len: int = 0, text_first: bool = False) -> Layout:
+    """The layout a configuration gives a grid: its own tile, cut to the grid, or one fitted to it."""
+    tile = config.tile or fit_tile(grid, config.tile_tokens)
+    t, h, w = (min(s, g) for s, g in zip(tile, grid, strict=True))
+    return Layout(grid, (t, h, w), text_len, text_first)
+
+
+def plan_call(
+    config: Config,
+    sigma: float,
+    grid: Grid,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layer: int = 0,
+    layers: int = 1,
+    before: int = 0,
+    after: int = 0,
+    masks: ByteCache | None = None,
+) -> CallPlan:
+    """One call by itself, its tiles chosen: q, k and v [B, H, N, D] with `before` and `after` tokens around the grid's."""
+    forward = plan_forward(config, sigma, SequenceSpec((grid,), before, after), (0,) * layers)
+    plan = forward.call(layer, q, k.shape[2], None, masks)
+    return plan if plan.policy is None else plan.choose(q, k, v)
+
+
+def _call(site: SitePlan, span: SequenceSpan | str, q: Tensor, masks: ByteCache | None) -> CallPlan:
+    if isinstance(span, str):
+        return CallPlan(site.phase, span, wanting=True, level=site.level)
+    config, phase, tokens = site.config, site.settings, span.tokens
+    policy, quant = phase.policy, phase.quant
+    plan = CallPlan(
+        site.phase, quant=quant, span=span, first_frame=config.first_frame, max_density=config.max_density, level=site.level
+    )
+    if site.reason is not None:
+        return plan.dense(site.reason)
+    if tokens < config.min_tokens:
+        return plan.dense(f"{tokens} tokens: below {config.min_tokens}, sparse attention does not pay")
+    if isinstance(policy, Dense):
+        if quant.is_none:
+            return plan.dense("the phase is dense")
+        if q.is_cuda and config.min_tokens and tokens < launch.pays_from(q.shape[-1], quant):
+            return plan.dense(f"{tokens} tokens: all of attention in {quant} is no faster there")
+    if q.shape[2] != tokens and not policy.static:
+        return plan.dense(f"{policy} chooses by all queries, which are spread over processes")
+    if (refusal := ops.unsupported(q, quant)) is not None:
+        return replace(plan.dense(refusal), wanting=True)
+    if isinstance(policy, Dense):
+        return plan
+    layout = layout_of(config, span.grid, span.others, span.before > 0)
+    plan = replace(plan, remainder=phase.remainder, reuse=phase.reuse, layout=layout, policy=policy)
+    if not policy.static:
+        return plan
+    where = (policy, layout, config.first_frame, str(q.device))
+    found = _static(*where) if masks is None else masks.get(where, lambda: _static(*where))
+    return replace(plan.with_mask(*found, heads=q.shape[1]), policy=None)
+
+
+def above(share: float, most: float) -> str:
+    return f"density {share:.2f} is above {most:g}: dense is faster"
+
+
+def complete(video: Tensor, layout: Layout, first_frame: bool = False) -> Tensor:
+    """A policy's map bool [b, h, video_tiles, video_tiles] -> that of all tiles, with own tiles and text kept."""
+    n, tiles = layout.video_tiles, layout.num_tiles
+    if video.dtype != torch.bool or video.ndim != 4 or video.shape[2:] != (n, n):
+        raise ValueError(f"a policy must give bool [b, h, {n}, {n}], got {video.dtype} {tuple(video.shape)}")
+    kept = torch.ones(*video.shape[:2], tiles, tiles, dtype=torch.bool, device=video.device)
+    kept[:, :, :n, :n] = video | torch.eye(n, dtype=torch.bool, device=video.device)
+    if first_frame:
+        kept[..., : n // layout.tile_grid[0]] = True
+    return kept
+
+
+def _static(policy: Policy, layout: Layout, first_frame: bool, device: str) -> tuple[BlockMask, float]:
+    block_mask, share = _listed(complete(sent(policy.select(layout), device), layout, first_frame), layout)
+    return block_mask, float(share)
+
+
+def _select(policy: Policy, layout: Layout, first_frame: bool, *qkv: Tensor) -> tuple[BlockMask, float | Tensor]:
+    video = (layout.to_tiles(x)[:, :, : layout.video_tiles] for _, x in zip(policy.reads, qkv, strict=False))
+    block_mask, share = _listed(complete(policy.select(layout, *video), layout, first_frame), layout)
+    return block_mask, share if share.is_cuda else float(share)
+
+
+def _listed(kept: Tensor, layout: Layout) -> tuple[BlockMask, Tensor]:
+    block_mask = BlockMask.from_tile_map(kept, layout)
+    return block_mask, density(kept, block_mask.q_order, block_mask.k_order)
