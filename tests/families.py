@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from torch import Tensor
 
@@ -512,3 +513,19 @@ def lumina_rope() -> Tensor:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
     return get_2d_rotary_pos_embed_lumina(32, 24, 24)
+
+
+def run(model: Any, case: Case, **changed: Any) -> Tensor:
+    """The model's answer to its case's call, with arguments changed."""
+    out = model(**case.call() | changed, return_dict=False)[0]
+    return torch.stack(list(out)) if isinstance(out, (list, tuple)) else out
+
+
+def name(case: Case) -> str:
+    """Of a family, in ids of tests."""
+    extra = "-image" if "image_dim" in case.config else ""
+    return case.cls.removesuffix("Model").removesuffix("Transformer3D").removesuffix("Transformer2D") + extra
+
+
+BY_NAME = {name(case): case for case in CASES}
+each_family = pytest.mark.parametrize("case", CASES, ids=name)

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from util import call, environment, tiny_wan_pipeline
+from util import DOCS, ROOT, call, environment, tiny_wan_pipeline
 
 from fastdit import preset
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "assets/tiny/MODEL.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), ROOT / "assets/tiny/MODEL.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`((?:fastdit|python -m fastdit[\w.]*)(?: [^`]*)?)`", re.DOTALL)
 ELSEWHERE = ("-m", "--model", "--gpus", "--cluster", "--ulysses", "--ring", "--lora", "--cpu-offload")
@@ -68,7 +67,7 @@ def prepare(folder: Path, line: str) -> None:
     for page in ("README.md", "docs/benchmarks.md", "docs/families.md", "docs/policies.md", "docs/statistics.md"):
         (folder / page).parent.mkdir(exist_ok=True)
         (folder / page).write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
-    shutil.copytree(ROOT / "docs/results", folder / "docs/results")
+    shutil.copytree(DOCS / "results", folder / "docs/results")
     if "compare clips" in line:
         import numpy as np
 

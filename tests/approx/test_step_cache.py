@@ -160,9 +160,7 @@ def test_stores(store, error, host):
     assert Stored.of(torch.zeros(2, 8), store, host).load(x).eq(0).all()
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="the host's memory is another one than the GPU's only where there is a GPU"
-)
+@pytest.mark.gpu  # the host's memory is another one than the GPU's
 def test_what_the_gpu_has_no_room_for_goes_to_the_host(monkeypatch):
     q, k, v = (x.float().cuda() for x in tensors(9))
     kept = BlockMask.from_tile_map(KEPT.cuda(), LAYOUT)

@@ -15,9 +15,9 @@ from diffusers import (
     WanPipeline,
 )
 from families import CASES
-from test_noise_level import Pipe
+from models import Pipe
 from torch.overrides import TorchFunctionMode
-from util import tiny_wan_pipeline
+from util import render, tiny_wan_pipeline
 
 import fastdit
 from fastdit import Config, Phase, Window
@@ -42,11 +42,6 @@ def beside(pipe):
     other = WanPipeline(**(pipe.components | {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0)}))
     other.set_progress_bar_config(disable=True)
     return other
-
-
-def render(pipe, prompt="a b c", seed=0, steps=6, size=64, **more):
-    call = {"num_frames": 9, "height": size, "width": size, "num_inference_steps": steps, "output_type": "latent"}
-    return pipe(prompt, negative_prompt="d e", generator=torch.Generator().manual_seed(seed), **call | more).frames
 
 
 @pytest.fixture
