@@ -64,7 +64,14 @@ def prepare(folder: Path, line: str) -> None:
     """Files that examples name."""
     (folder / "prompts.jsonl").write_text('{"prompt": "a star", "num_frames": 5, "height": 32, "width": 32, "steps": 2}\n')
     (folder / "mine.json").write_text(json.dumps(preset("fast").to_dict()))
-    for page in ("README.md", "docs/benchmarks.md", "docs/families.md", "docs/policies.md", "docs/statistics.md"):
+    for page in (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/cli.md",
+        "docs/families.md",
+        "docs/policies.md",
+        "docs/statistics.md",
+    ):
         (folder / page).parent.mkdir(exist_ok=True)
         (folder / page).write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
     shutil.copytree(DOCS / "results", folder / "docs/results")
