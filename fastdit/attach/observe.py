@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdit import ops
 from fastdit.attach.cuda_graphs import STAYS_OUT, refuse_capture
 from fastdit.attach.handle import Denoiser, Handle
 from fastdit.planning.sequence import SequenceSpec
@@ -82,7 +83,7 @@ def _begin_forward(
     number, model = ids.tolist()
     handle = Handle.find(number)
     denoiser = handle.denoisers[model]
-    with torch.autocast(sigma.device.type, enabled=False):  # sums of the conditioning in float32
+    with ops.without_autocast(sigma):  # sums of the conditioning in float32
         given = (
             [sigma.amax()] + ([] if timestep is None else [timestep.amax()]) + ([] if where is None else list(where.unbind()))
         )
@@ -105,7 +106,7 @@ def _begin_forward(
     )  # fmt: skip
     sequence = SequenceSpec(tuple(grids), before, after, ragged, unread, missing)
     time = None if timestep is None else numbers[1] if timestep.is_floating_point() else round(numbers[1])
-    with torch.autocast("cpu", enabled=False):  # cosines of latents in float32
+    with ops.without_autocast(sample):  # cosines of latents in float32
         forward = denoiser.call.forward = handle.enter(numbers[0], time, call, sequence)
     return torch.tensor([forward.number], dtype=torch.int64, device="cpu")
 

@@ -24,7 +24,7 @@ from fastdit.planning.key_padding import Runs
 from fastdit.runs.clock import Stopwatch
 from fastdit.runs.forward import Forward
 from fastdit.runs.site_state import CallRecord, SiteState
-from fastdit.runs.verdict import Verdict
+from fastdit.runs.verdict import Verdict, settle
 
 NEW = "no earlier step of its branch: the conditioning or the noise is new"
 SDPA = "F.scaled_dot_product_attention"
@@ -65,7 +65,7 @@ def _site_attention(
 ) -> Tensor:
     call = SiteCall(Forward.find(int(token)), int(layer), at, scale, backend)
     # What autocast asks for was done before; products of our own, in float32, are not its business.
-    with ops.on_device(q), torch.autocast(q.device.type, enabled=False):
+    with ops.on_device(q), ops.without_autocast(q):
         return call.answer(q, k, v, mask, compiled).contiguous()
 
 
@@ -176,7 +176,7 @@ class SiteCall:
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, fault: Tensor, plan: CallPlan, record: CallRecord) -> None:
         """Put the dense answer into out [B, H, N, D] if it is not finite or its error is above the budget; keep the record."""
-        run, state, budget = self.forward.run, self.state, self.forward.config.error_budget
+        state, budget = self.state, self.forward.config.error_budget
         error = share = None
         if record.how in ("sparse", "reuse"):
             if budget is not None:
@@ -189,11 +189,12 @@ class SiteCall:
                 record = record._replace(density=density)
         ops.repair(q, k, v, out, q.shape[-1] ** -0.5 if self.scale is None else self.scale, fault)
         state.calls.append(record)
-        run.pending.append(
-            Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, math.inf if budget is None else budget)
-        )
+        limit = math.inf if budget is None else budget
+        verdict = Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, limit)
         if reads_at_once(q.device):
-            run.settle()
+            settle([verdict])
+        else:
+            self.forward.run.pending.append(verdict)
 
     def dense(self, plan: CallPlan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, trimmed: int = 0) -> Tensor:
         forward, state = self.forward, self.state

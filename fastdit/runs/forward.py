@@ -52,7 +52,7 @@ class Forward:
         self.seen: Counter[int] = Counter()
         self._plans: dict[tuple[Any, ...], CallPlan] = {}
         self._masks: dict[int, tuple[Tensor, int, KeptKeys | str]] = {}
-        self._flags: dict[torch.device, tuple[Tensor, int]] = {}
+        self._flags: dict[torch.device, list[Tensor]] = {}
         _forwards[self.number] = self
 
     @staticmethod
@@ -77,12 +77,10 @@ class Forward:
         return plan
 
     def flag(self, device: torch.device) -> Tensor:
-        """int32 [1], 0: of one answer. Pieces of buffers, which are filled once for many."""
-        buffer, used = self._flags.get(device, (None, FLAGS))
-        if buffer is None or used == FLAGS:
-            buffer, used = torch.zeros(FLAGS, dtype=torch.int32, device=device), 0
-        self._flags[device] = buffer, used + 1
-        return buffer[used : used + 1]
+        """int32 [1], 0: for one answer. Zeroed for many at a time."""
+        if not (flags := self._flags.get(device)):
+            flags = self._flags[device] = list(torch.zeros(FLAGS, dtype=torch.int32, device=device).split(1))
+        return flags.pop()
 
     def dense(self, layer: int, reason: str) -> CallPlan:
         """For want of something."""

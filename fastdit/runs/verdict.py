@@ -52,7 +52,7 @@ class Verdict:
 def settle(verdicts: Sequence[Verdict]) -> None:
     """Read all of them: one transfer, and one wait, a device."""
     tensors = [x for each in verdicts for x in (each.fault, each.error, each.density) if x is not None]
-    values = iter([float(x) for x in to_host(tensors)])
+    values = iter([float(x) for x in (to_host(tensors) if len(tensors) > 1 else tensors)])
     for each in verdicts:
         fault, error, density = (None if x is None else next(values) for x in (each.fault, each.error, each.density))
         each.read(fault or 0.0, error, density)
