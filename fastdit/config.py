@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastdit.approx.remainder import REMAINDERS
+from fastdit.approx.residual_store import FORMS
 from fastdit.core.layout import Grid
 from fastdit.core.quant import Quant
 from fastdit.policies import Dense, Policy, policy_from_dict
 
 KINDS = ("none", "retention", "ratio", "residual", "broadcast")
-STORES = ("float32", "bfloat16", "fp8")
+STORES = FORMS
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,8 @@ dense output again; Pyramid Attention Broadcast, arXiv 2408.12588). ``maps`` alo
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import EllipsisType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +21,10 @@ from torch import Tensor
 from fastdit import ops
 from fastdit.approx import remainder
 from fastdit.approx.memory_budget import free_bytes
+from fastdit.approx.residual_store import Stored, bytes_of, parts, taken
 from fastdit.config import Reuse
 from fastdit.core.block_mask import BlockMask
 from fastdit.planning.plan import Plan
-
-STORES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-PART_BYTES = 64 << 20
-"""In float32, of what is worked on at a time: all heads of a 14B model at 720p would be 1.5 GB, several times over."""
 
 
 @dataclass(eq=False)
@@ -51,62 +45,8 @@ class Memory:
 
     def bytes(self, device: torch.device | None = None) -> int:
         """Held on a device; None: on all."""
-        tensors = [self.ratio, *((self.kept.data, self.kept.scale) if self.kept is not None else ())]
-        return sum(_taken(x.nbytes, x.is_pinned()) for x in tensors if x is not None and device in (None, x.device))
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """A tensor [..., D] in fewer bits, perhaps elsewhere: data · scale, the scale one a row or None."""
-
-    data: Tensor
-    scale: Tensor | None
-
-    @classmethod
-    def empty(cls, like: Tensor, store: str, host: bool) -> Stored:
-        """Room for a tensor; in the host's memory page-locked, which a GPU reads and writes several times faster."""
-        there: dict[str, Any] = {"device": "cpu", "pin_memory": like.is_cuda} if host else {"device": like.device}
-        data = torch.empty(like.shape, dtype=STORES[store], **there) if host else torch.empty_like(like, dtype=STORES[store])
-        return cls(data, torch.empty(*like.shape[:-1], 1, dtype=torch.float32, **there) if store == "fp8" else None)
-
-    @classmethod
-    def of(cls, x: Tensor, store: str, host: bool) -> Stored:
-        stored = cls.empty(x, store, host)
-        for part in _parts(x):
-            stored.put(x[part], part)
-        return stored
-
-    def put(self, x: Tensor, part: Part = ...) -> None:
-        if self.scale is not None:
-            scale = x.abs().amax(-1, keepdim=True).float().div(448).clamp(min=torch.finfo(torch.float32).tiny)
-            self.scale[part] = scale
-            x = x / scale
-        self.data[part] = x.to(self.data.dtype)  # on its device: fewer bytes have to travel
-
-    def load(self, like: Tensor, part: Part = ...) -> Tensor:
-        """On the device of `like`; wide only where it has a scale."""
-        x = self.data[part].to(like.device, non_blocking=True)
-        if self.scale is None:
-            return x
-        return x.to(torch.promote_types(like.dtype, torch.float32)) * self.scale[part].to(like.device)
-
-
-Part = EllipsisType | tuple[slice, slice]
-
-
-def _parts(x: Tensor) -> Iterator[Part]:
-    """x [B, H, N, D] in pieces of some heads of one batch element, whole where it is small (or has other dimensions)."""
-    if x.ndim != 4 or 4 * x.numel() <= PART_BYTES:
-        yield ...
-        return
-    heads = max(1, PART_BYTES // (4 * x.shape[2] * x.shape[3]))
-    for b, first in itertools.product(range(x.shape[0]), range(0, x.shape[1], heads)):
-        yield slice(b, b + 1), slice(first, first + heads)
-
-
-def _taken(size: int, pinned: bool) -> int:
-    """Bytes that so many take: PyTorch rounds page-locked memory up to a power of two."""
-    return 1 << (size - 1).bit_length() if pinned and size else size
+        tensors = [self.ratio, *(self.kept.tensors if self.kept is not None else ())]
+        return sum(taken(x.nbytes, x.is_pinned()) for x in tensors if x is not None and device in (None, x.device))
 
 
 def attention(
@@ -134,8 +74,8 @@ def attention(
         kept, weight = memory.kept, None
         if memory.ratio is not None:
             weight = (memory.ratio + (memory.uses - 1) * reuse.ramp).clamp(max=1)[..., None]
-        in_place = kept is None or (kept.scale is None and kept.data.device == q.device)  # nothing wide is made on the way
-        for heads in (...,) if in_place else _parts(q):
+        in_place = kept is None or (kept.as_is and kept.data.device == q.device)  # nothing wide is made on the way
+        for heads in (...,) if in_place else parts(q):
             part = out[heads]
             if kept is None:
                 assert weight is not None
@@ -165,7 +105,7 @@ def attention(
     if reuse.kind != "ratio":
         wide = torch.promote_types(q.dtype, torch.float32)
         memory.kept = Stored.empty(full, reuse.store, host)
-        for heads in _parts(q):
+        for heads in parts(q):
             part = less[heads].to(wide)
             if memory.ratio is not None:
                 part = memory.ratio[heads][..., None] * part
@@ -178,8 +118,7 @@ def _place(q: Tensor, reuse: Reuse, held: Callable[[torch.device], int]) -> tupl
     rows = q.numel() // q.shape[-1]  # each with a ratio, or a scale
     host = torch.device("cpu")
     for place in (host,) if reuse.host or not q.is_cuda else (q.device, host):
-        sizes = q.numel() * STORES[reuse.store].itemsize, 4 * rows * (reuse.store == "fp8")
-        needs = sum(_taken(size, q.is_cuda and place == host) for size in sizes) + 4 * rows * (reuse.kind == "retention")
+        needs = bytes_of(tuple(q.shape), reuse.store, q.is_cuda and place == host) + 4 * rows * (reuse.kind == "retention")
         beside = held(place)
         if beside + needs <= (free_bytes(place) + beside) // 2:
             return place, None

@@ -7,8 +7,9 @@ import torch
 from util import Largest
 
 from fastdit import Window, ops
-from fastdit.approx import step_cache
-from fastdit.approx.step_cache import Memory, Stored
+from fastdit.approx import residual_store, step_cache
+from fastdit.approx.residual_store import Stored
+from fastdit.approx.step_cache import Memory
 from fastdit.config import KINDS, Reuse
 from fastdit.core.block_mask import BlockMask
 from fastdit.core.layout import Layout
@@ -225,8 +226,8 @@ def test_in_pieces_it_is_the_same_to_the_bit_and_small(monkeypatch, kind, store)
     scaled = ratio * less.float()
     expected = {"retention": scaled + kept, "ratio": scaled, "residual": less.float() + kept, "broadcast": kept}[kind]
     part = q.shape[2] * q.shape[3]
-    monkeypatch.setattr(step_cache, "PART_BYTES", 4 * part)
-    assert len(list(step_cache._parts(q))) == 6
+    monkeypatch.setattr(residual_store, "PART_BYTES", 4 * part)
+    assert len(list(residual_store.parts(q))) == 6
     held, reuse = Memory(), Reuse(kind, store=store, ramp=0)
     step_cache.attention(q, k, v, plan_of(), reuse, held, None, lambda: full)
 
@@ -248,8 +249,8 @@ def test_what_was_remembered_once_has_room_again(monkeypatch):
 
 
 def test_page_locked_memory_comes_in_powers_of_two():
-    assert [step_cache._taken(size, True) for size in (0, 1, 2, 3, 4096, 4097)] == [0, 1, 2, 4, 4096, 8192]
-    assert step_cache._taken(4097, False) == 4097
+    assert [residual_store.taken(size, True) for size in (0, 1, 2, 3, 4096, 4097)] == [0, 1, 2, 4, 4096, 8192]
+    assert residual_store.taken(4097, False) == 4097
 
 
 @pytest.mark.parametrize(
