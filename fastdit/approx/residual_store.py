@@ -4,15 +4,16 @@
 ``fp8``     E4M3, a float32 scale a row (largest value / 448).
 ``int4``    two values a byte, a bfloat16 scale a row (largest value / 7).
 ``pca4``, ``pca2``, ``pca1``  about 3.4, 1.6 and .8 bits a value. Rows of a head lie near few directions: each head is turned
-            into its principal axes (uncentred, as the mean matters too), and its coefficients on the first of them are kept in 8,
-            on the next in 4 and on the next in 2 bits (`PCA` has how many); the rest is dropped. That is transform coding, bits
-            laid out by variance (Huang & Schultheiss 1963); steps are Max's (1960) for a Gauss-like coefficient of that
+            into its principal axes (uncentred, as the mean matters too), its coefficients on the first of them are kept in 8,
+            on the next in 4 and on the next in 2 bits (`PCA` has how many), and the rest is dropped. That is transform coding,
+            bits laid out by variance (Huang & Schultheiss 1963). Steps are Max's (1960) for a Gauss-like coefficient of that
             variance, and what a code stands for is fitted by least squares. docs/statistics.md has what each costs.
 ``mean4``, ``mean16``  as ``pca1``, of the means of 4 or 16 consecutive tokens.
 
 A row's length is kept beside it, so a row is coded relative to itself, and long rows do not take the steps of short ones.
 
-The packed layout, which a kernel may read as it lies (all tensors contiguous, heads outermost):
+The packed layout, which a kernel may read as it lies (contiguous, heads outermost; on the GPU data of fp8, like
+float32's and bfloat16's, has the strides of what it was made from):
 
     fp8     data [B, H, N, D] float8_e4m3fn, scale [B, H, N, 1] float32;      x = data · scale
     int4    data [B, H, N, ⌈D/2⌉] uint8, scale [B, H, N, 1] bfloat16;         x = (nibble − 8) · scale

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdit import ops
-from fastdit.approx import remainder
-from fastdit.approx.memory_budget import free_bytes
-from fastdit.approx.residual_store import Stored, bytes_of, parts, taken
-from fastdit.config import Reuse
+from fastdit.approx import placement, remainder
+from fastdit.approx.residual_store import Part, Stored, parts, taken
+from fastdit.config import AUTO, Reuse
 from fastdit.core.block_mask import BlockMask
 from fastdit.planning.plan import Plan
 
@@ -39,6 +39,15 @@ class Memory:
     uses: int = 0
     no_room: str | None = None
     """Why nothing is remembered, though it should be."""
+    power: Tensor | None = None
+    """Mean square of the dense answer, where the form may change: what errors are relative to."""
+    errors: list[float] | None = None
+    """Of `placement.FORMS`, once there was need to know."""
+
+    @property
+    def form(self) -> str | None:
+        """In which the residual is kept."""
+        return None if self.kept is None else self.kept.form
 
     def drop(self) -> None:
         self.block_mask = self.ratio = self.kept = None
@@ -87,39 +96,44 @@ def attention(
             else:
                 torch.addcmul(kept.load(q, heads), part, weight[heads], out=part)
         return out, "reuse"
-    place = None if memory.kept is None else memory.kept.data.device  # what the last refresh leaves, this one takes
+    room = None if memory.kept is None else placement.Room(memory.kept.data.device, memory.kept.form)
     memory.uses, memory.ratio, memory.kept = 0, None, None
-    if reuse.kind != "ratio" and place is None:
-        place, memory.no_room = _place(q, reuse, held)
-        if place is None:
+    if reuse.kind != "ratio" and room is None:  # otherwise: what the last refresh leaves, this one takes
+        room = placement.find(q, reuse, held)
+        memory.no_room = room.why
+        if room.place is None:
             return dense(), "dense"  # densities chosen for use with statistics do not hold without them
-    host = place is not None and place.type == "cpu"
     if reuse.kind == "broadcast":
-        out = dense()
-        memory.kept = Stored.of(out, reuse.store, host)
-        return out, "refresh"
-    full, lse_full = ops.attention(q, k, v, scale=scale)
-    less, lse = sparse()
-    if reuse.kind != "residual":
-        memory.ratio = (lse - lse_full).exp().clamp(max=1)
-    if reuse.kind != "ratio":
-        wide = torch.promote_types(q.dtype, torch.float32)
-        memory.kept = Stored.empty(full, reuse.store, host)
-        for heads in parts(q):
-            part = less[heads].to(wide)
-            if memory.ratio is not None:
-                part = memory.ratio[heads][..., None] * part
-            memory.kept.put(full[heads].to(wide) - part, heads)
+        full = dense()
+    else:
+        full, lse_full = ops.attention(q, k, v, scale=scale)
+        less, lse = sparse()
+        if reuse.kind != "residual":
+            memory.ratio = (lse - lse_full).exp().clamp(max=1)
+    if room is None or room.place is None:
+        return full, "refresh"
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    def left_out(heads: Part, rows: Any = slice(None)) -> Tensor:
+        """R of some heads and rows; of `broadcast` the answer itself."""
+        if reuse.kind == "broadcast":
+            return full[heads][:, :, rows]
+        part = less[heads][:, :, rows].to(wide)
+        if memory.ratio is not None:
+            part = memory.ratio[heads][:, :, rows, None] * part
+        return full[heads][:, :, rows].to(wide) - part
+
+    form = room.form
+    if reuse.store == AUTO:
+        placement.sharers().add(memory)
+        rows = placement.sample(q.shape[2], q.device)
+        memory.power = full[:, :, rows].float().square().mean()
+        if form is None:
+            memory.errors = placement.measure(left_out(..., rows).float(), memory.power)
+            form = placement.share(q, room, memory.errors)
+    assert form is not None
+    kept = Stored.empty(full, form, room.place.type == "cpu")
+    for heads in parts(q):
+        kept.put(left_out(heads), heads)
+    memory.kept = kept
     return full, "refresh"
-
-
-def _place(q: Tensor, reuse: Reuse, held: Callable[[torch.device], int]) -> tuple[torch.device | None, str | None]:
-    """Where there is room for what a refresh leaves, or why there is none: all together take half of what was free at most."""
-    rows = q.numel() // q.shape[-1]  # each with a ratio, or a scale
-    host = torch.device("cpu")
-    for place in (host,) if reuse.host or not q.is_cuda else (q.device, host):
-        needs = bytes_of(tuple(q.shape), reuse.store, q.is_cuda and place == host) + 4 * rows * (reuse.kind == "retention")
-        beside = held(place)
-        if beside + needs <= (free_bytes(place) + beside) // 2:
-            return place, None
-    return None, f"{reuse.kind}: no room for {needs / 2**20:.0f} MB beside {beside / 2**20:.0f} MB remembered"

@@ -222,7 +222,7 @@ def test_zeros_constants_and_scales(form):
     assert found[0, 1].eq(0).all()
     assert found[0, 0, 16:32].eq(0).all()
     constant = x[:, :, :1].expand(-1, -1, 48, -1)
-    assert error(Stored.of(constant, form).load(x), constant) < {"fp8": 0.04, "int4": 0.1}.get(form, 0.01)
+    assert error(Stored.of(constant, form).load(x), constant) < {"fp8": 0.04, "int4": 0.2}.get(form, 0.01)
     expected = error(Stored.of(x, form).load(x), x)
     for scale in (1e-30, 1e-6, 1e6, 1e30):
         assert error(Stored.of(x * scale, form).load(x), x * scale) < 1.1 * expected + 1e-6
@@ -251,7 +251,7 @@ def test_from_one_form_to_another(form, other):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 9])
 def test_codes_are_packed_from_the_lowest_bits(bits, count):
-    code = torch.arange(count, dtype=torch.uint8) * 7 % 2**bits
+    code = (torch.arange(count) * 7 % 2**bits).to(torch.uint8)
     byte = pack(code[None], bits)
     assert byte.shape == (1, -(-count * bits // 8))
     number = sum(int(x) << 8 * i for i, x in enumerate(byte[0]))

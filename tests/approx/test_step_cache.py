@@ -7,7 +7,7 @@ import torch
 from util import Largest
 
 from fastdit import Window, ops
-from fastdit.approx import residual_store, step_cache
+from fastdit.approx import placement, residual_store, step_cache
 from fastdit.approx.residual_store import Stored
 from fastdit.approx.step_cache import Memory
 from fastdit.config import KINDS, Reuse
@@ -168,7 +168,7 @@ def test_what_the_gpu_has_no_room_for_goes_to_the_host(monkeypatch):
     q, k, v = (x.float().cuda() for x in tensors(9))
     kept = BlockMask.from_tile_map(KEPT.cuda(), LAYOUT)
     for asked, room, expected in ((True, 1 << 40, "cpu"), (False, 1 << 40, "cuda"), (False, 0, "cpu")):
-        monkeypatch.setattr(step_cache, "free_bytes", lambda device: room if device.type == "cuda" else 1 << 40)  # noqa: B023
+        monkeypatch.setattr(placement, "free_bytes", lambda device: room if device.type == "cuda" else 1 << 40)  # noqa: B023
         held = Memory()
         call(exactly(kind="residual", host=asked), held, q, k, v, replace(plan_of(), block_mask=kept))
         assert held.kept.data.device.type == expected
@@ -183,7 +183,7 @@ def test_what_the_gpu_has_no_room_for_goes_to_the_host(monkeypatch):
 def test_what_does_not_fit_is_not_remembered(monkeypatch):
     q, k, v = tensors(9)
     held = Memory()
-    monkeypatch.setattr(step_cache, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 1000)
     out, how = call(Reuse(kind="retention"), held, q, k, v)
     assert how == "dense"
     assert "no room" in held.no_room
@@ -196,7 +196,7 @@ def test_all_together_never_take_more_than_half_of_what_was_free(monkeypatch):
     """Sites that come first have their statistics, the others stay dense; R and its scales and ratios are all counted."""
     q, k, v = tensors(9)
     free, sites = 100_000, [Memory() for _ in range(8)]
-    monkeypatch.setattr(step_cache, "free_bytes", lambda device: free - sum(site.bytes(device) for site in sites))
+    monkeypatch.setattr(placement, "free_bytes", lambda device: free - sum(site.bytes(device) for site in sites))
 
     def held(device):
         return sum(site.bytes(device) for site in sites)
@@ -244,7 +244,7 @@ def test_what_was_remembered_once_has_room_again(monkeypatch):
     q, k, v = tensors(9)
     held, reuse = Memory(), Reuse("residual", refresh=2)
     hows = [call(reuse, held, q, k, v)[1]]
-    monkeypatch.setattr(step_cache, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 1000)
     assert hows + [call(reuse, held, q, k, v)[1] for _ in range(3)] == ["refresh", "reuse"] * 2
 
 
