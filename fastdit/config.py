@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastdit.approx.remainder import REMAINDERS
+from fastdit.approx.residual_store import FORMS
 from fastdit.core.layout import Grid
 from fastdit.core.quant import Quant
 from fastdit.policies import Dense, Policy, Window, policy_from_dict
 
 KINDS = ("none", "retention", "ratio", "residual", "broadcast")
-STORES = ("float32", "bfloat16", "fp8")
+AUTO = "auto"
+STORES = (*FORMS, AUTO)
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,15 @@ class Reuse:
     """Which statistics serve how many steps; `approx/step_cache.py` says what is done with them, and after which papers.
 
     kind: one of `KINDS`. refresh: a dense step every so many, at least two (the paper: 5). ramp: λ (the paper: .04; its
-    ablation over 0 … .04 is within noise). store: type of R, "fp8" with a scale a row; host: keep R in the CPU's memory, where
-    it also goes when the GPU has no room. maps: steps that a dynamic policy's tile map serves (and so the trades of the heads
-    that `SpatialTemporal` tells apart); with statistics whole refreshes, as they hold for one map only."""
+    ablation over 0 … .04 is within noise). store: form of R, one of `residual_store.FORMS`, or "auto": the best that there is
+    room for (`approx/placement.py`); host: keep R in the CPU's memory, where it also goes when the GPU has no room. maps: steps
+    that a dynamic policy's tile map serves (and so the trades of the heads that `SpatialTemporal` tells apart); with statistics
+    whole refreshes, as they hold for one map only."""
 
     kind: str = "none"
     refresh: int = 5
     ramp: float = 0.04
-    store: str = "bfloat16"
+    store: str = AUTO
     host: bool = False
     maps: int = 1
 

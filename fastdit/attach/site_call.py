@@ -16,17 +16,17 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from fastdit import ops
-from fastdit.approx import error_guard, step_cache
+from fastdit.approx import error_guard, placement, step_cache
 from fastdit.attach.cuda_graphs import STAYS_OUT, refuse_capture
+from fastdit.config import AUTO
 from fastdit.planning import key_padding
 from fastdit.planning.forward_plan import CallPlan
 from fastdit.planning.key_padding import Runs
 from fastdit.runs.clock import Stopwatch
 from fastdit.runs.forward import Forward
-from fastdit.runs.site_state import CallRecord, SiteState
+from fastdit.runs.site_state import NEW, CallRecord, SiteState
 from fastdit.runs.verdict import Verdict, settle
 
-NEW = "no earlier step of its branch: the conditioning or the noise is new"
 SDPA = "F.scaled_dot_product_attention"
 """The backend of processors that call it themselves, instead of diffusers' `dispatch_attention_fn`."""
 
@@ -160,13 +160,15 @@ class SiteCall:
 
         fault = forward.flag(q.device)
         out, how = step_cache.attention(
-            query, key, value, plan, plan.reuse, memory, self.scale, dense, forward.held, fault=fault
+            query, key, value, plan, plan.reuse, memory, self.scale, dense, forward.held, forward.run.memories, fault=fault
         )
         note = memory.no_room
         if how == "refresh":
             state.peak_bytes = max(state.peak_bytes, state.bytes())
             if forward.branch.first == forward.run.clock.step > 0:
                 note = NEW
+            elif memory.form is not None and memory.form != placement.BEST and plan.reuse.store == AUTO:
+                note = f"statistics kept in {memory.form}, as memory is short"
         if memory.no_room and forward.run.forget(1):
             memory.no_room = None  # the next call of this branch tries again
         if forward.run.last:

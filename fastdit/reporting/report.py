@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastdit.approx import error_guard
 from fastdit.attach.handle import Handle, Site
 from fastdit.config import Config, Phase
-from fastdit.runs.site_state import CallRecord, SiteState
+from fastdit.runs.site_state import NEW, CallRecord, SiteState
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -180,7 +180,7 @@ def _site(site: Site, state: SiteState, timed: Sequence[CallRecord], unserved: s
             site.name, ran, 1.0, "none", lost or "not called yet", 0.0, None, error_guard.LEVELS[state.level], 0, 0
         )
     # statistics that no step before could serve were all that there was to it
-    dense = sum(r.how == "dense" or (r.how == "refresh" and r.reason is not None) for r in timed)
+    dense = sum(r.how == "dense" or (r.how == "refresh" and r.reason == NEW) for r in timed)
     reasons = Counter(r.reason for r in timed if r.reason is not None)
     return SiteReport(
         site.name,

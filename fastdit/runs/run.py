@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastdit.approx.step_cache import Memory
 from fastdit.runs.branches import Branch, Branches, Call
 from fastdit.runs.clock import RISE, Clock
 from fastdit.runs.noise_level import Scale
@@ -124,6 +125,9 @@ class Run:
             moved = listed.diff().abs() > RISE * max(1.0, float(listed.abs().amax())) if len(listed) else listed
             self._steps = int(moved.sum()) + (len(listed) > 0)  # as the clock counts them
         return 0 < self._steps <= self.clock.step + 1
+
+    def memories(self) -> list[Memory]:
+        return [memory for site in self.sites for memory in list(site.memories.values())]
 
     def settle(self) -> None:
         """Read the verdicts that are pending."""

@@ -9,6 +9,9 @@ import torch
 
 from fastdit.approx.step_cache import Memory
 
+NEW = "no earlier step of its branch: the conditioning or the noise is new"
+"""Why a call took statistics that no step before could serve."""
+
 
 class CallRecord(NamedTuple):
     """What one call of a site did.
