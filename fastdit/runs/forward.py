@@ -23,6 +23,7 @@ from fastdit.runs.run import Run
 from fastdit.runs.site_state import SiteState
 
 FLAGS = 64
+"""Zeroed at a time: a launch for as many calls as a large denoiser has."""
 _numbers = itertools.count()
 _forwards: WeakValueDictionary[int, Forward] = WeakValueDictionary()
 
@@ -51,7 +52,7 @@ class Forward:
         self.sigma, self.step = self.run.clock.sigma, self.run.step
         self.seen: Counter[int] = Counter()
         self._plans: dict[tuple[Any, ...], CallPlan] = {}
-        self._masks: dict[int, tuple[Tensor, int, KeptKeys | str]] = {}
+        self._masks: dict[tuple[int, ...], tuple[Tensor, int, KeptKeys | str]] = {}
         self._flags: dict[torch.device, list[Tensor]] = {}
         _forwards[self.number] = self
 
@@ -95,8 +96,9 @@ class Forward:
         """
         if compiled:
             return key_padding.read(mask, batch, queries, keys) or key_padding.why_not(mask)
-        known = self._masks.get(id(mask))
-        if known is None or known[0] is not mask or known[1] != version(mask):
+        key = id(mask), batch, queries, keys
+        known = self._masks.get(key)
+        if known is None or known[1] != version(mask):
             read = key_padding.read(mask, batch, queries, keys) or key_padding.why_not(mask)
-            known = self._masks[id(mask)] = mask, version(mask), read
+            known = self._masks[key] = mask, version(mask), read  # kept, or another tensor might get its identity
         return known[2]
