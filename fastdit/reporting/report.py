@@ -84,7 +84,7 @@ class Report:
             _site(site, state, rans, unserved.get(site.index))
             for site, state, rans in zip(handle.sites, run.sites, timed, strict=True)
         )
-        left = sum((denoiser.left for denoiser in handle.denoisers), Counter())
+        left = sum((denoiser.skipped_modules for denoiser in handle.denoisers), Counter())
         memory = sum(site.memory for site in sites)
         return cls(config, _density(total), tuple(phases), sites, memory, tuple(calls), tuple(left.most_common()))
 
