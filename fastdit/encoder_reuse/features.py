@@ -45,7 +45,7 @@ class Running(NamedTuple):
 
 class Branches:
     """The branches of one model of class `cls`, identified by conditioning, never by counting calls: guidance in two calls is
-    two branches, the second call of a second-order solver is the same branch, and a call with another text or shape is a new one.
+    two branches, the second call of a second-order solver is the same branch, and another text or shape is a new one.
     """
 
     def __init__(self, cls: type[nn.Module]) -> None:

@@ -48,8 +48,8 @@ class Counts:
 
 @dataclass(eq=False)
 class State:
-    """State of one run. branches: of each hooked model. running: the denoiser call in progress. schedule: the scheduler's list of
-    timesteps. levels: its distinct values, falling. once: whether the last one occurs once in it."""
+    """State of one run. branches: of each hooked model. running: the denoiser call in progress. schedule: the scheduler's list
+    of timesteps. levels: its distinct values, falling. once: whether the last one occurs once in it."""
 
     branches: list[Branches]
     running: Running | None = None
@@ -196,7 +196,7 @@ class Propagation:
         return times[:key]
 
     def ends(self, now: float) -> bool:
-        """Whether this is a branch's last call, after which its features can go. (After an early end the next run frees them.)"""
+        """Whether this is a branch's last call, after which its features can go. After an early end the next run frees them."""
         state = self.state
         return bool(state.levels) and now == state.levels[-1] and state.once
 

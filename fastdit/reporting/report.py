@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """One phase. sigma: (high, low). density: mean over its calls, share of all query-key pairs in [0, 1]. calls: number of site
-    calls. seconds: of their attention. error: mean relative L2 on the guard's rows, None if not measured. reused: calls
+    """One phase. sigma: (high, low). density: mean over its calls, share of all query-key pairs in [0, 1]. calls: of its
+    sites. seconds: of their attention. error: mean relative L2 on the guard's rows, None if not measured. reused: calls
     completed by statistics."""
 
     sigma: tuple[float, float]
@@ -54,8 +54,8 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The latest run of a pipeline. density: mean over all calls of all sites. memory: sum of the sites' peak bytes of statistics;
-    the statistics themselves are freed after the run's last step."""
+    """The latest run of a pipeline. density: mean over all calls of all sites. memory: sum of the sites' peak bytes of
+    statistics, which are freed after the run's last step."""
 
     config: Config
     density: float
