@@ -1,4 +1,4 @@
-"""Which denoiser class has its tokens where: the index of the small files beside this one."""
+"""The index of model families: which adapter reads which denoiser class."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _FAMILIES: dict[Family, tuple[str, ...]] = {
 }  # fmt: skip
 
 ADAPTERS: dict[str, Adapter] = {name: family for family, names in _FAMILIES.items() for name in names}
-"""By class name, so that diffusers' models are not imported to look one up; subclasses of a known class count."""
+"""By class name, so that a look-up imports no diffusers model. Subclasses of a known class are found as well."""
 
 HOPELESS = {
     "SanaTransformer2DModel": "its self-attention is linear: nothing in it is quadratic",
@@ -59,11 +59,11 @@ HOPELESS = {
     "OmniGenTransformer2DModel": "its self-attention is causal over text",
     "Transformer2DModel": "it is one block of a UNet: accelerate the UNet",
 }
-"""Denoisers that cannot be helped, and why."""
+"""Denoisers that cannot be accelerated, and why."""
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """Raises ValueError for a model family that fastdit does not know or cannot help."""
+    """The adapter of a model. Raises ValueError for a model family that fastdit does not know or cannot accelerate."""
     for cls in type(model).__mro__:
         if cls.__name__ in ADAPTERS:
             return ADAPTERS[cls.__name__]

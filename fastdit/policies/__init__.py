@@ -25,7 +25,7 @@ __all__ = ["POLICIES", "Policy", "policy_from_dict", *(cls.__name__ for cls in _
 
 
 def policy_from_dict(fields: dict[str, Any]) -> Policy:
-    """{"name": "window", …} -> the policy. Raises ValueError for an unknown name or field."""
+    """The policy of {"name": "window", …}. Raises ValueError for an unknown name or field."""
     if not isinstance(fields, dict):
         raise ValueError(f"a policy must be a table with a name, such as {{name: window, density: 0.25}}, got {fields!r}")
     arguments = dict(fields)

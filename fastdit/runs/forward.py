@@ -1,4 +1,4 @@
-"""One call of a denoiser, begun before its first layer: the plan, and what its sites share while it runs."""
+"""One call of a denoiser, from before its first layer: its plan, and what its sites share while it runs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _forwards: WeakValueDictionary[int, Forward] = WeakValueDictionary()
 
 @dataclass(eq=False)
 class Forward:
-    """Found by its `number`, the token that the sites are given.
+    """One call of a denoiser. Sites find it by its `number`, which the token holds.
 
-    first: index of the denoiser's first site; names: of its sites; masks: where block masks are kept; held: bytes of statistics
-    that the pipeline keeps on a device; seen: calls so far, by layer.
+    first: index of the denoiser's first site. names: of its sites. masks: cache of block masks. held: returns the bytes of
+    statistics that the pipeline holds on a device. seen: calls so far, by layer.
     """
 
     run: Run
@@ -59,40 +59,40 @@ class Forward:
     @staticmethod
     def find(number: int) -> Forward:
         if (found := _forwards.get(number)) is None:
-            raise RuntimeError("this attention belongs to a call of a denoiser that is over: call the denoiser, not its layers")
+            raise RuntimeError("this attention layer was called after its denoiser's forward ended: call the denoiser instead")
         return found
 
     def state(self, layer: int) -> SiteState:
         return self.run.sites[self.first + layer]
 
     def count(self, layer: int) -> int:
-        """How many calls the layer had in this forward before this one: some processors call once a sample."""
+        """Number of earlier calls of the layer in this forward; counts this one. Some processors call once per sample."""
         self.seen[layer] += 1
         return self.seen[layer] - 1
 
     def call(self, layer: int, q: Tensor, keys: int, kept: Runs | None) -> CallPlan:
-        """`ForwardPlan.call`, made once for all sites that ask the same."""
+        """`ForwardPlan.call`, cached for all sites with the same arguments."""
         key = (self.plan.sites[layer], keys, kept, q.shape, q.dtype, q.device)
         if (plan := self._plans.get(key)) is None:
             plan = self._plans[key] = self.plan.call(layer, q, keys, kept, self.masks)
         return plan
 
     def flag(self, device: torch.device) -> Tensor:
-        """int32 [1], 0: for one answer. Zeroed for many at a time."""
+        """A fault flag for one call: int32 [1], 0. One launch zeroes `FLAGS` of them."""
         if not (flags := self._flags.get(device)):
             flags = self._flags[device] = list(torch.zeros(FLAGS, dtype=torch.int32, device=device).split(1))
         return flags.pop()
 
     def dense(self, layer: int, reason: str) -> CallPlan:
-        """For want of something."""
+        """A dense plan for a call whose facts are missing or unsupported."""
         site = self.plan.sites[layer]
         return CallPlan(site.phase, reason, wanting=True, level=site.level)
 
     def kept_keys(self, mask: Tensor, batch: int, queries: int, keys: int, compiled: bool) -> KeptKeys | str:
-        """What a mask leaves, or what it is instead: read once for all layers that are given it.
+        """The keys that a mask keeps, or why they cannot be cut. Read once for all layers that are given the same mask.
 
-        compiled: read each time. Code by torch.compile writes a second mask into the buffer, and the very tensor, of a first,
-        and counts no change.
+        compiled: read it in each call. Code made by torch.compile may write a second mask into the tensor of the first without
+        changing its version.
         """
         if compiled:
             return key_padding.read(mask, batch, queries, keys) or key_padding.why_not(mask)

@@ -68,7 +68,7 @@ def test_two_processes_are_one(both, pair):
     [
         ({"ring_degree": 2, "ulysses_degree": 2}, None, 0, "by ring and Ulysses at once"),
         ({"ring_degree": 2}, torch.ones(1, 1, 1, 8, dtype=torch.bool), 0, "by a ring, with a mask"),
-        ({"ulysses_degree": 2}, None, 5, "not text and picture apart"),
+        ({"ulysses_degree": 2}, None, 5, "text and picture in one piece"),
     ],
 )
 def test_what_stays_with_diffusers(split, mask, text, why):
