@@ -4,8 +4,7 @@ import diffusers.guiders as guiders
 import pytest
 import torch
 from diffusers import LayerSkipConfig
-from diffusers.modular_pipelines import WanBlocks
-from util import tiny_wan_pipeline
+from util import modular, render
 
 import fastdit
 from fastdit import Config, Phase, Window
@@ -34,23 +33,6 @@ GUIDERS = {
     ),
     "auto": lambda: guiders.AutoGuidance(guidance_scale=4.0, auto_guidance_config=LayerSkipConfig(**SECOND, dropout=0.1)),
 }  # fmt: skip
-
-
-def modular(guider):
-    pipe = tiny_wan_pipeline()
-    found = WanBlocks().init_pipeline()
-    parts = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")}
-    found.update_components(**parts, guider=guider)
-    found.set_progress_bar_config(disable=True)
-    return found
-
-
-def render(pipe, steps=10):
-    torch.manual_seed(7)  # of the dropout of auto guidance
-    return pipe(
-        prompt="a b c", negative_prompt="d e", num_frames=9, height=64, width=64, num_inference_steps=steps, output="latents",
-        output_type="pt", generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GUIDERS)
