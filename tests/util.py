@@ -214,3 +214,24 @@ def enter(
     forward = denoiser.handle.enter(sigma, None, call, sequence)
     denoiser.call.token, denoiser.call.facts = torch.tensor([forward.number]), facts
     return forward
+
+
+def modular(guider: Any) -> Any:
+    """A modular pipeline of Wan, tiny."""
+    from diffusers.modular_pipelines import WanBlocks
+
+    pipe = tiny_wan_pipeline()
+    found = WanBlocks().init_pipeline()
+    parts = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")}
+    found.update_components(**parts, guider=guider)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def render_modular(pipe: Any, steps: int = 10) -> Any:
+    """What a modular pipeline draws."""
+    torch.manual_seed(7)  # of the dropout of auto guidance
+    return pipe(
+        prompt="a b c", negative_prompt="d e", num_frames=9, height=64, width=64, num_inference_steps=steps, output="latents",
+        output_type="pt", generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip

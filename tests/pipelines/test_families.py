@@ -1,6 +1,8 @@
 """Every family on its real class: exact is stock, sparse is masked dense attention, and the tokens sit where the facts say."""
 
+import inspect
 import math
+import re
 
 import diffusers
 import pytest
@@ -17,6 +19,31 @@ from fastdit.pipelines.registry import ADAPTERS, HOPELESS
 def test_every_family_has_a_case():
     there = {cls for cls in ADAPTERS if hasattr(diffusers, cls)}
     assert {case.cls for case in CASES} == there - {"ConsisIDTransformer3DModel"}  # CogVideoX's twin
+
+
+def denoisers():
+    """Classes of diffusers whose forward is told how noisy its input is. ControlNets are told as well, and denoise nothing."""
+    for each in dir(diffusers):
+        cls = getattr(diffusers, each)
+        if (
+            inspect.isclass(cls)
+            and issubclass(cls, diffusers.ModelMixin)
+            and not re.search("ControlNet(Union)?Model|MultiControl", each)
+        ):
+            names = inspect.signature(cls.forward).parameters
+            if any(name == "t" or re.search("time(step|_|$)", name) for name in names):
+                yield cls
+
+
+def test_every_denoiser_of_diffusers_is_known():
+    """A class that a new release of diffusers brings is named here, until it is accelerated, or hopeless with the reason."""
+    known = ADAPTERS.keys() | HOPELESS.keys()
+    unknown = [cls.__name__ for cls in denoisers() if not known & {base.__name__ for base in cls.__mro__}]
+    assert not unknown, unknown
+    assert not ADAPTERS.keys() & HOPELESS.keys()
+    assert {"WanTransformer3DModel", "UNet2DConditionModel", "HiDreamImageTransformer2DModel"} <= {
+        cls.__name__ for cls in denoisers()
+    }
 
 
 @each_family
@@ -75,7 +102,7 @@ def test_tokens_sit_where_the_latents_are(case):
     assert moved == [before + (at[0] * grid[1] + at[1]) * grid[2] + at[2]]
 
 
-DATA_DEPENDENT = ("HunyuanVideo15", "Lumina2", "HiDreamImage", "ZImage")
+DATA_DEPENDENT = ("HunyuanVideo15", "Lumina2", "HiDreamImage", "ZImage", "BriaFibo2")
 """Families whose own forward is no one graph: it asks tensors for lengths, or makes them on a device of its own."""
 
 
