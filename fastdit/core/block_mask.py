@@ -85,10 +85,9 @@ def density(tile_map: Tensor, q_order: Tensor, k_order: Tensor) -> Tensor:
 
 def tile_of(order: Tensor, length: int) -> Tensor:
     """int64 [length]: the tile of each token of an order [tiles, slots] (-1: padding), which must hold every token once."""
-    real = order >= 0
-    tile = torch.empty(length, dtype=torch.long, device=order.device)
-    tile[order[real]] = torch.arange(len(order), device=order.device)[:, None].expand_as(order)[real]
-    return tile
+    tile = torch.empty(length + 1, dtype=torch.long, device=order.device)  # padding's goes last: a GPU is not waited for
+    tile[order.masked_fill(order < 0, length)] = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
+    return tile[:length]
 
 
 def version(x: Tensor) -> int:

@@ -94,11 +94,11 @@ class Forward:
         compiled: read it in each call. Code made by torch.compile may write a second mask into the tensor of the first without
         changing its version.
         """
-        if compiled:
-            return key_padding.read(mask, batch, queries, keys) or key_padding.why_not(mask)
         key = id(mask), batch, queries, keys
-        known = self._masks.get(key)
-        if known is None or known[1] != version(mask):
-            read = key_padding.read(mask, batch, queries, keys) or key_padding.why_not(mask)
-            known = self._masks[key] = mask, version(mask), read  # kept, or another tensor might get its identity
-        return known[2]
+        known = None if compiled else self._masks.get(key)
+        if known is not None and known[1] == version(mask):
+            return known[2]
+        read = key_padding.read(mask, batch, queries, keys) or key_padding.why_not(mask)
+        if not compiled:
+            self._masks[key] = mask, version(mask), read  # kept, or another tensor might get its identity
+        return read

@@ -21,6 +21,7 @@ from fastdit import Config, Phase, Window
 from fastdit.approx.residual_store import FORMS, bytes_of
 from fastdit.apps.bench.markdown import write_block
 from fastdit.apps.bench.quality import reuse_table
+from fastdit.apps.render.outputs import write_json
 from fastdit.apps.tiny import clips
 from fastdit.apps.tiny.words import caption
 from fastdit.config import Reuse
@@ -81,8 +82,7 @@ def write(errors: dict[tuple[str, int], list[float]], done: int, out: Path, devi
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU", "size": "x".join(map(str, SIZE)), "tokens": 2304,
         "density": DENSITY, "refresh": REFRESH, "sigma": SIGMA, "steps": list(STEPS), "clips": done,
     }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    write_json(out, facts | {"rows": rows})
 
 
 def markdown(path: Path) -> str:
