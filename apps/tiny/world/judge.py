@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.apps.tiny.judge import pieces
 from fastdit.apps.tiny.world import scene as world
-from fastdit.apps.tiny.world.outline import chroma, cover, fit, roundness
+from fastdit.apps.tiny.world.outline import chroma, cover, fit, pieces, roundness
 from fastdit.apps.tiny.world.render import Renderer
 from fastdit.apps.tiny.world.scene import (
     BACKDROPS,
