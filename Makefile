@@ -1,12 +1,12 @@
 # Each target does its own set-up: a virtual environment in .venv, pinned packages, fastdit itself.
 PYTHON ?= python3
-PROMPT ?= a red circle moving right
+PROMPT ?= a red ball moving right on a checkered floor
 BIN := .venv/bin
 
 .PHONY: render quick test check clean
 
 render: .venv/.ready
-	$(BIN)/fastdit render "$(PROMPT)" --seed 1 --frames 33 --height 256 --width 256 --compare --out renders --overwrite
+	$(BIN)/fastdit render "$(PROMPT)" --seed 1 --compare --repeats 1 --out renders --overwrite
 
 # Tests run in JOBS processes of one thread each (JOBS=0: in pytest's own): as many as cores, at most 8.
 JOBS ?= logical

@@ -145,6 +145,9 @@ def _slice(pair: Any) -> bool:
 TILE = (1, 8, 8)
 """The presets' tile. One frame deep: the best windows are two or three frames deep, which thicker tiles cannot express."""
 
+PAYS = {"cpu": 2048, "cuda": 4096}
+"""Tokens from which sparse attention was faster than dense on a type of device, where `Config.min_tokens` is None."""
+
 BALANCED = (Phase((1.0, 0.98), Dense()), Phase((0.98, 0.0), Window(density=0.125), reuse=Reuse("residual", refresh=5)))
 """Phases of the default preset; `presets.py` says how they were chosen."""
 
@@ -154,9 +157,9 @@ class Config:
     """All of fastdit's settings for one pipeline. The first phase that holds applies; where none holds, attention is dense.
 
     tile: tokens (t, h, w) of a tile; None fits one of about `tile_tokens` to each grid (`layout.fit_tile`).
-    min_tokens: shorter sequences stay dense. max_density: denser tile maps run dense. Beyond both limits the overhead
-    exceeds the saving: on CPU, attention is under half of a denoiser's time below 2,300 tokens. first_frame: every tile also
-    attends the first latent frame, which many video models use as a sink.
+    min_tokens: shorter sequences stay dense; None: those for which sparse attention did not pay on this kind of device
+    (`least_tokens`). max_density: denser tile maps run dense. Beyond both limits the overhead exceeds the saving.
+    first_frame: every tile also attends the first latent frame, which many video models use as a sink.
     error_budget: the largest relative L2 error of a site's output, measured on a few query rows of each call
     (`error_guard.py`); None measures nothing. A budget without phases uses those of the default preset, and its tile unless one
     is given.
@@ -166,7 +169,7 @@ class Config:
     phases: tuple[Phase, ...] = ()
     tile: Grid | None = None
     tile_tokens: int = 64
-    min_tokens: int = 4096
+    min_tokens: int | None = None
     max_density: float = 0.75
     first_frame: bool = False
     error_budget: float | None = None
@@ -180,7 +183,7 @@ class Config:
             object.__setattr__(self, "tile", tuple(self.tile))
             if len(self.tile) != 3 or any(not isinstance(s, int) or s < 1 for s in self.tile):
                 raise ValueError(f"config: tile must be three whole numbers of tokens >= 1, got {self.tile}")
-        if self.tile_tokens < 1 or self.min_tokens < 0 or not 0 < self.max_density <= 1:
+        if self.tile_tokens < 1 or (self.min_tokens is not None and self.min_tokens < 0) or not 0 < self.max_density <= 1:
             raise ValueError(
                 "config: tile_tokens >= 1, min_tokens >= 0 and 0 < max_density <= 1 must hold, got "
                 f"{self.tile_tokens}, {self.min_tokens} and {self.max_density}"
@@ -195,6 +198,10 @@ class Config:
     def at(self, sigma: float, layer: int = 0, layers: int = 1) -> int | None:
         """Index of the phase that holds for a layer at a noise level; None if no phase does (dense)."""
         return next((i for i, phase in enumerate(self.phases) if phase.holds(sigma, layer, layers)), None)
+
+    def least_tokens(self, device: str) -> int:
+        """The sequence length from which attention is sparse on a type of device ("cpu", "cuda", …)."""
+        return PAYS.get(device, PAYS["cuda"]) if self.min_tokens is None else self.min_tokens
 
     def accept(self, site: str, reason: str) -> str:
         """Return the reason why a site must stay dense. Raises RuntimeError if the configuration is strict."""

@@ -49,7 +49,7 @@ def batch(count: int, pool: Callable[..., Any], **settings: Any) -> Timeline:
     """Render this many clips into a temporary folder."""
     from fastdit.apps.render import batch as runner
 
-    made = jobs.make([(str(i), f"a red circle moving right {i}") for i in range(count)], {"seed": 0} | settings)
+    made = jobs.make([(str(i), f"a red ball moving right {i}") for i in range(count)], {"seed": 0} | settings)
     timeline = Timeline()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # on a disk, not in memory as /tmp may be
         runner.run(made.jobs, Path(folder), pool, timeline, lambda: False)

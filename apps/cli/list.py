@@ -24,6 +24,7 @@ BEGIN, END = "<!-- families -->", "<!-- /families -->"
 def show_presets() -> None:
     """List the presets: where attention is exact, in which number format, at which noise level."""
     from fastdit import PRESETS
+    from fastdit.config import PAYS
 
     for name, config in PRESETS.items():
         typer.echo(name)
@@ -35,7 +36,8 @@ def show_presets() -> None:
             kept = "" if phase.reuse.kind == "none" else f", {phase.reuse}"
             typer.echo(f"  noise level {phase.sigma[0]:g} … {phase.sigma[1]:g}: {phase.policy}{quant}{rest}{kept}")
         if config.phases:
-            typer.echo(f"  below {config.min_tokens} tokens, or above density {config.max_density:g}: dense")
+            least = ", ".join(f"{config.least_tokens(device)} tokens on {device}" for device in PAYS)
+            typer.echo(f"  below {least}, or above density {config.max_density:g}: dense")
 
 
 def show_policies() -> None:

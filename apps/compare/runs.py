@@ -25,9 +25,10 @@ def describe(settings: Settings, found: Comparison, name: str, repeats: int) -> 
     """The text that is printed: time, closeness, and the error of each phase."""
     variant = found.variants[name]
     ratio = found.dense_seconds / variant.seconds
+    runs = "one run of each" if repeats == 1 else f"best of {repeats} interleaved runs"
     shape = f"{settings.frames}x{settings.height}x{settings.width}, {found.tokens} tokens, {settings.steps} steps"
     lines = [
-        f"denoising loop ({shape}; best of {repeats} interleaved runs; without text encoding, decoding and writing):",
+        f"denoising loop ({shape}; {runs}; without text encoding, decoding and writing):",
         f"  dense {found.dense_seconds:.2f} s, by stock diffusers with {found.kernel}",
         f"  {name} {variant.seconds:.2f} s: {ratio:.2f} x",
         f"density {variant.report.density:.3f}   decoded frames against dense: "

@@ -155,7 +155,7 @@ def _locate(model: str, embedded: bool) -> tuple[str, bool]:
     if not here(model) and hub_id(model):
         return model, False
     remedy = (
-        "train it with fastdit.apps.tiny.train, or reinstall fastdit"
+        "train it with fastdit.apps.tiny.world.train, or reinstall fastdit"
         if embedded
         else "give -m a folder saved by pipe.save_pretrained(...), or a Hub id owner/name"
     )
@@ -213,6 +213,15 @@ def check_shape(pipe: Any, frames: int, height: int, width: int) -> None:
             nearest = max(least, round(size / step) * step)
             rule = f"--{name} must be a multiple of {step}, at least {least}, for this model"
             raise UserError(f"{rule}, got {size}: nearest is {nearest}", 2)
+
+
+def unknown_words(pipe: Any, prompt: str) -> list[str]:
+    """The words of the prompt that the model says it does not know (`embedded.unknown_words`); a line on standard error
+    says so."""
+    unknown = embedded.unknown_words(prompt, str(getattr(pipe.config, "_name_or_path", "")) or None)
+    if unknown:
+        print(f"fastdit: not understood: {', '.join(unknown)}", file=sys.stderr)
+    return unknown
 
 
 def dropped_tokens(pipe: Any, prompt: str) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import Clip, generate
 from fastdit.apps.render.jobs import Job
-from fastdit.apps.render.load import check_shape, defaults, denoisers, dropped_tokens, load, tokens
+from fastdit.apps.render.load import check_shape, defaults, denoisers, dropped_tokens, load, tokens, unknown_words
 from fastdit.apps.render.media import contact_sheet, encode, ffmpeg, png, to_uint8
 from fastdit.apps.render.settings import Settings
 
@@ -103,6 +103,7 @@ class Renderer:
         check_shape(pipe, settings.frames, settings.height, settings.width)
         facts = {"job": job.hash, "state": "done", "index": job.index, "where": job.where, "seed": settings.seed}
         facts |= record(settings, pipe) | {"dropped_tokens": dropped_tokens(pipe, settings.prompt)}
+        facts["not_understood"] = unknown_words(pipe, settings.prompt)
         facts["tokens"] = count = tokens(pipe, settings.frames, settings.height, settings.width)
         if count % (parts := settings.ulysses * settings.ring):
             raise UserError(f"{count} tokens cannot be shared by {parts} processes: change the height or width", 2)

@@ -73,18 +73,18 @@ class Settings:
         metadata=_about("Number of frames. [embedded model: 33]", alias="num_frames", own=True, argument=True, page=True),
     )
     height: int = field(
-        default=128,
-        metadata=_about("Pixels. [embedded model: 128; others: their own]", own=True, argument=True, page=True),
+        default=256,
+        metadata=_about("Pixels. [embedded model: 256; others: their own]", own=True, argument=True, page=True),
     )
-    width: int = field(default=128, metadata=_about("Pixels, as for the height.", own=True, argument=True, page=True))
+    width: int = field(default=256, metadata=_about("Pixels, as for the height.", own=True, argument=True, page=True))
     steps: int = field(
-        default=20,
-        metadata=_about("Denoising steps. [embedded: 20]", alias="num_inference_steps", own=True, argument=True, page=True),
+        default=8,
+        metadata=_about("Denoising steps. [embedded: 8]", alias="num_inference_steps", own=True, argument=True, page=True),
     )
     guidance: float = field(
-        default=3.0,
+        default=1.0,
         metadata=_about(
-            "Classifier-free guidance; 1: off. [embedded: 3]", alias="guidance_scale", own=True, argument=True, page=True
+            "Classifier-free guidance; 1: off. [embedded: 1]", alias="guidance_scale", own=True, argument=True, page=True
         ),
     )
     fps: int = field(default=8, metadata=_about("Frames a second. [embedded model: 8; others: 16]", own=True))
@@ -139,7 +139,7 @@ class Settings:
                     raise UserError(f"the {name} contains {odd!r}: remove it", 2)
         self.config()
         if blank(self.prompt):
-            raise UserError('the prompt is empty: say what to draw, such as "a red circle moving right"', 2)
+            raise UserError('the prompt is empty: say what to draw, such as "a red ball moving right"', 2)
         if self.steps < 1:
             raise UserError(f"--steps must be at least 1, got {self.steps}", 2)
         if not 0 <= self.seed < 2**63:

@@ -11,10 +11,13 @@ from torch import Tensor
 
 import fastdit
 from fastdit import Config, Phase
-from fastdit.apps.tiny import clips
 from fastdit.apps.tiny.codec import Codec
-from fastdit.apps.tiny.model import encode_text, tokenize
-from fastdit.apps.tiny.words import caption
+from fastdit.apps.tiny.model import encode_text
+from fastdit.apps.tiny.tokenizer import tokenize
+from fastdit.apps.tiny.world.render import Renderer
+from fastdit.apps.tiny.world.scene import pack, sample
+from fastdit.apps.tiny.world.tasks import WORDS
+from fastdit.apps.tiny.world.words import caption
 from fastdit.core.layout import Grid, Layout
 from fastdit.pipelines import embedded
 from fastdit.policies import Policy
@@ -36,12 +39,19 @@ class Recording(Policy):
         return torch.ones(1, 1, layout.video_tiles, layout.video_tiles, dtype=torch.bool)
 
 
-def clean_latents(pipe: Any, count: int, size: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Latents of `count` procedural clips of a size (frames, height, width), and the embeddings of their captions."""
-    rng = random.Random(11)
-    asked = [clips.sample(rng) for _ in range(count)]
-    latents = Codec.load(embedded.PATH / "codec.safetensors").encode(clips.render(clips.pack(asked), *size))
-    ids, mask = tokenize(pipe.tokenizer, [caption(clip) for clip in asked])
+def captions(count: int, seed: int) -> list[str]:
+    """Captions of random scenes, in their plain wording."""
+    rng = random.Random(seed)
+    return [caption(sample(rng)) for _ in range(count)]
+
+
+def clean_latents(pipe: Any, count: int, size: tuple[int, int, int], seed: int = 11) -> tuple[Tensor, Tensor]:
+    """Latents of `count` drawn scenes of a size (frames, height, width), and the embeddings of their captions."""
+    rng = random.Random(seed)
+    asked = [sample(rng) for _ in range(count)]
+    codec, renderer = Codec.load(embedded.PATH / "codec.safetensors"), Renderer()
+    latents = torch.cat([codec.encode(renderer(pack([scene]), *size)) for scene in asked])
+    ids, mask = tokenize(pipe.tokenizer, [caption(scene) for scene in asked], WORDS)
     text = torch.zeros(count, 512, pipe.transformer.config.text_dim)
     states, _ = encode_text(pipe.text_encoder, ids, mask)
     text[:, : states.shape[1]] = states

@@ -9,15 +9,12 @@ autoencoder train independently. The autoencoder's latents are the codec's: late
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from fastdit.apps.tiny import clips
 
 CHANNELS = 48
 
@@ -62,22 +59,6 @@ class Codec:
         from safetensors.torch import load_file
 
         return cls(**load_file(path))
-
-    @classmethod
-    def fit(cls, channels: int = CHANNELS, seed: int = 0) -> Codec:
-        """Principal components of random clips; blocks that show an edge weigh three times as much as flat ones."""
-        rng = random.Random(seed)
-        gen = torch.Generator().manual_seed(seed)
-        rows = []
-        for side, frames in [(64, 17)] * 6 + [(96, 17)] * 3 + [(128, 17)] * 2 + [(256, 9)]:
-            batch = [clips.sample(rng) for _ in range(4096 * 24 // side**2)]
-            blocks = to_blocks(clips.render(clips.pack(batch), frames, side, side)).flatten(0, 3)
-            edges = blocks[blocks.view(len(blocks), 3, -1).std(-1).sum(1) > 0.02]
-            edges = edges[torch.randperm(len(edges), generator=gen)[:9000]]
-            flat = blocks[torch.randperm(len(blocks), generator=gen)[: len(edges) // 3]]
-            rows += [edges, flat]
-        batch = [clips.sample(rng) for _ in range(200)]
-        return cls.of_blocks(torch.cat(rows), to_blocks(clips.render(clips.pack(batch), 9, 64, 64)).flatten(0, 3), channels)
 
     @classmethod
     def of_blocks(cls, fitted: Tensor, typical: Tensor, channels: int = CHANNELS) -> Codec:

@@ -1,4 +1,4 @@
-"""The tiny transformer, its text encoder and its tokenizer, and a forward that trains them fast.
+"""The tiny transformer and its text encoder, and a forward that trains them fast.
 
 `forward` computes what `WanTransformer3DModel.forward` computes, from the same parameters: projections that share an
 input are one product, the matrix products run in `dtype` while residual, norms and modulation stay float32, and one
@@ -11,50 +11,14 @@ same key and value, so one of them with log(512 - n) added to its score is the s
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.apps.tiny import clips
-from fastdit.apps.tiny.words import caption
-
-MAX_TOKENS = 32  # of a caption in training, `</s>` and one pad included; the pipeline itself takes 512
 PIPELINE_TOKENS = 512  # WanPipeline's default max_sequence_length
-
-
-def make_tokenizer(seed: int = 0, texts: Sequence[str] = ()) -> Any:
-    """Byte-pair tokenizer trained on captions: lower case, every known word one token, other words letter by letter."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    rng = random.Random(seed)
-    texts = list(texts) or [caption(clips.sample(rng), rng) for _ in range(20000)]
-    texts += list("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-") * 50
-    tok = Tokenizer(models.BPE(unk_token="<unk>"))
-    tok.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()])
-    tok.decoder = decoders.Metaspace()
-    special = ["<pad>", "</s>", "<unk>"]
-    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=512, special_tokens=special, show_progress=False))
-    tok.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok,
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        model_max_length=512,
-        padding_side="right",
-    )
-
-
-def tokenize(tokenizer: Any, captions: Sequence[str], length: int = MAX_TOKENS) -> tuple[Tensor, Tensor]:
-    """int64 ids and attention mask, both [B, length]; the last place stays padding."""
-    out = tokenizer(list(captions), padding="max_length", max_length=length - 1, truncation=True, return_tensors="pt")
-    return F.pad(out.input_ids, (0, 1)), F.pad(out.attention_mask, (0, 1))
 
 
 def make_text_encoder(vocab: int, dim: int = 128, layers: int = 2, seed: int = 0) -> Any:

@@ -13,7 +13,12 @@ from typing import Any
 import gradio as gr
 
 from fastdit.apps.errors import UserError
+from fastdit.apps.render.paths import local
 from fastdit.apps.web.page import Page
+from fastdit.pipelines import embedded
+from fastdit.pipelines.embedded import GUIDANCE, STEPS
+
+FRAMES, HEIGHT, WIDTH = embedded.SIZE
 
 
 def build(page: Page) -> None:
@@ -25,26 +30,32 @@ def build(page: Page) -> None:
         negative: str = "",
         model: str = first,
         preset: str = "balanced",
-        frames: int = 33,
-        height: int = 128,
-        width: int = 128,
-        steps: int = 20,
-        guidance: float = 3.0,
+        frames: int = FRAMES,
+        height: int = HEIGHT,
+        width: int = WIDTH,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
         seed: int = 0,
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """Draw a clip. state, step, steps and ahead (clips that come first) give the progress; clip and record come last."""
+        """Draw a clip. state, step, steps and ahead (clips that come first) give the progress; clip and record come last.
+
+        not_understood: words of the prompt that the model does not know.
+        """
         said = {
             "prompt": prompt, "negative": negative, "model": model, "preset": preset, "frames": frames, "height": height,
             "width": width, "steps": steps, "guidance": guidance, "seed": seed,
         }  # fmt: skip
         try:
             job = page.studio.job(said)
+            source = page.studio.models.get(model)
+            unknown = embedded.unknown_words(prompt, source if source is None else local(source))
             folder = page.folder(request)
             async with contextlib.aclosing(page.studio.follow(page.key(request), job, folder)) as tickets:
                 async for ticket in tickets:
                     if ticket.state == "failed":
                         raise UserError(ticket.error)
                     now = {
+                        "not_understood": unknown,
                         "state": ticket.state,
                         "step": ticket.step,
                         "steps": ticket.steps,

@@ -28,12 +28,15 @@ MOST_TILES = 4096
 
 @dataclass(frozen=True)
 class PipelineFacts:
-    """Facts of a loaded pipeline. multiples: see `load.multiples`; even: tokens at which attention takes half of the time."""
+    """Facts of a loaded pipeline. multiples: see `load.multiples`; even: tokens at which attention takes half of the time.
+
+    device: its type."""
 
     multiples: tuple[int, int, int]
     even: float
     layers: int
     shift: float
+    device: str = "cpu"
 
     def grid(self, frames: int, height: int, width: int) -> Grid:
         """The grid of tokens (T, H, W); sizes that do not fit are rounded down."""
@@ -61,7 +64,7 @@ def facts(pipe: Any) -> PipelineFacts:
     width = getattr(config, "num_attention_heads", 1) * getattr(config, "attention_head_dim", 64)
     scheduler = getattr(pipe, "scheduler", None)
     shift = getattr(getattr(scheduler, "config", None), "flow_shift", None) or getattr(scheduler, "shift", None) or 1.0
-    return PipelineFacts(multiples(pipe), parameters / (2 * width * layers), layers, float(shift))
+    return PipelineFacts(multiples(pipe), parameters / (2 * width * layers), layers, float(shift), model.device.type)
 
 
 def predict(known: PipelineFacts, config: Config, frames: int, height: int, width: int, steps: int) -> Prediction:
@@ -72,8 +75,8 @@ def predict(known: PipelineFacts, config: Config, frames: int, height: int, widt
         raise ValueError("a clip needs a frame, a pixel and a step")
     if all(isinstance(phase.policy, Dense) for phase in config.phases):
         return Prediction(tokens, grid, 1.0, 1.0, "the configuration is dense")
-    if tokens < config.min_tokens:
-        return Prediction(tokens, grid, 1.0, 1.0, f"below {config.min_tokens:,} tokens sparse attention does not pay")
+    if tokens < (least := config.least_tokens(known.device)):
+        return Prediction(tokens, grid, 1.0, 1.0, f"below {least:,} tokens sparse attention does not pay")
     spent, densities = [], []
     for entry in schedule(config, noise_levels(steps, known.shift)):
         policy = None if entry.phase is None else config.phases[entry.phase].policy

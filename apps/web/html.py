@@ -89,6 +89,8 @@ def result(record: dict[str, Any], urls: dict[str, str], again: bool = False) ->
     ]
     if dropped := record.get("dropped_tokens"):
         facts.append(("Prompt", f"its last {dropped} tokens were not read: it is too long for this model"))
+    if unknown := record.get("not_understood"):
+        facts.append(("Not understood", ", ".join(unknown)))
     return f'<div class="result">{clip(urls[record["file"]], settings["prompt"])}{table(facts)}{downloads(urls)}</div>'
 
 

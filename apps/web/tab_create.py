@@ -12,14 +12,16 @@ import gradio as gr
 
 from fastdit import PRESETS, preset
 from fastdit.apps.errors import UserError
+from fastdit.apps.render.paths import local
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.web import estimate, html
 from fastdit.apps.web.page import Page
 from fastdit.apps.web.preview import preview
+from fastdit.pipelines import embedded
 
 EXAMPLES = [
-    ["a red circle moving right"], ["a blue square moving up and a green triangle moving left"],
-    ["a large yellow circle moving down over a gray background"],
+    ["a red ball moving right on a checkered floor"], ["a blue cube spinning on a striped floor before a wall"],
+    ["a red cube and a blue ball both moving right on a checkered floor"],
 ]  # fmt: skip
 DESCRIPTIONS = {
     "exact": "exact: dense, the model's own result", "balanced": "balanced: faster, close to dense",
@@ -33,7 +35,7 @@ def build(page: Page) -> dict[str, Any]:
     limits, usual = page.studio.limits, Settings(prompt="x")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            prompt = gr.Textbox(label="Prompt", lines=2, placeholder="a red circle moving right", elem_id="prompt")
+            prompt = gr.Textbox(label="Prompt", lines=2, placeholder=EXAMPLES[0][0], elem_id="prompt")
             gr.Examples(EXAMPLES, prompt, label="Examples")
             with gr.Row():
                 go = gr.Button("Generate", variant="primary", elem_id="generate")
@@ -77,7 +79,7 @@ def build(page: Page) -> dict[str, Any]:
     def tell(*values: Any) -> str:
         return estimate_line(page, *values)
 
-    sizes: list[Any] = [model, speed, frames, height, width, steps]
+    sizes: list[Any] = [prompt, model, speed, frames, height, width, steps]
     gr.on(
         [page.blocks.load, *(each.change for each in sizes)], tell, sizes, told, queue=False, show_progress="hidden",
         api_visibility="private", trigger_mode="always_last",
@@ -113,9 +115,16 @@ async def draw(
         yield html.error(str(problem))
 
 
-def estimate_line(page: Page, model: str, name: str, frames: int, height: int, width: int, steps: int) -> str:
-    """A line with the number of tokens, and about how much faster the preset is."""
-    known = page.studio.facts.get(page.studio.models.get(model))
+def estimate_line(page: Page, prompt: str, model: str, name: str, frames: int, height: int, width: int, steps: int) -> str:
+    """Words of the prompt that the model does not know, the number of tokens, and about how much faster the preset is."""
+    source = page.studio.models.get(model)
+    unknown = embedded.unknown_words(prompt or "", source if source is None else local(source))
+    told = html.error(f"not understood: {', '.join(unknown)}") if unknown else ""
+    return told + _size_line(page, source, name, frames, height, width, steps)
+
+
+def _size_line(page: Page, source: str | None, name: str, frames: int, height: int, width: int, steps: int) -> str:
+    known = page.studio.facts.get(source)
     if known is None:
         return html.note("How many tokens that is will be told when the model is loaded.")
     try:

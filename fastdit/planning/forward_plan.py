@@ -171,12 +171,12 @@ def _call(site: SitePlan, span: SequenceSpan | str, q: Tensor, masks: ByteCache 
     )
     if site.reason is not None:
         return plan.dense(site.reason)
-    if tokens < config.min_tokens:
-        return plan.dense(f"{tokens} tokens: below {config.min_tokens}, sparse attention does not pay")
+    if tokens < (least := config.least_tokens(q.device.type)):
+        return plan.dense(f"{tokens} tokens: below {least}, sparse attention does not pay")
     if isinstance(policy, Dense):
         if quant.is_none:
             return plan.dense("the phase is dense")
-        if q.is_cuda and config.min_tokens and tokens < launch.pays_from(q.shape[-1], quant):
+        if q.is_cuda and least and tokens < launch.pays_from(q.shape[-1], quant):
             return plan.dense(f"{tokens} tokens: dense attention in {quant} is no faster at this length")
     if q.shape[2] != tokens and not policy.static:
         return plan.dense(f"{policy} needs all queries, which are split over processes")

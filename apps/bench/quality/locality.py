@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ import torch
 from torch import Tensor
 
 from fastdit.apps.render.outputs import write_json
-from fastdit.apps.tiny import clips
-from fastdit.apps.tiny.codec import Codec
-from fastdit.apps.tiny.model import encode_text, make_transformer, tokenize
-from fastdit.apps.tiny.tasks import Size, parse_sizes
-from fastdit.apps.tiny.words import caption
+from fastdit.apps.tiny.attention import clean_latents
+from fastdit.apps.tiny.model import make_transformer
+from fastdit.apps.tiny.sizes import Size, parse_sizes
 from fastdit.pipelines import embedded
 
 SUMS = ("3x3x3", "5x9x9", "own frame", "best quarter of tiles")
@@ -56,23 +53,16 @@ class _Probe:
 def measure(
     transformer: Any,
     pipe: Any,
-    codec: Codec,
     size: Size,
     n: int,
     levels: list[float],
     queries: int = 192,
 ) -> dict[str, Any]:
     """Sums by noise level, layer and head (shares of 1), for `n` clips and `queries` random queries of each."""
-    rng = random.Random(4)
-    asked = [clips.sample(rng) for _ in range(n)]
-    z = codec.encode(clips.render(clips.pack(asked), *size))
+    z, text = clean_latents(pipe, n, size, seed=4)
     T, H, W = z.shape[2:]
     gen = torch.Generator().manual_seed(4)
     noise = torch.randn(z.shape, generator=gen)
-    ids, mask = tokenize(pipe.tokenizer, [caption(c) for c in asked])
-    states, _ = encode_text(pipe.text_encoder, ids, mask)
-    text = torch.zeros(n, 512, states.shape[-1])
-    text[:, : states.shape[1]] = states
 
     t, y, x = (c.flatten() for c in torch.meshgrid(*(torch.arange(s) for s in (T, H, W)), indexing="ij"))
     chosen = torch.randperm(T * H * W, generator=gen)[:queries]
@@ -111,15 +101,14 @@ def main(argv: list[str] | None = None) -> None:
         pipe: Any = embedded.load(args.pipeline)
     except FileNotFoundError as err:
         raise SystemExit(f"error: {err}") from None
-    codec = Codec.load((args.pipeline or embedded.PATH) / "codec.safetensors")
     c = pipe.transformer.config
-    untrained = make_transformer(c.in_channels, c.num_attention_heads, c.num_layers, c.ffn_dim)
+    untrained = make_transformer(c.in_channels, c.num_attention_heads, c.num_layers, c.ffn_dim, c.text_dim)
     levels = [float(s) for s in args.levels.split(",")]
     report = []
     for size, n in parse_sizes(args.sizes):
         row: dict[str, Any] = {"size": "x".join(map(str, size)), "clips": int(n), "sums": SUMS}
-        row["trained"] = measure(pipe.transformer, pipe, codec, size, int(n), levels)
-        row["untrained"] = measure(untrained, pipe, codec, size, int(n), levels[:1])
+        row["trained"] = measure(pipe.transformer, pipe, size, int(n), levels)
+        row["untrained"] = measure(untrained, pipe, size, int(n), levels[:1])
         report.append(row)
         print(json.dumps(row), flush=True)
     if args.json:

@@ -10,7 +10,6 @@ Arms take turns batch by batch, and the best batch's seconds count.
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,14 @@ from torch import Tensor
 import fastdit
 from fastdit import Config, Phase, Window
 from fastdit.apps.render.outputs import write_json
-from fastdit.apps.tiny import clips
-from fastdit.apps.tiny.words import caption
+from fastdit.apps.tiny.attention import captions
 from fastdit.config import Reuse
 from fastdit.core.reference import relative_error
 from fastdit.pipelines import embedded
 from fastdit.policies import Dense
 
 SIZE, TILE = (33, 128, 128), (1, 4, 4)
-STEPS, REFRESH, BATCH = 20, 5, 8
+STEPS, GUIDANCE, REFRESH, BATCH = embedded.STEPS, embedded.GUIDANCE, 4, 8
 DENSITIES = (0.25, 0.125, 0.0625)
 ARMS = {
     "sparse only": ("none", "none"),
@@ -64,8 +62,8 @@ def draw(pipe: Any, prompts: list[str], seed: int) -> tuple[Tensor, float]:
     generators = [torch.Generator().manual_seed(1000 * seed + i) for i in range(len(prompts))]
     start = time.perf_counter()
     latents = pipe(
-        prompts, height=height, width=width, num_frames=frames, num_inference_steps=STEPS, generator=generators,
-        output_type="latent",
+        prompts, height=height, width=width, num_frames=frames, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+        generator=generators, output_type="latent",
     ).frames.cpu()  # fmt: skip
     return latents, time.perf_counter() - start
 
@@ -130,20 +128,25 @@ def write(rows: dict[tuple[str, float], dict[str, Any]], done: int, out: Path, d
         "tokens": 2304,
         "tile": list(TILE),
         "steps": STEPS,
+        "guidance": GUIDANCE,
         "refresh": REFRESH,
     }
     write_json(out, facts | {"clips": done, "rows": found})
 
 
 def main(argv: list[str] | None = None) -> None:
+    global STEPS, GUIDANCE, REFRESH
     parser = argparse.ArgumentParser(prog="fastdit.apps.bench.quality.reuse_table", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--refresh", type=int, default=REFRESH)
     parser.add_argument("--out", type=Path, default=Path("docs/results/reuse.json"))
     args = parser.parse_args(argv)
-    rng = random.Random(12)
-    table([caption(clips.sample(rng)) for _ in range(args.prompts)], args.seeds, args.out, args.device)
+    STEPS, GUIDANCE, REFRESH = args.steps, args.guidance, args.refresh
+    table(captions(args.prompts, 12), args.seeds, args.out, args.device)
 
 
 if __name__ == "__main__":

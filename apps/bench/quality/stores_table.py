@@ -1,6 +1,6 @@
 """`python -m fastdit.apps.bench.quality.stores_table`: what the form of a remembered residual costs, bytes against error.
 
-The embedded pipeline draws prompts dense. Then its denoiser runs again, conditional branch, each step with the dense run's
+The embedded pipeline draws prompts dense. Then its denoiser runs again, without guidance, each step with the dense run's
 latents, so that errors do not add up over steps: a window, and beside it the residual of one step in `REFRESH`, kept in each
 form. The error is the relative L2 of the velocities of the sparse steps against the dense run's, at many steps and at few.
 Noise levels above `SIGMA` stay dense, as in the presets.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ from fastdit.approx.residual_store import FORMS, bytes_of
 from fastdit.apps.bench.markdown import write_block
 from fastdit.apps.bench.quality import reuse_table
 from fastdit.apps.render.outputs import write_json
-from fastdit.apps.tiny import clips
-from fastdit.apps.tiny.words import caption
+from fastdit.apps.tiny.attention import captions
 from fastdit.config import Reuse
 from fastdit.core.reference import relative_error
 from fastdit.pipelines import embedded
 
-SIZE, TILE, SHAPE = reuse_table.SIZE, reuse_table.TILE, (1, 3, 2304, 64)
+SIZE, TILE, SHAPE = reuse_table.SIZE, reuse_table.TILE, (1, 4, 2304, 64)
 STEPS, REFRESH, DENSITY, SIGMA = (30, 8), 5, 0.125, 0.98
 ARMS = (*FORMS, "none")
 WAN = (40, (1, 40, 75600, 128))
@@ -53,7 +51,7 @@ def table(prompts: list[str], out: Path, device: str = "cpu") -> None:
             hook = pipe.transformer.register_forward_hook(recorder, with_kwargs=True)
             reuse_table.draw(pipe, [prompt], done)
             hook.remove()
-            calls = [call for call in recorder.calls[::2] if float(call[1]["timestep"].flatten()[0]) / 1000 <= SIGMA]
+            calls = [call for call in recorder.calls if float(call[1]["timestep"].flatten()[0]) / 1000 <= SIGMA]
             for arm in ARMS:
                 with fastdit.accelerate(pipe.transformer, config_of(arm)):
                     for step, (args, kwargs, velocity) in enumerate(calls):
@@ -115,8 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.write is not None:
         write_block(args.write, "<!-- stores -->", "<!-- /stores -->", markdown(args.out))
         return
-    rng = random.Random(21)
-    table([caption(clips.sample(rng)) for _ in range(args.prompts)], args.out, args.device)
+    table(captions(args.prompts, 21), args.out, args.device)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
-from fastdit.apps.tiny.build import _rename_tokenizer
+from fastdit.apps.tiny.tokenizer import rename_tokenizer
 from fastdit.apps.tiny.world import draw, latents, store
+from fastdit.apps.tiny.world.words import UNDERSTOOD
+from fastdit.pipelines.embedded import VOCABULARY
 
 
 def scheduler(shift: float) -> Any:
@@ -27,7 +29,7 @@ def scheduler(shift: float) -> Any:
         use_flow_sigmas=True,
         flow_shift=shift,
         solver_order=1,
-        disable_corrector=list(range(1000)),
+        disable_corrector=list(range(100)),
     )
 
 
@@ -45,8 +47,9 @@ def build(checkpoint: Path, vae: Path, base: Path, out: Path, shift: float = 5.0
     )
     pipe.save_pretrained(out)
     for file in ("model_index.json", "tokenizer/tokenizer_config.json"):
-        _rename_tokenizer(out / file)
+        rename_tokenizer(out / file)
     codec.save(out / "codec.safetensors")
+    (out / VOCABULARY).write_text("\n".join(sorted(UNDERSTOOD)) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:

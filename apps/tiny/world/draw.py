@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from fastdit.apps.tiny.codec import Codec, make_vae
-from fastdit.apps.tiny.evaluate import sheet
-from fastdit.apps.tiny.model import encode_text, forward, make_text_encoder, make_transformer, rotary, tokenize
-from fastdit.apps.tiny.tasks import Size
+from fastdit.apps.tiny.model import encode_text, forward, make_text_encoder, make_transformer, rotary
+from fastdit.apps.tiny.sheet import sheet
+from fastdit.apps.tiny.sizes import Size
+from fastdit.apps.tiny.tokenizer import tokenize
 from fastdit.apps.tiny.world import latents, store
 from fastdit.apps.tiny.world.tasks import WORDS, shifted
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.apps.tiny.codec import psnr
-from fastdit.apps.tiny.evaluate import sheet
-from fastdit.apps.tiny.tasks import Size
+from fastdit.apps.tiny.sheet import sheet
+from fastdit.apps.tiny.sizes import Size
 from fastdit.apps.tiny.world import draw, latents
 from fastdit.apps.tiny.world.judge import MEASURES, Judge, ask, summary
 from fastdit.apps.tiny.world.render import Renderer

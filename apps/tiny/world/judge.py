@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.apps.tiny.judge import pieces
 from fastdit.apps.tiny.world import scene as world
-from fastdit.apps.tiny.world.outline import chroma, cover, fit, roundness
+from fastdit.apps.tiny.world.outline import chroma, cover, fit, pieces, roundness
 from fastdit.apps.tiny.world.render import Renderer
 from fastdit.apps.tiny.world.scene import (
     BACKDROPS,
@@ -111,8 +110,8 @@ class Judge:
         single = [float((pieces(m[::4], LEAST / 2) == 1).float().mean()) >= 0.85 for m in masks]
         right["count"] = all(there) and all(single) and stray < 0.25 * LEAST
         numbers: dict[str, Any] = {"iou": [], "deviation": [], "aspect": []}
-        self._shapes(scene, share, masks, right, numbers, loose)
-        self._motions(scene, masks, size, right, all(there))
+        seen = self._shapes(scene, share, masks, right, numbers, loose)
+        self._motions(scene, masks, seen, size, right, all(there))
         self._floor(scene, video, mask, back, size, right, numbers)
         numbers["edge"] = self.edge(share, mask) / self.real_edge(scene, size)
         right["sharp"] = numbers["edge"] >= SHARP
@@ -120,13 +119,16 @@ class Judge:
 
     def _shapes(
         self, scene: Scene, share: Tensor, masks: list[Tensor], right: dict[str, Any], numbers: dict[str, Any], loose: float
-    ) -> None:
+    ) -> list[list[tuple[float, float, float]]]:
+        """When (-.5 to .5 over the clip) and where (x, z) each thing was seen, clear of others and of the frame."""
+        seen: list[list[tuple[float, float, float]]] = []
         frames = len(share)
         views = torch.stack(camera(pack([scene])[:, 3], frames), -1)[0].to(share.device)
         for i, (t, mask) in enumerate(zip(scene.things, masks, strict=True)):
             solid, radius = SOLIDS.index(t.solid), RADII[len(scene.things)][SIZES.index(t.size)]
             others = _grow(torch.stack([m for j, m in enumerate(masks) if j != i]).any(0), 3) if len(masks) > 1 else None
             found: list[float] = []
+            seen.append([])
             for f in torch.linspace(0, frames - 1, SHOTS).round().long().tolist():
                 m = mask[f]
                 rim = torch.cat([m[:2].flatten(), m[-2:].flatten(), m[:, :2].flatten(), m[:, -2:].flatten()])
@@ -136,6 +138,7 @@ class Judge:
                 if best is None:
                     continue
                 found.append(best.iou)
+                seen[i].append((f / max(1, frames - 1) - 0.5, float(best.place[0]), float(best.place[2])))
                 if t.solid == "ball":
                     deviation, aspect = roundness(share[f] * _grow(m[None], 2)[0], best, solid, radius, views[f])
                     numbers["deviation"].append(deviation)
@@ -149,11 +152,18 @@ class Judge:
         elif any(t.solid == "ball" for t in scene.things):
             right["round"] = False
         right["shape"] &= right["round"]
+        return seen
 
     def _motions(
-        self, scene: Scene, masks: list[Tensor], size: tuple[int, int, int], right: dict[str, Any], there: bool
+        self,
+        scene: Scene,
+        masks: list[Tensor],
+        seen: list[list[tuple[float, float, float]]],
+        size: tuple[int, int, int],
+        right: dict[str, Any],
+        there: bool,
     ) -> None:
-        ideal = nominal(scene)
+        ideal = nominal(scene, seen)
         truth = self._masks(ideal, size)
         for i, t in enumerate(scene.things):
             true, spun = track(truth[i]), 0.0
@@ -170,11 +180,11 @@ class Judge:
             right["motion"] &= there and moves(t.motion, t.solid, track(masks[i]), true, spun)
 
     def _masks(self, scene: Scene, size: tuple[int, int, int]) -> list[Tensor]:
-        """Projections of a scene's solids, drawn small: [F, h, w] each."""
+        """What is seen of a scene's solids, drawn small: [F, h, w] each."""
         shrink = 64 / min(size[1:])
         small = (size[0], round(size[1] * shrink), round(size[2] * shrink))
         truth = self.renderer.with_truth(pack([scene]), *small)[1]
-        return [truth.whole[0, i] > 0.5 for i in range(len(scene.things))]
+        return [truth.masks[0, i] > 0.5 for i in range(len(scene.things))]
 
     def _floor(
         self,

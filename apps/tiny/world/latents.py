@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit.apps.tiny.build import load_tokenizer, save_tokenizer
 from fastdit.apps.tiny.codec import CHANNELS, Codec, to_blocks
-from fastdit.apps.tiny.model import make_tokenizer
+from fastdit.apps.tiny.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
 from fastdit.apps.tiny.world.render import Renderer
 from fastdit.apps.tiny.world.scene import pack, sample
 from fastdit.apps.tiny.world.words import caption
@@ -44,7 +43,7 @@ def prepare(folder: Path) -> tuple[Codec, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "tokenizer").exists():
         rng = random.Random(0)
-        save_tokenizer(make_tokenizer(texts=[caption(sample(rng), rng) for _ in range(20000)]), folder / "tokenizer")
+        save_tokenizer(make_tokenizer([caption(sample(rng), rng) for _ in range(20000)]), folder / "tokenizer")
     if not (folder / "codec.safetensors").exists():
         fit().save(folder / "codec.safetensors")
     return Codec.load(folder / "codec.safetensors"), load_tokenizer(folder / "tokenizer")

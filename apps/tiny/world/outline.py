@@ -38,6 +38,26 @@ def cover(video: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
     return share, (share > 0.5) & (m > LEAST_CHROMA / 2)
 
 
+def pieces(mask: Tensor, least: float) -> Tensor:
+    """Connected pieces (8 neighbours) larger than `least` of the frame, counted in each of [F, H, W] boolean frames."""
+    H, W = mask.shape[1:]
+    if max(H, W) > 64:
+        shrink = 64 / max(H, W)
+        mask = F.adaptive_avg_pool2d(mask[:, None].float(), (round(H * shrink), round(W * shrink)))[:, 0] > 0.5
+    count = mask[0].numel()
+    label = torch.arange(1, count + 1, device=mask.device).view(1, *mask.shape[1:]) * mask
+    label = label.float()
+    for _ in range(count // 8):
+        before = label
+        for _ in range(8):
+            label = F.max_pool2d(label[:, None], 3, 1, 1)[:, 0] * mask
+        if torch.equal(before, label):
+            break
+    area = torch.zeros(len(mask), count + 1, device=mask.device)
+    area.scatter_add_(1, label.flatten(1).long(), torch.ones_like(label).flatten(1))
+    return (area[:, 1:] > least * count).sum(1)
+
+
 def sample(picture: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """A picture [H, W] at pixel positions x, y (a pixel's middle is at .5), linear between pixels."""
     H, W = picture.shape

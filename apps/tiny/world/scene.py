@@ -156,6 +156,14 @@ def sample(rng: random.Random, triple: tuple[str, str, str] | None = None, kind:
     return Scene(tuple(things), floor, rng.choices(BACKDROPS, (0.6, 0.4))[0], camera)
 
 
+def another(scene: Scene, rng: random.Random) -> Scene:
+    """A scene that the same words describe: other places, paths and turns, and where there are two, sides exchanged."""
+    n = len(scene.things)
+    places = PLACES[n][::-1] if n == 2 else PLACES[n]
+    things = [_thing(rng, (t.color, t.solid, t.motion), t.size, n, x) for t, x in zip(scene.things, places, strict=True)]
+    return Scene(tuple(things), scene.floor, scene.backdrop, scene.camera)
+
+
 def pack(scenes: Sequence[Scene]) -> Tensor:
     """float32 [B, 4, 13]: three things (solid, or -1 where absent; radius, x, z, dx, dz, hop, yaw, spin, 0, rgb in
     0..1), then the scene (floor, backdrop, pan and orbit in radians a clip, zeros)."""

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastdit.apps.tiny.codec import Codec, make_vae, vae_loss
-from fastdit.apps.tiny.model import block_forward, encode_text, forward, make_text_encoder, make_transformer, rotary, tokenize
-from fastdit.apps.tiny.tasks import Size, tokens
+from fastdit.apps.tiny.model import block_forward, encode_text, forward, make_text_encoder, make_transformer, rotary
+from fastdit.apps.tiny.sizes import Size, tokens
+from fastdit.apps.tiny.tokenizer import tokenize
 from fastdit.apps.tiny.world.render import Renderer
 from fastdit.apps.tiny.world.scene import pack, sample
 from fastdit.apps.tiny.world.words import caption

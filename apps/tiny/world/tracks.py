@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -13,16 +15,25 @@ from fastdit.apps.tiny.world.scene import PLACES, RADII, SIZES, SPINS, WAYS, Sce
 ANGLE, WAY = 15.0, 0.6  # degrees; share of the mean true displacement
 
 
-def nominal(scene: Scene) -> Scene:
-    """The scene at the middle of everything that its words leave open."""
+def nominal(scene: Scene, seen: Sequence[Sequence[tuple[float, float, float]]] = ()) -> Scene:
+    """The scene at the middle of everything that its words leave open, each thing where it was seen.
+
+    A caption does not say who stands where, and the way on the frame of a thing that comes nearer depends on its place.
+    `seen`: for each thing, when (-.5 to .5 over the clip) and where (x, z) it was; where it was never seen clearly, the
+    usual place stands in.
+    """
     things = []
     n = len(scene.things)
-    for t, x in zip(scene.things, PLACES[n], strict=True):
+    for i, (t, x) in enumerate(zip(scene.things, PLACES[n], strict=True)):
         way, (path_x, path_z) = WAYS.get(t.motion, (0.0, 0.0)), paths(n, t.size)
         radius = RADII[n][SIZES.index(t.size)]
         hop = leap(radius) if t.motion == "bouncing" else 0.0
         yaw = 0.65 if t.solid == "cube" else 0.0
-        things.append(replace(t, radius=radius, x=x, z=0.0, dx=way[0] * path_x, dz=way[1] * path_z, hop=hop, yaw=yaw))
+        dx, dz, z = way[0] * path_x, way[1] * path_z, 0.0
+        if i < len(seen) and seen[i]:  # the middle of its way
+            x = median(there - dx * when for when, there, _ in seen[i])
+            z = median(there - dz * when for when, _, there in seen[i])
+        things.append(replace(t, radius=radius, x=x, z=z, dx=dx, dz=dz, hop=hop, yaw=yaw))
     return replace(scene, things=tuple(things))
 
 

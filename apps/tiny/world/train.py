@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fastdit.apps.tiny.tasks import Size, parse_sizes, tokens
+from fastdit.apps.tiny.sizes import Size, parse_sizes, tokens
 from fastdit.apps.tiny.world import latents, store
 from fastdit.apps.tiny.world.run import Clock, Run
 from fastdit.apps.tiny.world.tasks import TASKS, Batches, Task

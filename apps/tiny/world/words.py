@@ -1,15 +1,15 @@
-"""Scenes in words, in one fixed wording or in one of many, and which words of a prompt mean nothing to the model.
+"""Scenes in words, in one fixed wording or in one of many, and the vocabulary of these.
 
-`caption` is what the model is trained on; `unknown` is derived from the same tables, so the two cannot disagree.
+`caption` is what the model is trained on; the vocabulary is derived from the same tables, so the two cannot disagree.
 """
 
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 
 from fastdit.apps.tiny.world.scene import COLORS, Scene, Thing
+from fastdit.pipelines.embedded import words_of
 
 _NOUNS = {
     "ball": ("ball", "ball", "ball", "sphere", "globe"),
@@ -119,10 +119,6 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
     return opening + body + ground + behind + _pick(rng, _CAMERAS[scene.camera])
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"[^\W_]+(?:['’-][^\W_]+)*", text.lower())
-
-
 def _said() -> Iterator[str]:
     yield from COLORS
     for table in (_NOUNS, _COLOR_WORDS, _SIZE_WORDS, _MOTIONS, _FLOORS, _BACKDROPS, _CAMERAS):
@@ -132,9 +128,6 @@ def _said() -> Iterator[str]:
         yield from (o.replace("{}", "") for o in options)
 
 
-VOCABULARY = frozenset(w for said in _said() for w in _words(said)) | {"an"}
-
-
-def unknown(prompt: str) -> list[str]:
-    """The words of a prompt that the model never met, in their order, each once; small words that say nothing are left out."""
-    return list(dict.fromkeys(w for w in _words(prompt) if w not in VOCABULARY and w not in _FILLERS))
+VOCABULARY = frozenset(w for said in _said() for w in words_of(said)) | {"an"}
+UNDERSTOOD = VOCABULARY | _FILLERS
+"""What `build` stores beside the weights, for `embedded.unknown_words`."""

@@ -23,7 +23,9 @@ from fastdit.apps.tiny.world.scene import (
     pack,
     sample,
 )
-from fastdit.apps.tiny.world.words import VOCABULARY, _words, caption, unknown
+from fastdit.apps.tiny.world.words import UNDERSTOOD, VOCABULARY, caption
+from fastdit.pipelines import embedded
+from fastdit.pipelines.embedded import unknown_words, words_of
 
 
 def one(solid: str = "ball", color: str = "red", motion: str = "still", radius: float = 0.7, **more: float) -> Thing:
@@ -126,8 +128,8 @@ def test_captions_say_what_is_drawn_and_only_known_words() -> None:
     for _ in range(1500):
         scene = sample(rng)
         text = caption(scene, rng)
-        assert unknown(text) == [], text
-        assert set(_words(text)) <= VOCABULARY
+        assert unknown_words(text) == [], text
+        assert set(words_of(text)) <= VOCABULARY
         plain = caption(scene)
         assert all(t.color in plain and t.solid in plain for t in scene.things)
     ball = Scene((one(motion="right", dx=2.0),), "checker")
@@ -136,7 +138,12 @@ def test_captions_say_what_is_drawn_and_only_known_words() -> None:
 
 
 def test_words_that_are_not_understood_are_named_once_and_in_order() -> None:
-    assert unknown("A cat on a skateboard, and a CAT moving diagonally under a blue sky.") == ["cat", "skateboard"]
-    assert unknown("a small blue cube spinning, the camera pans left") == []
-    assert unknown("don't stop") == ["don't", "stop"]
-    assert unknown("") == []
+    assert unknown_words("A cat on a skateboard, and a CAT moving diagonally under a blue sky.") == ["cat", "skateboard"]
+    assert unknown_words("a small blue cube spinning, the camera pans left") == []
+    assert unknown_words("don't stop") == ["don't", "stop"]
+    assert unknown_words("") == []
+    assert unknown_words("a cat", "no/such/folder") == []  # a model that says nothing about its words
+
+
+def test_the_vocabulary_that_ships_is_that_of_the_captions() -> None:
+    assert set((embedded.PATH / embedded.VOCABULARY).read_text().split()) == UNDERSTOOD

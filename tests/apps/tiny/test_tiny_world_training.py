@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastdit.apps.tiny.build import save_tokenizer
-from fastdit.apps.tiny.model import make_tokenizer
+from fastdit.apps.tiny import muon
+from fastdit.apps.tiny.tokenizer import make_tokenizer, save_tokenizer
 from fastdit.apps.tiny.world import build, draw, latents, store, tasks, train
 from fastdit.pipelines import embedded
 
@@ -24,9 +24,7 @@ SMALL += ["--early-part", "0", "--sizes", "5x32x32:1,9x32x48:1"]
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     latents.fit(fitted=((32, 5, 12), (64, 5, 6))).save(folder / "codec.safetensors")
-    save_tokenizer(
-        make_tokenizer(texts=["a red ball moving right", "a blue cube spinning before a wall"] * 20), folder / "tokenizer"
-    )
+    save_tokenizer(make_tokenizer(["a red ball moving right", "a blue cube spinning before a wall"] * 20), folder / "tokenizer")
     return folder
 
 
@@ -146,3 +144,9 @@ def test_levels_of_noise_reach_zero_in_the_last_step() -> None:
     assert len(levels) == 9
     assert (levels[0], levels[-1]) == (1, 0)
     assert (levels.diff() < 0).all()
+
+
+def test_orthogonalize_brings_singular_values_near_one() -> None:
+    values = torch.linalg.svdvals(muon.orthogonalize(torch.randn(3, 20, 50)))
+    assert values.min() > 0.5
+    assert values.max() < 1.3
