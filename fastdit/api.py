@@ -2,20 +2,15 @@
 `set_attn_processor(FastAttnProcessor())`.
 
 diffusers has `set_attn_processor` on models; importing fastdit adds it to pipelines, and teaches the models' own to take a
-`FastAttnProcessor`. Every other processor goes where it always went.
+`FastAttnProcessor` (`seam.py`). Every other processor goes where it always went.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline
-from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
-from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,7 +24,6 @@ from fastdit.pipelines.encoder import encoder_of
 from fastdit.pipelines.registry import adapter_for
 from fastdit.presets import DEFAULT, preset
 from fastdit.reporting.report import Report
-from fastdit.runs import loops
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 """Names under which pipelines keep their denoisers; Wan 2.2 has two."""
@@ -211,33 +205,20 @@ def _denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
             yield name, inner
 
 
-_set_on_model = AttentionMixin.set_attn_processor
-
-
-@functools.wraps(_set_on_model)
-def _model_set_attn_processor(self: Any, processor: Any) -> None:
+def set_on_model(model: Any, processor: Any, original: Callable[[Any], None]) -> None:
+    """What a model's `set_attn_processor` does; original: the bound method that diffusers gave it."""
     if isinstance(processor, FastAttnProcessor):
-        accelerate(self, processor.config)
-    elif installed(self) is None:
-        _set_on_model(self, without_others(processor, None))
+        accelerate(model, processor.config)
+    elif installed(model) is None:
+        original(without_others(processor, None))
     else:
-        replace(self, processor, functools.partial(_set_on_model, self))
+        replace(model, processor, original)
 
 
-def _pipeline_set_attn_processor(self: Any, processor: Any) -> None:
-    """Set the attention processor of every denoiser of the pipeline (added by fastdit)."""
+def set_on_pipeline(pipeline: Any, processor: Any) -> None:
+    """What a pipeline's `set_attn_processor` does."""
     if isinstance(processor, FastAttnProcessor):
-        accelerate(self, processor.config)
+        accelerate(pipeline, processor.config)
         return
-    for _, model in _denoisers(self):
+    for _, model in _denoisers(pipeline):
         model.set_attn_processor(processor)  # type: ignore[operator]
-
-
-def patch_diffusers() -> None:
-    """Make `set_attn_processor` of models and pipelines take a `FastAttnProcessor`, and pipelines tell where their denoising
-    loops begin and end, and what they call their models for. Done once, when fastdit is imported."""
-    AttentionMixin.set_attn_processor = _model_set_attn_processor  # type: ignore[method-assign]
-    DiffusionPipeline.set_attn_processor = _pipeline_set_attn_processor  # type: ignore[attr-defined]
-    for cls in (DiffusionPipeline, LoopSequentialPipelineBlocks):
-        loops.watch_loops(cls)
-    loops.watch_names(CacheMixin)

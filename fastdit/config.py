@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastdit.approx.remainder import REMAINDERS
-from fastdit.core.layout import Grid
-from fastdit.core.quant import Quant
+from fastdit.core.number_format import Quant
 from fastdit.policies import Dense, Policy, Window, policy_from_dict
+
+if TYPE_CHECKING:
+    from fastdit.core.layout import Grid
 
 KINDS = ("none", "retention", "ratio", "residual", "broadcast")
 STORES = ("float32", "bfloat16", "fp8")
@@ -75,8 +76,8 @@ class Phase:
 
     sigma: (high, low), the way a run passes through it. layers: (first, last), half-open, counted over the self-attention
     sites of one denoiser, negative from its end as in a slice; None is all of them. remainder: what stands in for the
-    tiles that the policy drops, one of `REMAINDERS`. reuse: which statistics of earlier steps serve how long. With `Dense()`,
-    which drops nothing, both are without effect.
+    tiles that the policy drops, one of `approx.remainder.REMAINDERS`. reuse: which statistics of earlier steps serve how long.
+    With `Dense()`, which drops nothing, both are without effect.
     """
 
     sigma: tuple[float, float] = (1.0, 0.0)
@@ -97,8 +98,11 @@ class Phase:
         for name, kind in (("quant", Quant), ("reuse", Reuse)):
             if not isinstance(found := getattr(self, name), kind):
                 raise ValueError(f"phase: {name} must be a {kind.__name__}(...), got {found!r}")
-        if self.remainder not in REMAINDERS:
-            raise ValueError(f"phase: remainder must be one of {', '.join(REMAINDERS)}, got {self.remainder!r}")
+        if self.remainder != "none":
+            from fastdit.approx.remainder import REMAINDERS
+
+            if self.remainder not in REMAINDERS:
+                raise ValueError(f"phase: remainder must be one of {', '.join(REMAINDERS)}, got {self.remainder!r}")
         if not isinstance(self.policy, Policy):
             raise ValueError(f"phase: policy must be a policy such as Window(...), got {self.policy!r}")
 

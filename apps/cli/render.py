@@ -15,6 +15,7 @@ import typer
 import yaml
 from tqdm import tqdm
 
+from fastdit import Config
 from fastdit.apps.cli.options import with_settings
 from fastdit.apps.errors import UserError
 from fastdit.apps.render import jobs
@@ -191,8 +192,6 @@ def choose_pool(
 
 def read_config(path: Path) -> Any:
     """Read a `Config` from a toml, yaml or json file. Raises UserError."""
-    from fastdit import Config
-
     try:
         text = decode(path.read_bytes())
         if path.suffix == ".toml":
