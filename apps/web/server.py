@@ -18,6 +18,7 @@ from fastdit.apps.errors import UserError
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.render.text import decode
 from fastdit.apps.web.limits import Limits
+from fastdit.apps.web.same_origin import SameOrigin
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 PAUSE = 1.0
@@ -100,6 +101,7 @@ def serve(
     page = Page(studio, users is not None)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(SameOrigin)
     if users is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host])
     # Gradio compresses its scripts again for every visitor, which takes longer on two cores than sending them
