@@ -9,7 +9,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from fastdit.seam import patch_diffusers
+from fastdit.diffusers_hooks import patch_diffusers
 
 if TYPE_CHECKING:
     from fastdit.api import FastAttnProcessor, accelerate, install, propagate_encoder, report, restore

@@ -2,7 +2,7 @@
 `set_attn_processor(FastAttnProcessor())`.
 
 diffusers has `set_attn_processor` on models; importing fastdit adds it to pipelines, and teaches the models' own to take a
-`FastAttnProcessor` (`seam.py`). Every other processor goes where it always went.
+`FastAttnProcessor` (`diffusers_hooks.py`). Every other processor goes where it always went.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fastdit.config import Config
 from fastdit.encoder_reuse.propagate import KEY_STEPS, Propagation, propagation_of
 from fastdit.pipelines import described
 from fastdit.pipelines.encoder import encoder_of
-from fastdit.pipelines.registry import adapter_for
+from fastdit.pipelines.registry import adapter_for, is_hopeless, is_known
 from fastdit.presets import DEFAULT, preset
 from fastdit.reporting.report import Report
 
 DENOISERS = ("transformer", "transformer_2", "unet")
-"""Names under which pipelines keep their denoisers; Wan 2.2 has two."""
+"""Names under which pipelines keep a denoiser, whatever its class; under others it is one if its class is known."""
 
 
 class FastAttnProcessor:
@@ -187,19 +187,37 @@ def _config(config: str | Config) -> Config:
 
 
 def denoisers_of(pipeline: Any) -> list[tuple[str, nn.Module]]:
-    """(name, model) of the denoisers that a pipeline has, as it holds them."""
-    return [(name, model) for name in DENOISERS if isinstance(model := getattr(pipeline, name, None), nn.Module)]
+    """(name, model) of the denoisers that a pipeline has, as it holds them: found among its components by what they are."""
+    parts = {name: part for name, part in getattr(pipeline, "__dict__", {}).items() if not name.startswith("_")}
+    parts |= {name: part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None}
+    models = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+    found = {name for name, part in models.items() if name in DENOISERS or _is_denoiser(_unwrapped(part))}
+    found = found or {name for name, part in models.items() if is_hopeless(_unwrapped(part))}  # to say why
+    return [(name, part) for name, part in models.items() if name in found]
+
+
+def _is_denoiser(model: nn.Module) -> bool:
+    """Of a class that is known, or described by `install`."""
+    return is_known(model) or installed(model) is not None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Without the wrappers of torch.compile and of data parallelism."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner.module if isinstance(inner, DistributedDataParallel) else inner
 
 
 def _denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
-    """(name, model), the wrappers of torch.compile and of data parallelism taken off."""
+    """(name, model), unwrapped."""
     found = [("model", target)] if isinstance(target, nn.Module) else denoisers_of(target)
     if not found:
-        raise ValueError(f"{type(target).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a model")
+        raise ValueError(
+            f"{type(target).__name__} has no denoiser: none of {', '.join(DENOISERS)} is a model, and no other component is of"
+            " a class that fastdit knows"
+        )
     seen: set[int] = set()
     for name, model in found:
-        inner: nn.Module = getattr(model, "_orig_mod", model)
-        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner
+        inner = _unwrapped(model)
         if id(inner) not in seen:  # one model may stand in both places of Wan 2.2
             seen.add(id(inner))
             yield name, inner

@@ -1,8 +1,8 @@
-"""The whole of a configuration: phases over the noise level, each naming where attention is exact and in which format.
+"""The configuration: phases over the noise level, each naming where attention is exact and in which number format.
 
-Frozen, hashable, and the same dictionary in the command line, a benchmark row and a report. The noise level σ lies in
-[0, 1]: 1 is pure noise, 0 the finished picture (for flow matching, timestep / 1000). A phase is chosen by σ and never by
-a step number, so that one configuration means the same at 50 steps, at 4, and across Wan 2.2's two denoisers.
+Frozen, hashable, and stored as the same dictionary by the command line, benchmark rows and reports. The noise level σ lies in
+[0, 1]: 1 is pure noise, 0 the finished picture (for flow matching, timestep / 1000). σ selects the phase, never a step
+number, so one configuration means the same at 50 steps, at 4, and across Wan 2.2's two denoisers.
 """
 
 from __future__ import annotations
@@ -18,40 +18,44 @@ if TYPE_CHECKING:
     from fastdit.core.layout import Grid
 
 KINDS = ("none", "retention", "ratio", "residual", "broadcast")
-STORES = ("float32", "bfloat16", "fp8")
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Reuse:
-    """Which statistics serve how many steps; `approx/step_cache.py` says what is done with them, and after which papers.
+    """Which statistics are reused, and for how many steps; `approx/step_cache.py` has the formulas and papers.
 
-    kind: one of `KINDS`. refresh: a dense step every so many, at least two (the paper: 5). ramp: λ (the paper: .04; its
-    ablation over 0 … .04 is within noise). store: type of R, "fp8" with a scale a row; host: keep R in the CPU's memory, where
-    it also goes when the GPU has no room. maps: steps that a dynamic policy's tile map serves (and so the trades of the heads
-    that `SpatialTemporal` tells apart); with statistics whole refreshes, as they hold for one map only."""
+    kind: one of `KINDS`. refresh: a dense step every `refresh` steps, at least 2 (the paper: 5). ramp: λ (the paper: .04; its
+    ablation over 0 … .04 is within noise). store: form of R, one of `residual_store.FORMS`, or "auto": the best that fits
+    (`approx/placement.py`). host: keep R in CPU memory, where it also goes when the GPU is full. maps: steps for which a
+    dynamic policy's tile map is reused (including the choice that `SpatialTemporal` makes per head); with statistics, rounded
+    up to whole refreshes: statistics hold for one map only."""
 
     kind: str = "none"
     refresh: int = 5
     ramp: float = 0.04
-    store: str = "bfloat16"
+    store: str = AUTO
     host: bool = False
     maps: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"reuse: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.store not in STORES:
-            raise ValueError(f"reuse: store must be one of {', '.join(STORES)}, got {self.store!r}")
+        if self.store != AUTO:
+            from fastdit.approx.residual_store import FORMS
+
+            if self.store not in FORMS:
+                raise ValueError(f"reuse: store must be one of {', '.join((*FORMS, AUTO))}, got {self.store!r}")
         if self.refresh < 1 or self.maps < 1 or not 0 <= self.ramp <= 1:
             raise ValueError(
                 f"reuse: refresh >= 1, maps >= 1 and ramp in [0, 1] must hold, got {self.refresh}, {self.maps} and {self.ramp}"
             )
         if self.kind != "none" and self.refresh == 1:
-            raise ValueError(f"reuse: refresh=1 makes every step dense and nothing is reused: use >= 2, or no {self.kind}")
+            raise ValueError("reuse: refresh=1 makes every step dense and reuses nothing: use refresh >= 2 or kind='none'")
 
     @property
     def map_age(self) -> int:
-        """Steps that a tile map serves: with statistics, whole refreshes."""
+        """Steps for which a tile map is reused; with statistics, a multiple of `refresh`."""
         return self.maps if self.kind == "none" else math.ceil(self.maps / self.refresh) * self.refresh
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,12 +76,12 @@ class Reuse:
 
 @dataclass(frozen=True)
 class Phase:
-    """What holds while σ is in (low, high] (σ = 0 belongs to a phase that reaches down to 0), in a range of layers.
+    """The settings for σ in (low, high] and a range of layers. σ = 0 belongs to a phase that reaches down to 0.
 
-    sigma: (high, low), the way a run passes through it. layers: (first, last), half-open, counted over the self-attention
-    sites of one denoiser, negative from its end as in a slice; None is all of them. remainder: what stands in for the
-    tiles that the policy drops, one of `approx.remainder.REMAINDERS`. reuse: which statistics of earlier steps serve how long.
-    With `Dense()`, which drops nothing, both are without effect.
+    sigma: (high, low), in the order of a run. layers: (first, last), half-open, over the self-attention sites of one
+    denoiser, negative from the end as in a slice; None: all. remainder: what replaces the tiles that the policy drops, one of
+    `approx.remainder.REMAINDERS`. reuse: which statistics of earlier steps are reused. `Dense()` drops nothing, so both have
+    no effect with it.
     """
 
     sigma: tuple[float, float] = (1.0, 0.0)
@@ -145,7 +149,7 @@ def _slice(pair: Any) -> bool:
 
 
 TILE = (1, 8, 8)
-"""Of the presets. One frame deep: the best windows are two or three frames deep, which thicker tiles cannot express."""
+"""The presets' tile. One frame deep: the best windows are two or three frames deep, which thicker tiles cannot express."""
 
 BALANCED = (Phase((1.0, 0.98), Dense()), Phase((0.98, 0.0), Window(density=0.125), reuse=Reuse("residual", refresh=5)))
 """Phases of the default preset; `presets.py` says how they were chosen."""
@@ -153,15 +157,16 @@ BALANCED = (Phase((1.0, 0.98), Dense()), Phase((0.98, 0.0), Window(density=0.125
 
 @dataclass(frozen=True)
 class Config:
-    """All of fastdit's settings for one pipeline. The first phase that holds wins; where none holds, attention is dense.
+    """All of fastdit's settings for one pipeline. The first phase that holds applies; where none holds, attention is dense.
 
     tile: tokens (t, h, w) of a tile; None fits one of about `tile_tokens` to each grid (`layout.fit_tile`).
-    min_tokens: shorter sequences stay dense; max_density: so do tile maps denser than this. Both mark where the bookkeeping
-    costs more than it saves: on CPU, attention is under half of a denoiser's time below 2,300 tokens. first_frame: every tile
-    attends the first latent frame as well, which many video models use as a sink.
-    error_budget: relative L2 error that a site's output may have, measured on a few query rows of each call (`error_guard.py`);
-    None measures nothing. Given one without phases, those of the default preset are taken, and its tile if there is none.
-    strict: raise where a site would be left dense for want of something, instead of reporting it.
+    min_tokens: shorter sequences stay dense. max_density: denser tile maps run dense. Beyond both limits the overhead
+    exceeds the saving: on CPU, attention is under half of a denoiser's time below 2,300 tokens. first_frame: every tile also
+    attends the first latent frame, which many video models use as a sink.
+    error_budget: the largest relative L2 error of a site's output, measured on a few query rows of each call
+    (`error_guard.py`); None measures nothing. A budget without phases uses those of the default preset, and its tile unless one
+    is given.
+    strict: raise, instead of reporting, where a site would stay dense because something is missing or unsupported.
     """
 
     phases: tuple[Phase, ...] = ()
@@ -194,17 +199,17 @@ class Config:
             object.__setattr__(self, "tile", self.tile or TILE)
 
     def at(self, sigma: float, layer: int = 0, layers: int = 1) -> int | None:
-        """Index of the phase that holds for a layer at a noise level; None: no phase, dense."""
+        """Index of the phase that holds for a layer at a noise level; None if no phase does (dense)."""
         return next((i for i, phase in enumerate(self.phases) if phase.holds(sigma, layer, layers)), None)
 
     def accept(self, site: str, reason: str) -> str:
-        """The reason why a site is dense for want of something. Raises RuntimeError if the configuration is strict."""
+        """Return the reason why a site must stay dense. Raises RuntimeError if the configuration is strict."""
         if self.strict:
-            raise RuntimeError(f"{site}: {reason} (strict: attention may not fall back to dense)")
+            raise RuntimeError(f"{site}: {reason} (strict: attention may not fall back to dense; strict=False allows it)")
         return reason
 
     def gaps(self) -> tuple[tuple[float, float], ...]:
-        """Noise levels (high, low), falling, that no phase names for any layer, in a configuration that has phases."""
+        """Ranges of noise level (high, low), falling, that no phase covers for any layer; () without phases."""
         found, low = [], 1.0
         for phase in sorted(self.phases, key=lambda phase: phase.sigma, reverse=True):
             if phase.sigma[0] < low:

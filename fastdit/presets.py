@@ -1,4 +1,4 @@
-"""Named configurations, chosen by measurement (docs/results/, README): how much faster for how much error."""
+"""Named configurations, chosen by measured speed and error (docs/results/, README)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from fastdit.core.number_format import Quant
 from fastdit.policies import Dense, Window
 
 PRESETS: dict[str, Config] = {
-    # Everything dense through the seam: bit-exact to the stock pipeline but for padded text, which is cut.
+    # Everything dense through fastdit: bit-exact to the stock pipeline, except that padded text is cut.
     "exact": Config(),
-    # Where things will be is settled while the clip is still pure noise: σ > 0.98 (two of 20 steps at flow shift 5) stays
-    # dense, as in Radial Attention and Sparse VideoGen. From then on a window draws what changes, and what it leaves out is
-    # remembered from the last dense step, one in five. At equal time that is closer to dense than windows with more dense
-    # steps (.16 against .38), and nothing else that was tried comes near it: Re-ttention .33, nothing remembered .83.
+    # The composition is settled while the clip is still almost pure noise, so σ > 0.98 (two of 20 steps at flow shift 5) stays
+    # dense, as in Radial Attention and Sparse VideoGen. After that, attention is a window plus the residual of the last dense
+    # step, one in five. At equal time this is closer to dense than windows with more dense steps (error .16 against .38) and
+    # than the alternatives tried: Re-ttention .33, no reuse .83.
     "balanced": Config(BALANCED, TILE),
     "fast": Config(
         (Phase((1.0, 0.98), Dense()), Phase((0.98, 0.0), Window(density=0.0625), reuse=Reuse("residual", refresh=10))), TILE
     ),
-    # FPSAttention's schedule (arXiv 2506.04648 §3.3): early steps coarse and sparse, the middle fine and dense, late ones
-    # between. The paper trains the model for it and publishes neither bounds nor windows: these are ours, for models trained
-    # so and for comparison. FP8 saves time on GPUs alone; untrained models lose quality early, where this is sparsest.
+    # FPSAttention's schedule (arXiv 2506.04648 §3.3): early steps coarse and sparse, the middle fine and denser, late steps in
+    # between. The paper trains the model for it and publishes neither bounds nor windows. These are ours, for models trained
+    # this way and for comparison. FP8 saves time only on GPUs; untrained models lose quality early, where this is sparsest.
     "fps": Config(
         (
             Phase((1.0, 0.925), Window(density=0.125), Quant("fp8", "fp8", granularity="tensor")),
@@ -33,7 +33,7 @@ DEFAULT = "balanced"
 
 
 def preset(name: str) -> Config:
-    """The configuration of that name. Raises ValueError listing the names."""
+    """The configuration of a name. Raises ValueError for an unknown one, listing the names."""
     try:
         return PRESETS[name]
     except KeyError:

@@ -1,9 +1,9 @@
-"""What a configuration will do at which step and layer, told without a model: a schedule to print, plot and test.
+"""What a configuration will do at each step and layer, computed without a model: a schedule to print, plot and test.
 
-A configuration speaks of noise levels; how they fall over the steps is the scheduler's affair. `noise_levels` gives those of
-flow matching: σ' = s·σ / (1 + (s − 1)·σ) for the shift s, σ evenly from 1 to 1/steps. Euler and Heun have them where the
-pipeline hands them over, UniPC and DPM++ to within .003. Euler and Heun left to themselves go evenly from 1 to the smallest
-level they were trained on: give `schedule` the scheduler's own `timesteps / 1000` then.
+A configuration is defined over noise levels; the scheduler decides how they fall over the steps. `noise_levels` returns those
+of flow matching: σ' = s·σ / (1 + (s − 1)·σ) for the shift s, with σ evenly spaced from 1 to 1/steps. Euler and Heun use them
+if the pipeline passes them in; UniPC and DPM++ are within .003. By default Euler and Heun space σ evenly from 1 to the
+smallest level of training: then pass the scheduler's own `timesteps / 1000` to `schedule`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastdit.config import Config
 
 @dataclass(frozen=True)
 class Entry:
-    """At one step: layers (first, last), half-open, that share a phase (None: dense), and what that is in words."""
+    """One step of a range of layers (first, last), half-open, that share a phase (None: dense). what: it in words."""
 
     step: int
     sigma: float
@@ -27,7 +27,7 @@ class Entry:
 
 
 def noise_levels(steps: int, shift: float = 5.0) -> list[float]:
-    """σ of each step of a flow-matching run. Raises ValueError for steps < 1 or a shift that is not above 0."""
+    """σ of each step of a flow-matching run. Raises ValueError for steps < 1 or shift <= 0."""
     if steps < 1 or not shift > 0:
         raise ValueError(f"steps >= 1 and shift > 0 must hold, got {steps} and {shift}")
     even = [1 - i / steps for i in range(steps)]
@@ -35,9 +35,10 @@ def noise_levels(steps: int, shift: float = 5.0) -> list[float]:
 
 
 def schedule(config: Config, sigmas: Sequence[float], layers: int = 1) -> list[Entry]:
-    """Every step's phases in the order of its layers. Steps that take statistics are told apart from those that use them.
+    """The entries of every step, in the order of its layers. Steps that take statistics differ from steps that reuse them.
 
-    Dense for other reasons (short sequences, dense maps, the error budget) is not foreseen here: `report` says what ran.
+    Calls that are dense for other reasons (short sequences, dense maps, the error budget) are not predicted: `report` shows
+    what ran.
     """
     entries = []
     last: dict[int, int | None] = {}
@@ -46,7 +47,7 @@ def schedule(config: Config, sigmas: Sequence[float], layers: int = 1) -> list[E
         words = []
         for layer in range(layers):
             phase = config.at(sigma, layer, layers)
-            # Memory belongs to a phase: another one begins with a refresh, and so does a new age.
+            # Statistics belong to a phase, so every phase begins with a refresh.
             ages[layer] = ages[layer] + 1 if layer in last and last[layer] == phase else 0
             last[layer] = phase
             words.append((phase, _what(config, phase, ages[layer])))

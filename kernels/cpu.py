@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastdit.core.block_mask import tile_map, version
+from fastdit.core.block_mask import tile_map, tile_of, version
 from fastdit.core.quant import Quant, emulate, rounded_attention
 from fastdit.core.reference import attention, merge
 
@@ -152,10 +152,8 @@ def _dropped(
     keys, values = ((x.to(dtype)[:, :, k_order.clamp(min=0)] * real).sum(3) / count.clamp(min=1)[:, None] for x in (k, v))
     dropped = ~tile_map(kv_num_blocks, kv_indices) & (count > 0)
     wide = _widen(q.to(dtype), keys, scale, None, count.clamp(min=1).to(dtype).log()[:, None])
-    tile_of = torch.empty(q.shape[2], dtype=torch.long, device=q.device)
-    tile_of[q_order[q_order >= 0]] = torch.arange(len(q_order), device=q.device)[:, None].expand_as(q_order)[q_order >= 0]
     rows = max(1, CHUNK_BYTES // (len(k_order) * q.shape[0] * q.shape[1] * dtype.itemsize))
-    parts = zip(wide[0].split(rows, 2), tile_of.split(rows), strict=True)
+    parts = zip(wide[0].split(rows, 2), tile_of(q_order, q.shape[2]).split(rows), strict=True)
     done = [attention(part, wide[1], values, dropped[:, :, tiles], scale) for part, tiles in parts]
     return torch.cat([out for out, _ in done], 2), torch.cat([lse for _, lse in done], 2)
 

@@ -1,4 +1,4 @@
-"""A denoiser that fastdit does not know, described by whoever does: `fastdit.install(model, layout=…)`."""
+"""Adapters for denoisers that fastdit does not know, from a description by the user: `fastdit.install(model, layout=…)`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastdit.planning.adapter import Adapter
 
 Description = str | Callable[[dict[str, Any]], Facts] | Adapter
 SKIP = {"attn2": "cross-attention"}
-"""diffusers' own name for it."""
+"""diffusers' usual name for cross-attention."""
 
 
 class Own(Family):
-    """Facts by a function of the call's arguments by name; sites are all modules with a processor but those of `skip`."""
+    """Facts from a function of the call's arguments by name. Sites: all modules with a processor except those in `skip`."""
 
     def __init__(self, model: nn.Module, layout: Callable[[dict[str, Any]], Facts], skip: Mapping[str, str]) -> None:
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]  # type: ignore[misc]
@@ -26,11 +26,11 @@ class Own(Family):
         self.layout = layout
 
     def facts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
-        """What the user's function says; where it fails, the call stays dense and says how."""
+        """The facts that the user's function returns. If it fails, the call stays dense, with the error as the reason."""
         call = dict(zip(self.names, args, strict=False)) | kwargs
         try:
             return self.read(model, call)
-        except Exception as error:  # it is somebody else's code: it may raise anything
+        except Exception as error:  # user code may raise anything
             why = f"the layout function fails: {type(error).__name__}: {error}"
             return Facts((0, 0, 0), self._level(model, call), missing=why)
 
@@ -42,7 +42,7 @@ class Own(Family):
 
 
 def adapter_of(model: nn.Module, layout: Description, skip: Mapping[str, str] = SKIP) -> Adapter:
-    """The adapter that a user's description makes. Raises ValueError for one that describes nothing."""
+    """The adapter of a user's description. Raises ValueError if it is none, or if the model has no self-attention site."""
     if isinstance(layout, str):
         if layout not in ADAPTERS:
             raise ValueError(f"layout: no model class {layout!r}; known are {', '.join(sorted(ADAPTERS))}")

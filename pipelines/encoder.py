@@ -1,6 +1,6 @@
-"""Which part of a denoiser is its encoder, whose features hardly change from step to step (Faster Diffusion, arXiv 2312.09608).
+"""The encoder of a denoiser, whose features hardly change from step to step (Faster Diffusion, arXiv 2312.09608).
 
-UNets: everything before the first up block. Transformers of the DiT kind: the first 18 of 28 blocks (Table 4 there).
+UNets: everything before the first up block. DiT transformers: the first 18 of 28 blocks (the paper's Table 4).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ SHARE = 18 / 28
 
 
 def encoder_of(model: nn.Module, depth: int | None = None) -> Encoder:
-    """The encoder of a denoiser. depth: blocks of it, for transformers; default 18/28 of them.
+    """The encoder of a denoiser. depth: number of its blocks, for transformers; default 18/28 of all.
 
-    Raises ValueError for a class that is not known, a depth that a UNet cannot have or that leaves no decoder.
+    Raises ValueError for an unknown class, a depth given for a UNet, or a depth that leaves no decoder.
     """
     for cls in type(model).__mro__:
         if cls.__name__ in _ENCODERS:
@@ -48,16 +48,16 @@ def _dit(model: Any, depth: int | None) -> Encoder:
 
 
 def _joins(model: Any) -> Iterator[Join]:
-    """The convolutions that read a decoder feature joined to a skip; the first of them reads propagated features alone."""
+    """The convolutions that read a decoder feature joined to a skip; the first reads propagated features only."""
     width = 0
     for block in model.up_blocks:
         for module in block.resnets:
             resnet = getattr(module, "spatial_res_block", module)
             if type(resnet) is not ResnetBlock2D or resnet.upsample is not None or resnet.downsample is not None:
-                return  # another way of joining: what comes behind it is not known either
+                return  # an unknown way of joining: later joins are unknown too
             channels = resnet.norm1.num_channels // resnet.norm1.num_groups
-            varies = -(-width // channels) * channels  # a group of the normalization that holds one decoder channel: as a whole
-            if varies < resnet.norm1.num_channels:  # with one group, nothing stays the same
+            varies = -(-width // channels) * channels  # a whole normalization group varies with one channel
+            if varies < resnet.norm1.num_channels:  # with one group, every channel varies
                 yield Join(resnet.conv1, varies)
             if resnet.conv_shortcut is not None:
                 yield Join(resnet.conv_shortcut, width)

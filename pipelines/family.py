@@ -1,4 +1,4 @@
-"""What the families have in common: which modules are sites, and how the arguments of a denoiser's call are read."""
+"""Base class of the model families: which modules are sites, and how the arguments of a denoiser's call are read."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fastdit.planning.adapter import REST, Facts
 
 TRAIN_TIMESTEPS = 1000
 LACKING = (KeyError, AttributeError, TypeError, IndexError, ValueError, RuntimeError)
-"""What reading an argument raises that is not there, or not what it usually is."""
+"""Errors raised by reading an argument that is missing or not of the expected form."""
 
 __all__ = ["REST", "Facts", "Family", "grid_of", "length", "noise_level"]
 
 
 class Family:
-    """Facts of one model family; a subclass names the arguments it reads, and reads them.
+    """Facts of one model family. A subclass names the arguments and implements `read`.
 
     names: leading positional parameters of the denoiser's forward.
-    clock: the parameter that is the timestep, `full` in pure noise and 0 at the end; if it `rises`, the other way round.
-    skips: parts of module names that are no sites, and why.
-    order: leading parts of module names in the order in which they run, where that is not the order of definition.
+    clock: the parameter that is the timestep: `full` in pure noise, 0 at the end; if it `rises`, the reverse.
+    skips: parts of the names of modules that are not sites, and why.
+    order: first parts of module names in the order in which they run, if that differs from the order of definition.
     text, mask, note: for the table in the docs.
     """
 
@@ -50,16 +50,16 @@ class Family:
                 yield name, why
 
     def facts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
-        """What `read` finds. Where it lacks something, the call stays dense, says why, and still has its noise level."""
+        """The facts that `read` returns. If something is missing, the facts hold the reason and still the noise level."""
         named = dict(zip(self.names, args, strict=False)) | kwargs
-        call = {name: value for name, value in named.items() if value is not None}  # None is as good as not there
+        call = {name: value for name, value in named.items() if value is not None}  # None counts as missing
         try:
             return self.read(model, call)
         except LACKING as error:
             return Facts((0, 0, 0), self._level(model, call), missing=_lack(error))
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
-        """Facts of a call whose arguments are given by name, without those that are None. May raise any of `LACKING`."""
+        """Facts of a call. call: its arguments by name, without those that are None. May raise any of `LACKING`."""
         raise NotImplementedError
 
     def noise(self, model: Any, call: dict[str, Any]) -> Tensor:
@@ -96,16 +96,16 @@ def _lack(error: Exception) -> str:
 
 
 def grid_of(x: Tensor, patch: tuple[int, int, int], frames: int | None = 2) -> Grid:
-    """Tokens of latents [..., H, W] cut into patches (t, h, w); frames: the axis of time, None where there is none."""
+    """The grid, in tokens, of latents [..., H, W] cut into patches (t, h, w). frames: the time axis; None: an image."""
     t = 1 if frames is None else x.shape[frames] // patch[0]
     return t, x.shape[-2] // patch[1], x.shape[-1] // patch[2]
 
 
 def noise_level(timestep: Any, full: float = TRAIN_TIMESTEPS) -> Tensor:
-    """σ of a timestep that runs from `full` (noise) to 0: Python number or tensor.
+    """σ, a float32 tensor, of a timestep (number or tensor) that runs from `full` (noise) to 0.
 
-    For flow matching that is σ itself. For models trained on ᾱ (Stable Diffusion, CogVideoX, PixArt) it is the share of the
-    training steps, which falls as monotonically and is what their schedules of steps go by.
+    For flow matching this is σ itself. For models trained on ᾱ (Stable Diffusion, CogVideoX, PixArt) it is the share of the
+    training steps, which is also monotonic and by which their schedulers choose steps.
     """
     if not isinstance(timestep, Tensor):
         timestep = torch.tensor(timestep, dtype=torch.float32, device="cpu")
@@ -113,5 +113,5 @@ def noise_level(timestep: Any, full: float = TRAIN_TIMESTEPS) -> Tensor:
 
 
 def length(x: Tensor | None) -> int:
-    """Tokens of [B, N, C]; 0 for None."""
+    """Number of tokens N of [B, N, C]; 0 for None."""
     return 0 if x is None else x.shape[1]

@@ -52,3 +52,9 @@ class HunyuanImage(HunyuanVideo):
         x, patch = call["hidden_states"], model.config.patch_size
         grid = grid_of(x, (1, *patch), None) if x.ndim == 4 else grid_of(x, tuple(patch))
         return Facts(grid, self.noise(model, call), after=REST, unread=True)
+
+
+class MotifVideo(HunyuanVideo):
+    """Layers of the decoder have the encoder's video behind theirs, in the place of text."""
+
+    skips: ClassVar[dict[str, str]] = {"cross_attn": "cross-attention"}

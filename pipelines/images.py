@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from fastdit.pipelines.family import REST, Facts, Family, grid_of, length
 
 
@@ -120,3 +122,44 @@ class QwenImage(Family):
         t, h, w = shapes[0] if isinstance(shapes, (list, tuple)) and not isinstance(shapes[0], int) else shapes
         before = length(call.get("encoder_hidden_states"))
         return Facts((t, h, w), self.noise(model, call), before=before, after=REST, unread=True)
+
+
+class Ernie(SD3):
+    """ERNIE-Image: the image, then padded text."""
+
+    names = ("hidden_states", "timestep", "text_bth", "text_lens")
+    mask = "padded text, cut"
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        return Facts(_grid(model, call), self.noise(model, call), after=length(call["text_bth"]), unread=True)
+
+
+class GlmImage(CogView):
+    """GLM-Image: text first; timestep = 1000 σ − 1."""
+
+    names = ("hidden_states", "encoder_hidden_states", "prior_token_id", "prior_token_drop", "timestep")
+    note = "editing reads a cache of the pictures' keys, which are more than its queries: such calls stay dense"
+
+    def noise(self, model: Any, call: dict[str, Any]) -> Tensor:
+        return super().noise(model, call).clamp(0)
+
+
+class Fibo2(Family):
+    """Bria FIBO 2: a few tokens that a perceiver makes of the text, then the image, then pictures to edit; timestep is σ
+    already. Where prompts of several lengths share a batch, what is made of the text lies behind."""
+
+    names = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask", "context_latents")
+    full = 1.0
+    skips: ClassVar[dict[str, str]] = {"perceiver": "text refiner", "cross_attention": "cross-attention"}
+    order: ClassVar[tuple[str, ...]] = ("noise_refiner", "layers")
+    text = "before"
+    mask = "of text, in cross-attention"
+    note = "pictures to edit count as text; a batch of masked prompts stays dense"
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        sigma, patch = self.noise(model, call), model.config.patch_size
+        if "encoder_attention_mask" in call and len(call["hidden_states"]) > 1:
+            raise ValueError("masked prompts of a batch may have several lengths")
+        sides = (grid_of(x, (1, patch, patch), None) for x in call.get("context_latents", ()))
+        after = sum(t * h * w for t, h, w in sides)
+        return Facts(_grid(model, call), sigma, before=REST, after=after)

@@ -1,10 +1,10 @@
-"""Which denoiser class has its tokens where: the index of the small files beside this one."""
+"""The index of model families: which adapter reads which denoiser class."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from fastdit.pipelines import cogvideox, flux, hunyuan, images, ltx, unet, videos, wan
+from fastdit.pipelines import cogvideox, flux, hunyuan, images, ltx, minimax, packed, unet, videos, wan
 from fastdit.pipelines.family import Family
 from fastdit.planning.adapter import Adapter
 
@@ -14,6 +14,9 @@ _FAMILIES: dict[Family, tuple[str, ...]] = {
         "ChronoEditTransformer3DModel",
     ),
     wan.AnyFlow(): ("AnyFlowTransformer3DModel",),
+    wan.Helios(): ("HeliosTransformer3DModel",),
+    minimax.MiniMaxH3(): ("MiniMaxH3Transformer3DModel",),
+    hunyuan.MotifVideo(): ("MotifVideoTransformer3DModel",),
     hunyuan.HunyuanVideo(): ("HunyuanVideoTransformer3DModel", "HunyuanVideo15Transformer3DModel"),
     hunyuan.FramePack(): ("HunyuanVideoFramepackTransformer3DModel",),
     hunyuan.HunyuanImage(): ("HunyuanImageTransformer2DModel",),
@@ -33,6 +36,14 @@ _FAMILIES: dict[Family, tuple[str, ...]] = {
     flux.Flux2(): ("Flux2Transformer2DModel",),
     flux.Flux3(): ("Flux3Transformer2DModel",),
     flux.Bria(): ("BriaTransformer2DModel",),
+    packed.Fibo(): ("BriaFiboTransformer2DModel",),
+    packed.Krea2(): ("Krea2Transformer2DModel",),
+    packed.Ideogram4(): ("Ideogram4Transformer2DModel",),
+    packed.JoyImage(): ("JoyImageEditTransformer3DModel",),
+    packed.JoyImagePlus(): ("JoyImageEditPlusTransformer3DModel",),
+    images.Ernie(): ("ErnieImageTransformer2DModel",),
+    images.GlmImage(): ("GlmImageTransformer2DModel",),
+    images.Fibo2(): ("BriaFibo2Transformer2DModel",),
     images.SD3(): ("SD3Transformer2DModel",),
     images.PixArt(): ("PixArtTransformer2DModel",),
     images.DiT(): ("DiTTransformer2DModel", "HunyuanDiT2DModel", "LuminaNextDiT2DModel"),
@@ -48,7 +59,11 @@ _FAMILIES: dict[Family, tuple[str, ...]] = {
 }  # fmt: skip
 
 ADAPTERS: dict[str, Adapter] = {name: family for family, names in _FAMILIES.items() for name in names}
-"""By class name, so that diffusers' models are not imported to look one up; subclasses of a known class count."""
+"""By class name, so that a look-up imports no diffusers model. Subclasses of a known class are found as well."""
+
+_BLOCK = "it is one block of a UNet: accelerate the UNet"
+_SOUND = "it makes sound: there is no grid of a picture or video"
+_FEWER = "its queries are the picture's alone, and its keys the text's as well: fewer queries than keys are not made sparse"
 
 HOPELESS = {
     "SanaTransformer2DModel": "its self-attention is linear: nothing in it is quadratic",
@@ -57,13 +72,48 @@ HOPELESS = {
     "AnyFlowFARTransformer3DModel": "its self-attention is causal by chunks and compiled with its own mask",
     "QwenImage21Transformer2DModel": "its self-attention is causal by blocks, over text and pictures in turns",
     "OmniGenTransformer2DModel": "its self-attention is causal over text",
-    "Transformer2DModel": "it is one block of a UNet: accelerate the UNet",
+    "Transformer2DModel": _BLOCK,
+    "TransformerTemporalModel": _BLOCK,
+    "DreamLiteTransformer2DModel": _BLOCK,
+    "Cosmos3OmniTransformer": _FEWER,
+    "NucleusMoEImageTransformer2DModel": _FEWER,
+    "PRXTransformer2DModel": _FEWER,
+    "Kandinsky6SRTransformer3DModel": "its self-attention is block-sparse already (NABLA), with tokens in an order of its own",
+    "WanAnimate2Transformer3DModel": "its self-attention has a block mask and a cache of reference frames of its own",
+    "SanaWMLTX2RefinerTransformer3DModel": "it attends to a cache of earlier frames, and its arguments do not tell the grid",
+    "LTX2VideoDiffusionDecoderModel": "it decodes latents into pixels; it is no denoiser of a pipeline",
+    "ConsistencyDecoderVAE": "it decodes latents into pixels; it is no denoiser of a pipeline",
+    "PriorTransformer": "it makes an embedding of a picture: its sequence is a prompt's",
+    "UVit2DModel": "it draws tokens of a codebook, and has no noise level",
+    "UniDiffuserModel": "it draws a picture and a text together, at two noise levels",
+    "StableCascadeUNet": "its attention is over 24x24 tokens and text, too few to gain from",
+    "Kandinsky3UNet": "its attention is over a few hundred tokens, and text beside them",
+    "I2VGenXLUNet": 'nobody has tested it yet: describe it with fastdit.install(model, layout="UNet3DConditionModel")',
+    "UNet2DModel": "its attention is over a few hundred tokens",
+    "UNetControlNetXSModel": "its layers alternate with those of a ControlNet",
+    "AceStepTransformer1DModel": _SOUND,
+    "AudioLDM2UNet2DConditionModel": _SOUND,
+    "LongCatAudioDiTTransformer": _SOUND,
+    "MiniMaxMusic3Transformer1DModel": _SOUND,
+    "StableAudio3DiTModel": _SOUND,
+    "StableAudioDiTModel": _SOUND,
+    "T5FilmDecoder": _SOUND,
+    "UNet1DModel": "it is over one axis: there is no grid of a picture or video",
+    "RFD4ProteinaTransformer": "it makes proteins: there is no grid of a picture or video",
 }
-"""Denoisers that cannot be helped, and why."""
+"""Denoisers that cannot be accelerated, and why."""
+
+
+def is_known(model: nn.Module) -> bool:
+    return any(cls.__name__ in ADAPTERS for cls in type(model).__mro__)
+
+
+def is_hopeless(model: nn.Module) -> bool:
+    return any(cls.__name__ in HOPELESS for cls in type(model).__mro__)
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """Raises ValueError for a model family that fastdit does not know or cannot help."""
+    """The adapter of a model. Raises ValueError for a model family that fastdit does not know or cannot accelerate."""
     for cls in type(model).__mro__:
         if cls.__name__ in ADAPTERS:
             return ADAPTERS[cls.__name__]

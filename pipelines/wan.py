@@ -1,10 +1,10 @@
-"""Wan 2.1 and 2.2 (text, image and video to video, VACE, Animate) and its kin SkyReels-V2, ChronoEdit and AnyFlow."""
+"""Wan 2.1 and 2.2 (text, image and video to video, VACE, Animate) and its kin SkyReels-V2, ChronoEdit, AnyFlow and Helios."""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from fastdit.pipelines.family import Facts, Family, grid_of
+from fastdit.pipelines.family import REST, Facts, Family, grid_of
 
 
 class Wan(Family):
@@ -28,3 +28,13 @@ class AnyFlow(Wan):
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         grid = grid_of(call["hidden_states"], model.config.patch_size, frames=1)
         return Facts(grid, self.noise(model, call))
+
+
+class Helios(Wan):
+    """Frames of before come first, at full, half and quarter size: exact for all."""
+
+    text = "apart (cross-attention)"
+    note = "earlier frames count as text"
+
+    def read(self, model: Any, call: dict[str, Any]) -> Facts:
+        return super().read(model, call)._replace(before=REST)

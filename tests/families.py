@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from torch import Tensor
 
@@ -99,6 +100,21 @@ unet = {
     "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": 16,
 }  # fmt: skip
 
+helios = {key: value for key, value in wan.items() if key != "rope_max_seq_len"} | {"rope_dim": (8, 12, 12)}
+h3 = HEADS | {
+    "hidden_size": 48, "num_layers": 2, "num_refiner_layers": 1, "ffn_dim": 64, "in_channels": 4, "audio_in_channels": 4,
+    "text_dim": 16, "freq_dim": 16, "time_embed_hidden_dim": 32, "time_embed_dim": 16, "rope_freq_dim": 4,
+}  # fmt: skip
+joy = {
+    "in_channels": 4, "hidden_size": 64, "num_attention_heads": 2, "text_dim": 16, "num_layers": 2,
+    "rope_dim_list": [8, 12, 12],
+}  # fmt: skip
+fibo2 = {
+    "in_channels": 4, "dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 16,
+    "injection_layer_ids": (1,), "perceiver_num_layers": 1, "min_num_gist_tokens": 4, "max_num_gist_tokens": 8, "gist_step": 2,
+    "gist_min_text_len": 4, "gist_max_text_len": 12, "axes_dims": (8, 12, 12), "axes_lens": (64, 64, 64),
+}  # fmt: skip
+
 
 def wan_call(**more: Any) -> dict[str, Any]:
     return {"hidden_states": r(2, 4, 3, *LATENT), "timestep": step(), "encoder_hidden_states": r(2, 7, 16)} | more
@@ -155,6 +171,46 @@ def image_call(channels: int = 4, text: int = 16, **more: Any) -> dict[str, Any]
 def sizes() -> dict[str, Tensor]:
     pair = torch.tensor([[24.0, 16.0]] * 2)
     return {"original_size": pair, "target_size": pair, "crop_coords": torch.zeros(2, 2)}
+
+
+def h3_call(keyframes: int = 0) -> dict[str, Any]:
+    """As MiniMaxH3PrepareLayoutStep packs it: text, keyframes, sound in two channels, and the video, whose frames are not
+    equally far apart."""
+    text, sound, area = 7, 5, 64
+    times = [float(text), text + 20.0][:keyframes] + [text + float(t) for t in (0, 1.7, 8.3)]
+    at = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"), -1).flatten(0, 1)
+    frames = [torch.cat([torch.full((area, 1), t), 4 * at], 1) for t in times]
+    words = torch.zeros(text, 3)
+    words[:, 0] = torch.arange(text)
+    heard = torch.zeros(2 * sound, 3)
+    heard[:, 0], heard[sound:, 2] = text + torch.arange(sound).repeat(2), 28.0
+    positions = torch.cat([words, *frames[:keyframes], heard, *frames[keyframes:]]).double()
+    rows, given = len(positions), text + keyframes * area
+    tags = torch.zeros(rows, dtype=torch.long)
+    tags[:text], tags[given : given + 2 * sound] = 1, 2
+    levels = torch.ones(rows, dtype=torch.long)  # 0: the video's, 1: the sound's, 2: of what is given
+    levels[:given], levels[-3 * area :] = 2, 0
+    return {
+        "hidden_states": r(2, len(times) * area, 16), "audio_hidden_states": r(2, 2 * sound, 4),
+        "encoder_hidden_states": r(2, text, 16), "timestep": torch.tensor([0.4, 0.5, 1.0]), "timestep_indices": levels,
+        "token_tags": tags, "position_ids": positions,
+        **{f"{kind}_indices": (tags == tag).nonzero()[:, 0] for tag, kind in enumerate(("video", "text", "audio"))},
+    }  # fmt: skip
+
+
+def ideogram_call(text: int) -> dict[str, Any]:
+    """A prompt as long as its place is; image coordinates begin far from those of text."""
+    words = torch.arange(text)[:, None].expand(-1, 3)
+    roles = torch.tensor([3] * text + [2] * I).expand(2, -1)
+    return {
+        "hidden_states": r(2, text + I, 4), "timestep": step(0.5), "encoder_hidden_states": r(2, text + I, 16),
+        "position_ids": torch.cat([words, ids(IMAGE).long() + 65536]).expand(2, -1, -1), "indicator": roles,
+        "segment_ids": torch.ones_like(roles),
+    }  # fmt: skip
+
+
+def fibo2_call(**more: Any) -> dict[str, Any]:
+    return {"hidden_states": r(2, 4, 24, 16), "timestep": step(0.5), "encoder_hidden_states": r(2, 2, 8, 16)} | more
 
 
 CASES = [
@@ -487,6 +543,95 @@ CASES = [
             "added_time_ids": torch.ones(1, 3),
         }, {256: ((1, 16, 16), 0, 0), 64: ((1, 8, 8), 0, 0)}, 4, axes="",
     ),
+    Case("HeliosTransformer3DModel", helios, wan_call, {V: (VIDEO, 0, 0)}, 2),
+    Case(
+        "HeliosTransformer3DModel", helios,  # with history: 3 + 1 + 1 frames of 64, 16 and 4 tokens
+        lambda: wan_call(
+            indices_hidden_states=(torch.arange(3) + 12).expand(2, -1), latents_history_short=r(2, 4, 3, *LATENT),
+            indices_latents_history_short=(torch.arange(3) + 9).expand(2, -1), latents_history_mid=r(2, 4, 2, *LATENT),
+            indices_latents_history_mid=(torch.arange(2) + 7).expand(2, -1), latents_history_long=r(2, 4, 4, *LATENT),
+            indices_latents_history_long=(torch.arange(4) + 3).expand(2, -1),
+        ), {V + 212: (VIDEO, 212, 0)}, 2,
+    ),
+    Case(
+        "MotifVideoTransformer3DModel",
+        HEADS | {
+            "in_channels": 4, "out_channels": 4, "num_layers": 1, "num_single_layers": 2, "num_decoder_layers": 1,
+            "text_embed_dim": 16, "image_embed_dim": 8, "rope_axes_dim": (8, 12, 12), "enable_text_cross_attention_dual": True,
+            "enable_text_cross_attention_single": True,
+        }, lambda: hunyuan_call(image_embeds=r(2, 3, 8)), {V + 13: (VIDEO, 0, 13), 2 * V: (VIDEO, 0, V)}, 3, trims=True,
+    ),
+    Case("MiniMaxH3Transformer3DModel", h3, h3_call, {V + 7 + 10: (VIDEO, 17, 0)}, 2, axes="BNC"),
+    Case(
+        "MiniMaxH3Transformer3DModel", h3, lambda: h3_call(2), {V + 7 + 128 + 10: (VIDEO, 145, 0)}, 2, axes="",  # two keyframes
+    ),
+    Case(
+        "BriaFiboTransformer2DModel",
+        {key: value for key, value in flux.items() if key != "axes_dims_rope"}
+        | {"axes_dims_rope": [8, 12, 12], "text_encoder_dim": 16},
+        lambda: flux_call(timestep=step(), text_encoder_layers=[r(2, 7, 16, seed=1), r(2, 7, 16, seed=2)]),
+        {I + 7: (IMAGE, 7, 0)}, 2, axes="BNC",
+    ),
+    Case(
+        "Krea2Transformer2DModel",
+        HEADS | {
+            "in_channels": 4, "num_layers": 2, "num_key_value_heads": 1, "intermediate_size": 64, "timestep_embed_dim": 16,
+            "text_hidden_dim": 16, "num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 2,
+            "text_intermediate_size": 16, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (8, 12, 12),
+        },
+        lambda: {
+            "hidden_states": r(2, I, 4), "encoder_hidden_states": r(2, 10, 2, 16), "timestep": step(0.5),
+            "position_ids": torch.cat([torch.zeros(10, 3), ids(IMAGE)]), "encoder_attention_mask": padded(2, 10, 6).bool(),
+        }, {I + 10: (IMAGE, 10, 0)}, 2, axes="BNC", trims=True,
+    ),
+    Case(
+        "Ideogram4Transformer2DModel",
+        HEADS | {
+            "in_channels": 4, "num_layers": 2, "intermediate_size": 64, "adaln_dim": 16, "llm_features_dim": 16,
+            "mrope_section": (6, 5, 5),
+        }, lambda: ideogram_call(7), {I + 7: (IMAGE, 7, 0)}, 2, axes="BNC",
+    ),
+    Case(
+        "JoyImageEditTransformer3DModel", joy, lambda: wan_call(hidden_states=r(2, 4, 1, 24, 16)), {I + 7: (IMAGE, 0, 7)}, 2,
+    ),
+    Case(
+        "JoyImageEditTransformer3DModel", joy,  # a picture to edit, and the one that is drawn
+        lambda: wan_call(hidden_states=r(2, 2, 4, 1, 24, 16)), {2 * I + 7: (IMAGE, 0, I + 7)}, 2, axes="",
+    ),
+    Case(
+        "JoyImageEditPlusTransformer3DModel", joy,
+        lambda: wan_call(
+            hidden_states=r(2, I + 32, 4, 1, 2, 2), shape_list=[[IMAGE, (1, 8, 4)]] * 2,
+            encoder_hidden_states_mask=padded(2, 7, 4),
+        ), {I + 39: (IMAGE, 0, 39)}, 2, axes="BNC", trims=True,
+    ),
+    Case(
+        "ErnieImageTransformer2DModel",
+        {
+            "hidden_size": 64, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 64, "in_channels": 4,
+            "out_channels": 4, "text_in_dim": 16, "rope_axes_dim": (8, 12, 12),
+        },
+        lambda: {
+            "hidden_states": r(2, 4, 12, 8), "timestep": step(), "text_bth": r(2, 10, 16), "text_lens": torch.tensor([6, 6]),
+        }, {I + 10: (IMAGE, 0, 10)}, 2, axes="BCHW", trims=True,
+    ),
+    Case(
+        "GlmImageTransformer2DModel",
+        HEADS | {
+            "in_channels": 4, "out_channels": 4, "num_layers": 2, "text_embed_dim": 16, "time_embed_dim": 16,
+            "condition_dim": 4, "prior_vq_quantizer_codebook_size": 8,
+        },
+        lambda: image_call(
+            prior_token_id=torch.arange(I).expand(2, -1) % 8, prior_token_drop=torch.zeros(2, I, dtype=torch.bool),
+            target_size=torch.tensor([[24.0, 16.0]] * 2), crop_coords=torch.zeros(2, 2),
+        ), {I + 7: (IMAGE, 7, 0)}, 2, axes="BCHW",
+    ),
+    Case("BriaFibo2Transformer2DModel", fibo2, fibo2_call, {I + 6: (IMAGE, 6, 0), I: (IMAGE, 0, 0)}, 3, axes="BCHW"),
+    Case(
+        "BriaFibo2Transformer2DModel", fibo2,  # a picture to edit
+        lambda: fibo2_call(context_latents=[r(2, 4, 16, 8)]), {I + 38: (IMAGE, 6, 32), I + 32: (IMAGE, 0, 32)}, 3, axes="BCHW",
+    ),
 ]  # fmt: skip
 
 
@@ -512,3 +657,19 @@ def lumina_rope() -> Tensor:
     from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 
     return get_2d_rotary_pos_embed_lumina(32, 24, 24)
+
+
+def run(model: Any, case: Case, **changed: Any) -> Tensor:
+    """The model's answer to its case's call, with arguments changed."""
+    out = model(**case.call() | changed, return_dict=False)[0]
+    return torch.stack(list(out)) if isinstance(out, (list, tuple)) else out
+
+
+def name(case: Case) -> str:
+    """Of a family, in ids of tests."""
+    extra = "-image" if "image_dim" in case.config else ""
+    return case.cls.removesuffix("Model").removesuffix("Transformer3D").removesuffix("Transformer2D") + extra
+
+
+BY_NAME = {name(case): case for case in CASES}
+each_family = pytest.mark.parametrize("case", CASES, ids=name)

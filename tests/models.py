@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from fastdit import Facts
 
 
 def wan(**overrides: Any) -> WanTransformer3DModel:
@@ -38,3 +42,44 @@ def wan_inputs(grid: tuple[int, int, int] = (3, 8, 8), sigma: float = 0.5, batch
         "encoder_hidden_states": torch.randn(batch, 7, 16, generator=generator),
         "return_dict": False,
     }
+
+
+def state(model):
+    """Everything an installation could leave behind."""
+    return [(key, sorted(vars(module)), vars(module).get("forward")) for key, module in model.named_modules()]
+
+
+class Pipe:
+    """As much of a pipeline as tells the scheduler."""
+
+    def __init__(self, unet, scheduler):
+        self.unet, self.scheduler = unet, scheduler
+
+
+GRID, TEXT = (3, 8, 8), 5
+
+
+class Mine(nn.Module):
+    """A denoiser of nobody's but ours: clips [B, T, H, W, C], text in front, noise in percent, and a look at the text."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.ModuleList(Attention(query_dim=64, heads=2, dim_head=32) for _ in range(2))
+        self.look = Attention(query_dim=64, cross_attention_dim=64, heads=2, dim_head=32)
+
+    def forward(self, clip, words, percent):
+        x = torch.cat([words, clip.flatten(1, 3)], 1) * (1 + percent / 100)
+        for layer in self.mix:
+            x = x + layer(x)
+        x = x + self.look(x, encoder_hidden_states=words)
+        return x[:, words.shape[1] :].reshape(clip.shape)
+
+
+def layout(call):
+    return Facts(tuple(call["clip"].shape[1:4]), sigma=call["percent"] / 100, before=call["words"].shape[1])
+
+
+def given(percent=50.0):
+    generator = torch.Generator().manual_seed(0)
+    clip, words = torch.randn(2, *GRID, 64, generator=generator), torch.randn(2, TEXT, 64, generator=generator)
+    return clip, words, torch.tensor(percent)

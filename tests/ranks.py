@@ -1,23 +1,23 @@
 """One of two gloo processes that share a denoiser's sequence: what `test_context_parallel.py` spawns.
 
-    python ranks.py RANK PORT OUT.pt
+    python ranks.py RANK FOLDER
 
 Every case of `CASES` is run by stock diffusers (where its CPU backend can) and accelerated, and answers, reports and errors are
-saved for the test, which judges them against one process of its own.
+saved as FOLDER/RANK.pt for the test, which judges them against one process of its own. They meet by a file: no port to be taken
+by somebody else.
 """
 
-import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from chequer import SPARSE
 from diffusers import ContextParallelConfig
-from families import CASES as FAMILIES
-from test_families import SPARSE, name, run
+from families import BY_NAME, run
 
 import fastdit
 
-BY_NAME = {name(case): case for case in FAMILIES}
 SPLITS = {
     "ulysses": {"ulysses_degree": 2},
     "ulysses anything": {"ulysses_degree": 2, "ulysses_anything": True},
@@ -60,10 +60,9 @@ def split_model(family: str, split: str):
     return model
 
 
-def main(rank: int, port: int, out: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch._C._get_accelerator = lambda: torch.device("cpu")
     torch.accelerator.device_count = lambda: 1
     found = {}
@@ -81,9 +80,9 @@ def main(rank: int, port: int, out: str) -> None:
                     result[kind] = repr(error)
                 if config is not None:
                     result[f"{kind} report"] = [(site.ran, site.reason, site.density) for site in fastdit.report(model).sites]
-    torch.save(found, out)
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -255,6 +255,19 @@ def test_diffusers_knows_fastdit_before_any_of_its_names_is_used(imports, accele
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("imports", ["import fastdit, diffusers", "import diffusers, fastdit"])
+def test_pipelines_have_the_method_before_any_name_of_fastdit_is_used(imports):
+    code = (
+        f"{imports}\n"
+        "for name in ('DiffusionPipeline', 'WanPipeline', 'ModularPipeline', 'WanModularPipeline'):\n"
+        "    print(getattr(diffusers, name).set_attn_processor.__module__)\n"
+        "print(diffusers.WanTransformer3DModel.set_attn_processor.__wrapped__.__module__)\n"
+        "import sys; print('fastdit.api' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["fastdit.diffusers_hooks"] * 4 + ["diffusers.models.attention", "False"], done.stderr
+
+
 def test_importing_fastdit_is_light():
     code = (
         "import sys, fastdit; assert 'FastAttnProcessor' in dir(fastdit); assert not hasattr(fastdit, 'nothing')\n"

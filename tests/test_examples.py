@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from util import call, environment, tiny_wan_pipeline
+from util import DOCS, ROOT, call, environment, tiny_wan_pipeline
 
 from fastdit import preset
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "assets/tiny/MODEL.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")), ROOT / "assets/tiny/MODEL.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`((?:fastdit|python -m fastdit[\w.]*)(?: [^`]*)?)`", re.DOTALL)
 ELSEWHERE = ("-m", "--model", "--gpus", "--cluster", "--ulysses", "--ring", "--lora", "--cpu-offload")
@@ -65,10 +64,17 @@ def prepare(folder: Path, line: str) -> None:
     """Files that examples name."""
     (folder / "prompts.jsonl").write_text('{"prompt": "a star", "num_frames": 5, "height": 32, "width": 32, "steps": 2}\n')
     (folder / "mine.json").write_text(json.dumps(preset("fast").to_dict()))
-    for page in ("README.md", "docs/benchmarks.md", "docs/families.md", "docs/policies.md", "docs/statistics.md"):
+    for page in (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/cli.md",
+        "docs/families.md",
+        "docs/policies.md",
+        "docs/statistics.md",
+    ):
         (folder / page).parent.mkdir(exist_ok=True)
         (folder / page).write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
-    shutil.copytree(ROOT / "docs/results", folder / "docs/results")
+    shutil.copytree(DOCS / "results", folder / "docs/results")
     if "compare clips" in line:
         import numpy as np
 

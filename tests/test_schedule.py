@@ -4,8 +4,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from PIL import Image
-from test_show import DOCS
-from util import call
+from util import DOCS, call
 
 from fastdit import Config, Phase, Window, preset
 from fastdit.approx import remainder
@@ -46,8 +45,8 @@ def test_re_ttentions_own_schedules_can_be_said(steps, warm, last, sparse):
 
 def test_fps_is_sparse_then_dense_then_between_and_so_are_its_errors():
     """FPSAttention's regimes (arXiv 2506.04648 §3.3): scales coarse, fine, intermediate; the middle's error smallest."""
-    config, grid = preset("fps"), (9, 32, 32)
-    q, k, v = (torch.randn(1, 1, 9216, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    config, grid = preset("fps"), (9, 24, 24)
+    q, k, v = (torch.randn(1, 1, 5184, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
     dense, density, error = attention(q, k, v)[0], [], []
     for sigma in (1.0, 0.9, 0.3):
         plan = plan_call(config, sigma, grid, q, k, v)

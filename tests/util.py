@@ -13,6 +13,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+ROOT = Path(__file__).parent.parent
+"""The repository."""
+DOCS = ROOT / "docs"
 WORDS = ["a", "red", "green", "blue", "circle", "square", "triangle", "moving", "left", "right", "up", "down", "and"]
 
 
@@ -120,6 +123,21 @@ def tiny_wan_pipeline(**denoiser: Any) -> Any:
     return pipe
 
 
+def render(pipe: Any, prompt: str = "a b c", seed: int = 0, steps: int = 6, size: int = 64, **more: Any) -> Any:
+    """Latents that `tiny_wan_pipeline` makes: 3×4×4 tokens for the denoiser at this size."""
+    call = {"num_frames": 9, "height": size, "width": size, "num_inference_steps": steps, "output_type": "latent"}
+    return pipe(prompt, negative_prompt="d e", generator=torch.Generator().manual_seed(seed), **call | more).frames
+
+
+def windows_reusing(kind: str = "retention", policy: Any = None, **fields: Any) -> Any:
+    """For 3×4×4 tokens: windows that drop most of them, and statistics of earlier steps for what they drop."""
+    from fastdit import Config, Phase, Window
+    from fastdit.config import Reuse
+
+    reuse = Reuse(kind=kind, refresh=3, **fields)
+    return Config((Phase((1.0, 0.0), policy or Window(size=(1, 1, 1)), reuse=reuse),), (1, 2, 2), min_tokens=0)
+
+
 class Largest(TorchDispatchMode):
     """Within it, the most elements that an operation's answer in float32 had: `seen`."""
 
@@ -196,3 +214,24 @@ def enter(
     forward = denoiser.handle.enter(sigma, None, call, sequence)
     denoiser.call.token, denoiser.call.facts = torch.tensor([forward.number]), facts
     return forward
+
+
+def modular(guider: Any) -> Any:
+    """A modular pipeline of Wan, tiny."""
+    from diffusers.modular_pipelines import WanBlocks
+
+    pipe = tiny_wan_pipeline()
+    found = WanBlocks().init_pipeline()
+    parts = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")}
+    found.update_components(**parts, guider=guider)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def render_modular(pipe: Any, steps: int = 10) -> Any:
+    """What a modular pipeline draws."""
+    torch.manual_seed(7)  # of the dropout of auto guidance
+    return pipe(
+        prompt="a b c", negative_prompt="d e", num_frames=9, height=64, width=64, num_inference_steps=steps, output="latents",
+        output_type="pt", generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip

@@ -17,7 +17,7 @@ from util import command, environment
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 FLAGS += ["--disable-sync", "--no-first-run"]
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-READY = 300  # seconds, of which importing PyTorch on a busy machine takes most
+READY = 600  # seconds, of which importing PyTorch on a busy machine takes most
 
 
 class Server:
@@ -34,7 +34,7 @@ def serve(out: Path, *arguments: object) -> Iterator[Server]:
     with log.open("w") as file:
         process = subprocess.Popen(
             command("web", "--out", out, "--port", 0, *arguments), stdout=file, stderr=file, text=True,
-            env=environment(OMP_NUM_THREADS="1"),
+            env=environment(),
         )  # fmt: skip
     try:
         end = time.monotonic() + READY
@@ -45,7 +45,7 @@ def serve(out: Path, *arguments: object) -> Iterator[Server]:
         yield Server(found[1], out, process, log)
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(180)
 
 
 class Watched:
@@ -54,7 +54,7 @@ class Watched:
     def __init__(self, browser: Any, url: str, **context: Any) -> None:
         self.wrong: list[str] = []
         self.page = browser.new_page(**context)
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(180_000)
         self.page.on("console", lambda said: said.type == "error" and self.wrong.append(f"console: {said.text}"))
         self.page.on("pageerror", lambda error: self.wrong.append(f"script: {error}"))
         self.page.on("request", lambda asked: asked.url.startswith((url, "data:", "blob:")) or self.wrong.append(asked.url))

@@ -17,7 +17,7 @@ from fastdit.apps.render.load import denoisers, multiples
 from fastdit.core.layout import Grid, Layout
 from fastdit.planning.forward_plan import complete, layout_of
 from fastdit.policies import Dense, Policy, Window
-from fastdit.policies.window import fit_window, near
+from fastdit.policies.window import axis_window, fit_window
 from fastdit.schedule import noise_levels, schedule
 
 OVERHEAD = 1.3
@@ -100,7 +100,7 @@ def density_of(policy: Policy, layout: Layout, first_frame: bool = False) -> flo
     if isinstance(policy, Window) and not first_frame:  # a box: the product of its shares along the axes
         sides = layout.tile_grid
         size = policy.size or fit_window(sides, policy.density or 1.0, policy.border)
-        return math.prod(float(near(n, w, policy.border).float().mean()) for n, w in zip(sides, size, strict=True))
+        return math.prod(float(axis_window(n, w, policy.border).float().mean()) for n, w in zip(sides, size, strict=True))
     if layout.video_tiles > MOST_TILES:
         return None
     return float(complete(policy.select(layout), layout, first_frame).float().mean())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastdit import ops
-from fastdit.core.block_mask import BlockMask
+from fastdit.core.block_mask import BlockMask, tile_of
 from fastdit.core.byte_cache import sent
 from fastdit.core.quant import Quant
 from fastdit.core.reference import attention as exact
@@ -77,7 +77,7 @@ def sampled(
     draw = sent(drawn, k.device)
     index = draw[None, :, :, None].expand(k.shape[0], -1, -1, k.shape[3])
     keys, values = (x.gather(2, index).repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
-    q_tile, k_tile = (_tiles(order, n) for order, n in ((block_mask.q_order, q.shape[2]), (block_mask.k_order, length)))
+    q_tile, k_tile = (tile_of(order, n) for order, n in ((block_mask.q_order, q.shape[2]), (block_mask.k_order, length)))
     columns = k_tile[draw].repeat_interleave(q.shape[1] // heads, 0)
     kept = block_mask.to_tile_map()
     kept = kept.expand(kept.shape[0], q.shape[1], -1, -1).gather(
@@ -110,9 +110,9 @@ def stripes(
     length, order = k.shape[2], block_mask.q_order
     real, q_slots = order >= 0, order.clamp(min=0)
     count = real.sum(-1).clamp(min=1)
-    tokens, tile_of = order[real], torch.arange(len(order), device=order.device)[:, None].expand_as(order)[real]
+    tokens, own_tile = order[real], torch.arange(len(order), device=order.device)[:, None].expand_as(order)[real]
     ends = [0, *real.sum(-1).cumsum(0).tolist()]  # of each tile's tokens: asked once, as the GPU is waited for
-    k_tile = _tiles(block_mask.k_order, length)
+    k_tile = tile_of(block_mask.k_order, length)
     kept = block_mask.to_tile_map().expand(B, H, -1, -1)
     out, found = torch.zeros_like(q), torch.full_like(lse, float("-inf"))
     scaling = D**-0.5 if scale is None else scale
@@ -127,7 +127,7 @@ def stripes(
             over = over.masked_fill(near[:, :, first:last].index_select(3, k_tile), float("-inf")).amax(2)
             heaviest, index = over.topk(min(limit, length), -1)
             keys, values = (x.gather(2, index[..., None].expand(-1, -1, -1, D)) for x in (key, value))
-            slots, of_query = (x[ends[first] : ends[last]] for x in (tokens, tile_of))
+            slots, of_query = (x[ends[first] : ends[last]] for x in (tokens, own_tile))
             seen = near[:, :, of_query].gather(3, k_tile[index][:, :, None].expand(-1, -1, len(slots), -1))
             mask = ~seen & (heaviest > -theta)[:, :, None]
             out[:, part, slots], found[:, part, slots] = exact(q[:, part, slots], keys, values, mask, scale)
@@ -144,10 +144,3 @@ def some_heads(heads: int, k: Tensor, v: Tensor, most: int) -> Iterator[tuple[sl
         if group > 1:
             keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
         yield slice(head * group, (head + some) * group), keys, values
-
-
-def _tiles(order: Tensor, length: int) -> Tensor:
-    """Tile of each token, int64 [length]."""
-    tile_of = torch.empty(length + 1, dtype=torch.long, device=order.device)  # padding's goes behind: no index is cut to size
-    tile_of[order.masked_fill(order < 0, length)] = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
-    return tile_of[:length]

@@ -12,24 +12,18 @@ dense output again; Pyramid Attention Broadcast, arXiv 2408.12588). ``maps`` alo
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdit.approx import remainder
-from fastdit.approx.memory_budget import free_bytes
-from fastdit.config import Reuse
+from fastdit.approx import placement, remainder
+from fastdit.approx.residual_store import Part, Stored, parts, taken
+from fastdit.config import AUTO, Reuse
 from fastdit.core.block_mask import BlockMask
 from fastdit.planning.forward_plan import CallPlan
-
-STORES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-PART_BYTES = 64 << 20
-"""In float32, of what is worked on at a time: all heads of a 14B model at 720p would be 1.5 GB, several times over."""
 
 
 @dataclass(eq=False)
@@ -44,6 +38,15 @@ class Memory:
     uses: int = 0
     no_room: str | None = None
     """Why nothing is remembered, though it should be."""
+    power: Tensor | None = None
+    """Mean square of the dense answer, where the form may change: what errors are relative to."""
+    errors: list[float] | None = None
+    """Of `placement.FORMS`, once there was need to know."""
+
+    @property
+    def form(self) -> str | None:
+        """In which the residual is kept."""
+        return None if self.kept is None else self.kept.form
 
     def with_map(self, plan: CallPlan, q: Tensor, k: Tensor, v: Tensor) -> CallPlan:
         """A dynamic policy's plan with the tiles that it chose, now or, while they serve, in an earlier step."""
@@ -60,74 +63,21 @@ class Memory:
 
     def bytes(self, device: torch.device | None = None) -> int:
         """Held on a device; None: on all."""
-        tensors = [self.ratio, *((self.kept.data, self.kept.scale) if self.kept is not None else ())]
-        return sum(_taken(x.nbytes, x.is_pinned()) for x in tensors if x is not None and device in (None, x.device))
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """A tensor [..., D] in fewer bits, perhaps elsewhere: data · scale, the scale one a row or None."""
-
-    data: Tensor
-    scale: Tensor | None
-
-    @classmethod
-    def empty(cls, like: Tensor, store: str, host: bool) -> Stored:
-        """Room for a tensor; in the host's memory page-locked, which a GPU reads and writes several times faster."""
-        there: dict[str, Any] = {"device": "cpu", "pin_memory": like.is_cuda} if host else {"device": like.device}
-        data = torch.empty(like.shape, dtype=STORES[store], **there) if host else torch.empty_like(like, dtype=STORES[store])
-        return cls(data, torch.empty(*like.shape[:-1], 1, dtype=torch.float32, **there) if store == "fp8" else None)
-
-    @classmethod
-    def of(cls, x: Tensor, store: str, host: bool) -> Stored:
-        stored = cls.empty(x, store, host)
-        for part in _parts(x):
-            stored.put(x[part], part)
-        return stored
-
-    def put(self, x: Tensor, part: Part = ...) -> None:
-        if self.scale is not None:
-            scale = x.abs().amax(-1, keepdim=True).float().div(448).clamp(min=torch.finfo(torch.float32).tiny)
-            self.scale[part] = scale
-            x = x / scale
-        self.data[part] = x.to(self.data.dtype)  # on its device: fewer bytes have to travel
-
-    def load(self, like: Tensor, part: Part = ...) -> Tensor:
-        """On the device of `like`; wide only where it has a scale."""
-        x = self.data[part].to(like.device, non_blocking=True)
-        if self.scale is None:
-            return x
-        return x.to(torch.promote_types(like.dtype, torch.float32)) * self.scale[part].to(like.device)
-
-
-Part = EllipsisType | tuple[slice, slice]
-
-
-def _parts(x: Tensor) -> Iterator[Part]:
-    """x [B, H, N, D] in pieces of some heads of one batch element, whole where it is small (or has other dimensions)."""
-    if x.ndim != 4 or 4 * x.numel() <= PART_BYTES:
-        yield ...
-        return
-    heads = max(1, PART_BYTES // (4 * x.shape[2] * x.shape[3]))
-    for b, first in itertools.product(range(x.shape[0]), range(0, x.shape[1], heads)):
-        yield slice(b, b + 1), slice(first, first + heads)
-
-
-def _taken(size: int, pinned: bool) -> int:
-    """Bytes that so many take: PyTorch rounds page-locked memory up to a power of two."""
-    return 1 << (size - 1).bit_length() if pinned and size else size
+        tensors = [self.ratio, *(self.kept.tensors if self.kept is not None else ())]
+        return sum(taken(x.nbytes, x.is_pinned()) for x in tensors if x is not None and device in (None, x.device))
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, plan: CallPlan, reuse: Reuse, memory: Memory, scale: float | None,
-    dense: Callable[[], Tensor], held: Callable[[torch.device], int] = lambda device: 0,
+    dense: Callable[[], Tensor], held: placement.Held = lambda device: 0, sharers: placement.Sharers = tuple,
     compute: Callable[..., tuple[Tensor, Tensor]] = remainder.attention, fault: Tensor | None = None,
 ) -> tuple[Tensor, str]:  # fmt: skip
     """One call with what was remembered, which it updates: q, k, v [B, H, N, D] -> out like q, and how: "sparse",
     "refresh" or "reuse"; "dense" where there is no room to remember anything.
 
-    dense: the best dense attention there is for these inputs; held: bytes that all sites remember already on a device; compute:
-    `remainder.attention`, or what stands in its place; fault: int32 [1], into which 1 is ORed where an answer is not finite.
+    dense: the best dense attention there is for these inputs; held: bytes that all sites remember already on a device; sharers:
+    the run's memories; compute: `remainder.attention`, or what stands in its place; fault: int32 [1], into which 1 is ORed if
+    an answer is not finite.
     """
 
     def sparse() -> tuple[Tensor, Tensor]:
@@ -143,8 +93,8 @@ def attention(
         kept, weight = memory.kept, None
         if memory.ratio is not None:
             weight = (memory.ratio + (memory.uses - 1) * reuse.ramp).clamp(max=1)[..., None]
-        in_place = kept is None or (kept.scale is None and kept.data.device == q.device)  # nothing wide is made on the way
-        for heads in (...,) if in_place else _parts(q):
+        in_place = kept is None or (kept.as_is and kept.data.device == q.device)  # nothing wide is made on the way
+        for heads in (...,) if in_place else parts(q):
             part = out[heads]
             if kept is None:
                 assert weight is not None
@@ -156,40 +106,43 @@ def attention(
             else:
                 torch.addcmul(kept.load(q, heads), part, weight[heads], out=part)
         return out, "reuse"
-    place = None if memory.kept is None else memory.kept.data.device  # what the last refresh leaves, this one takes
+    room = None if memory.kept is None else placement.Room(memory.kept.data.device, memory.kept.form)
     memory.uses, memory.ratio, memory.kept = 0, None, None
-    if reuse.kind != "ratio" and place is None:
-        place, memory.no_room = _place(q, reuse, held)
-        if place is None:
+    if reuse.kind != "ratio" and room is None:  # otherwise: what the last refresh leaves, this one takes
+        room = placement.find(q, reuse, held, sharers)
+        memory.no_room = room.why
+        if room.place is None:
             return dense(), "dense"  # densities chosen for use with statistics do not hold without them
-    host = place is not None and place.type == "cpu"
     if reuse.kind == "broadcast":
-        out = dense()
-        memory.kept = Stored.of(out, reuse.store, host)
-        return out, "refresh"
-    full, lse_full = remainder.attention(q, k, v, None, scale=scale, fault=fault)
-    less, lse = sparse()
-    if reuse.kind != "residual":
-        memory.ratio = (lse - lse_full).exp().clamp(max=1)
-    if reuse.kind != "ratio":
-        wide = torch.promote_types(q.dtype, torch.float32)
-        memory.kept = Stored.empty(full, reuse.store, host)
-        for heads in _parts(q):
-            part = less[heads].to(wide)
-            if memory.ratio is not None:
-                part = memory.ratio[heads][..., None] * part
-            memory.kept.put(full[heads].to(wide) - part, heads)
+        full = dense()
+    else:
+        full, lse_full = remainder.attention(q, k, v, None, scale=scale, fault=fault)
+        less, lse = sparse()
+        if reuse.kind != "residual":
+            memory.ratio = (lse - lse_full).exp().clamp(max=1)
+    if room is None or room.place is None:
+        return full, "refresh"
+    wide = torch.promote_types(q.dtype, torch.float32)
+
+    def left_out(heads: Part, rows: Any = slice(None)) -> Tensor:
+        """R of some heads and rows; of `broadcast` the answer itself."""
+        if reuse.kind == "broadcast":
+            return full[heads][:, :, rows]
+        part = less[heads][:, :, rows].to(wide)
+        if memory.ratio is not None:
+            part = memory.ratio[heads][:, :, rows, None] * part
+        return full[heads][:, :, rows].to(wide) - part
+
+    form = room.form
+    if reuse.store == AUTO:
+        rows = placement.sample(q.shape[2], q.device)
+        memory.power = full[:, :, rows].float().square().mean()
+        if form is None:
+            memory.errors = placement.measure(left_out(..., rows).float(), memory.power)
+            form = placement.share(q, room, memory.errors, sharers)
+    assert form is not None
+    kept = Stored.empty(full, form, room.place.type == "cpu")
+    for heads in parts(q):
+        kept.put(left_out(heads), heads)
+    memory.kept = kept
     return full, "refresh"
-
-
-def _place(q: Tensor, reuse: Reuse, held: Callable[[torch.device], int]) -> tuple[torch.device | None, str | None]:
-    """Where there is room for what a refresh leaves, or why there is none: all together take half of what was free at most."""
-    rows = q.numel() // q.shape[-1]  # each with a ratio, or a scale
-    host = torch.device("cpu")
-    for place in (host,) if reuse.host or not q.is_cuda else (q.device, host):
-        sizes = q.numel() * STORES[reuse.store].itemsize, 4 * rows * (reuse.store == "fp8")
-        needs = sum(_taken(size, q.is_cuda and place == host) for size in sizes) + 4 * rows * (reuse.kind == "retention")
-        beside = held(place)
-        if beside + needs <= (free_bytes(place) + beside) // 2:
-            return place, None
-    return None, f"{reuse.kind}: no room for {needs / 2**20:.0f} MB beside {beside / 2**20:.0f} MB remembered"

@@ -1,11 +1,11 @@
 """Attention of a sequence that diffusers' `enable_parallelism` has split over processes.
 
-Ulysses (arXiv 2309.14509) exchanges heads for tokens: each process gets the whole sequence of some heads, for which nothing
-changes. A ring (arXiv 2310.01889) keeps the queries where they are and brings the keys: each process answers its own queries
-over all keys, with those rows of the tile map that are its queries'. diffusers' ring gathers every key before it begins, so
-one call over all of them holds no more memory than merging one piece after the other by their LSE, and is the same sum.
+Ulysses (arXiv 2309.14509) exchanges heads for tokens: each process gets the whole sequence of some heads, and attention is
+computed as usual. A ring (arXiv 2310.01889) keeps the queries in place and moves the keys: each process computes its own
+queries over all keys, with the tile map's rows of its queries. diffusers' ring gathers every key before it begins, so one call
+over all of them needs no more memory than merging the pieces by their LSE, and gives the same sum.
 
-Text and picture are split apart, so what is gathered is text₀, picture₀, text₁, picture₁, …; here it is put in order again.
+Text and picture are split separately, so the gathered sequence is text₀, picture₀, text₁, picture₁, …; it is reordered here.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from fastdit.planning.adapter import REST
 
 
 def refusal(denoiser: Denoiser, config: Any, mask: Tensor | None) -> str | None:
-    """Why this attention stays with diffusers' own."""
+    """Why this attention is left to diffusers; None if fastdit computes it."""
     parallel = config.context_parallel_config
     if parallel.ring_degree > 1 and parallel.ulysses_degree > 1:
-        return "split over processes by ring and Ulysses at once"
+        return "split over processes by ring and Ulysses at once: use one of them"
     if parallel.ring_degree > 1 and mask is not None:
-        return "split over processes by a ring, with a mask"
+        return "split over processes by a ring, with a mask: use Ulysses"
     facts = getattr(denoiser.call, "facts", None)
     if facts is not None and (facts.before or facts.after) and not _splits_text(denoiser, config):
-        return "split over processes, and not text and picture apart"
+        return "split over processes with text and picture in one piece"
     return None
 
 
 def _splits_text(denoiser: Denoiser, config: Any) -> bool:
-    """`diffusers_hooks.splits_text`, which walks the model: asked once for what one `enable_parallelism` set up."""
-    if torch.compiler.is_compiling():  # a note on the denoiser would be a guard of the graph
+    """`diffusers_hooks.splits_text`, cached for each configuration of `enable_parallelism`, because it walks the model."""
+    if torch.compiler.is_compiling():  # a cached value on the denoiser would be a guard of the graph
         return diffusers_hooks.splits_text(denoiser.model())
     if denoiser.text_split is None or denoiser.text_split[0] is not config:
         denoiser.text_split = config, diffusers_hooks.splits_text(denoiser.model())
@@ -60,7 +60,7 @@ def attention(
     backend: str,
     config: Any,
 ) -> Tensor:
-    """q, k, v [B, n, H, D] of this process's tokens -> out like q. Every process must call it."""
+    """q, k, v [B, n, H, D] of this process's tokens -> out, shaped like q. A collective: every process must call it."""
     parallel = config.context_parallel_config
     if parallel.ulysses_degree == 1:
         group = parallel._ring_mesh.get_group()
@@ -84,8 +84,8 @@ def attention(
 
 
 def tokens(denoiser: Denoiser, length: int, ranks: int, device: torch.device) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """int64 [length] each: the token of the sequence that lies at each place of the gathered one, and the place of each token.
-    None where that is the same, as it is without text."""
+    """int64 [length] each: the sequence's token at each position of the gathered sequence, and the position of each token.
+    (None, None) without text, where the order is the same."""
     facts = getattr(denoiser.call, "facts", None)
     if facts is None or facts.before == facts.after == 0:
         return None, None
@@ -105,18 +105,18 @@ def _interleaved(first: int, second: int, ranks: int, device: torch.device) -> t
 
 
 def _taken(x: Tensor, order: Tensor | None) -> Tensor:
-    """x [B, N, …] with its tokens in this order, itself where it is in order."""
+    """x [B, N, …] with its tokens in this order; x itself for None."""
     return x if order is None else x[:, order]
 
 
 @lru_cache(maxsize=64)
 def _own(token: Tensor | None, start: int, count: int, device: torch.device) -> Tensor:
-    """Which tokens this process's places [start, start + count) of the gathered sequence hold: one tensor for all calls."""
+    """int64 [count]: tokens at positions [start, start + count) of the gathered sequence. Cached: one tensor for all calls."""
     return torch.arange(start, start + count, device=device) if token is None else token[start : start + count]
 
 
 def _sizes(x: Tensor, group: Any) -> list[int]:
-    """Every process's number of tokens n of x [B, n, H, D]."""
+    """The number of tokens n of x [B, n, H, D] in each process."""
     mine = torch.tensor([x.shape[1]], device=x.device)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(found, mine, group=group)
@@ -124,7 +124,7 @@ def _sizes(x: Tensor, group: Any) -> list[int]:
 
 
 def _gather(x: Tensor, sizes: list[int] | None, group: Any) -> Tensor:
-    """[B, n, H, D] of every process, one after the other: [B, N, H, D]; sizes: None where all have the same n."""
+    """Concatenate the [B, n, H, D] of all processes: [B, N, H, D]. sizes: None if all have the same n."""
     most = x.shape[1] if sizes is None else max(sizes)
     padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, most - x.shape[1])).contiguous()
     found = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]

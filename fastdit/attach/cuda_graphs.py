@@ -1,4 +1,4 @@
-"""fastdit's ops and CUDA graphs: an op that decides on the host must stay outside of what is captured and replayed."""
+"""Keep fastdit's ops out of CUDA graphs: an op that decides on the host must not be captured and replayed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _TAG = getattr(torch.Tag, "cudagraph_unsafe", None)
 STAYS_OUT: dict[str, Any] = (
     {"tags": (_TAG,)} if _TAG is not None and "tags" in inspect.signature(torch.library.custom_op).parameters else {}
 )
-"""For `torch.library.custom_op`: Inductor then cuts the graph at the op, captures what lies between two of them, and runs the
-op itself at every step."""
+"""Arguments of `torch.library.custom_op`: Inductor splits the graph at the op, captures the parts between ops, and runs the op
+itself at every step."""
 
 
 def refuse_capture() -> None:
-    """To be called while an op is traced. Raises RuntimeError where it would be captured all the same."""
+    """Raise RuntimeError if the op being traced would be captured nevertheless. Called from fake kernels."""
     inductor: Any = sys.modules.get("torch._inductor.config")
     if inductor is None or not inductor.triton.cudagraphs:
         return

@@ -1,4 +1,4 @@
-"""What diffusers' hooks on a model's modules tell: how its sequence is split over processes."""
+"""Reads diffusers' hooks on a model's modules: how its sequence is split over processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def splits_text(model: nn.Module | None) -> bool:
-    """Whether the plan that `enable_parallelism` followed splits the text beside the picture."""
+    """Whether the plan of `enable_parallelism` splits the text as well as the picture."""
     plans = [hook.metadata for name, hook in _hooks(model) if name.startswith("cp_input")]
     return any("encoder_hidden_states" in plan for plan in plans)
 

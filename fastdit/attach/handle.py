@@ -1,8 +1,8 @@
-"""What fastdit knows about one accelerated pipeline: its denoisers, their attention sites, and the runs that pass through them.
+"""The state of one accelerated pipeline: its denoisers, their attention sites, and its runs.
 
-Everything lives on the pipeline's own `Handle`, reached from the processors bound into its modules; nothing is global but a
-weak index, through which the opaque ops find the handle from the integer they are given. What belongs to one run, and may
-differ between threads, is in `run.py`.
+Everything is held by the pipeline's own `Handle`, which the processors bound into its modules refer to. The only global is a
+weak index from a number to its handle, for the opaque ops. State of one run, which may differ between threads, is in
+`runs/run.py`.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
 
 @dataclass(eq=False)
 class Site:
-    """One attention module: its name in the denoiser, its index among all sites of the handle and of its denoiser.
+    """One attention module. name: in the denoiser. index: among the handle's sites. layer: among its denoiser's sites.
 
-    refusal: why the last call went straight to the pipeline's own attention, as far as that is seen when a call is traced.
+    refusal: why a call went straight to the pipeline's own attention; in a compiled model set when the call is traced.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Site:
 
     @property
     def state(self) -> SiteState:
-        """In the latest run."""
+        """The state in the latest run."""
         return self.denoiser.handle.latest.sites[self.index]
 
     @property
@@ -70,9 +70,9 @@ class Site:
 
 @dataclass(eq=False)
 class Denoiser:
-    """One model and its sites. number: among the handle's. names: of its forward's parameters. left: attention modules that are
-    no sites, counted by the reason. call: this thread's running call: `.token`, int64 [1] on the CPU, the number of its
-    `Forward`, `.forward`, which it keeps, and `.facts`, as the adapter read them."""
+    """One model and its sites. number: its index in the handle. names: of its forward's parameters. skipped_modules: attention
+    modules that are not sites, counted by reason. call: this thread's running call, with `.token` (int64 [1] on the CPU: the
+    number of its `Forward`), `.forward` (keeps it alive) and `.facts` (from the adapter)."""
 
     name: str
     adapter: Adapter
@@ -81,23 +81,23 @@ class Denoiser:
     number: int = 0
     names: tuple[str, ...] = ()
     sites: list[Site] = field(default_factory=list)
-    left: Counter[str] = field(default_factory=Counter)
+    skipped_modules: Counter[str] = field(default_factory=Counter)
     call: threading.local = field(default_factory=threading.local)
     attentions: list[weakref.ref[nn.Module]] = field(default_factory=list)
-    """The sites' modules."""
+    """The sites' modules; empty in a copy."""
     text_split: tuple[Any, bool] | None = None
-    """Of one parallel configuration of diffusers': whether it splits text beside the picture."""
+    """A parallel configuration of diffusers, and whether it splits text as well as the picture."""
     deleted: Any = None
-    """What is done when the model is (`weakref.finalize`)."""
+    """The `weakref.finalize` that runs when the model is deleted."""
 
     def modules(self) -> list[nn.Module | None]:
         """The sites' attention modules."""
-        if not self.attentions and (model := self.model()) is not None:  # of a copy
+        if not self.attentions and (model := self.model()) is not None:  # this is a copy
             self.attentions = [weakref.ref(module) for _, module in self.adapter.sites(model)]
         return [reference() for reference in self.attentions]
 
     def unserved(self) -> list[tuple[Site, str]]:
-        """Sites whose processor was exchanged one by one, which nobody tells fastdit."""
+        """(site, reason) for sites whose processor was set directly on the module, which fastdit is not notified of."""
         return [
             (site, f"its processor was exchanged for {type(processor).__name__} since")
             for site, module in zip(self.sites, self.modules(), strict=True)
@@ -107,7 +107,7 @@ class Denoiser:
     def __deepcopy__(self, memo: dict[int, Any]) -> Denoiser:
         twin = memo[id(self)] = copy.copy(self)
         model = self.model()
-        # its own is being copied; where only a part of it is, there is none
+        # The model's own copy, if the model is being copied too.
         twin.model = weakref.ref(memo.get(id(model), model)) if model is not None else self.model
         twin.call, twin.attentions, twin.deleted = threading.local(), [], None
         twin.handle, twin.sites = copy.deepcopy((self.handle, self.sites), memo)
@@ -115,7 +115,7 @@ class Denoiser:
 
 
 class Handle:
-    """One accelerated pipeline (or model). Also a context manager: leaving it restores the pipeline."""
+    """One accelerated pipeline (or model). As a context manager it restores the pipeline on exit."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -142,7 +142,7 @@ class Handle:
 
     @property
     def clock(self) -> Clock:
-        """Of the latest run."""
+        """The latest run's clock."""
         return self.latest.clock
 
     @staticmethod
@@ -153,8 +153,9 @@ class Handle:
         return handle
 
     def enter(self, sigma: float, timestep: float | None, call: Call, sequence: SequenceSpec) -> Forward:
-        """Take in one call of a denoiser: the run of this thread that it belongs to, or a new one. Whatever an older run of the
-        thread remembered goes then, also after one that was interrupted."""
+        """Begin one call of a denoiser, in the run of this thread that it belongs to or in a new one. A new run frees the
+        statistics of the one before, also if that was interrupted. Raises RuntimeError if the configuration is strict and a
+        site's processor was exchanged."""
         unserved = {site.index: why for site, why in self.denoisers[call.model].unserved()}
         loop, run = self._running(sigma, timestep, call)
         if run is None or run.finished or run.is_over(run.level(sigma, timestep), call, unserved):
@@ -175,12 +176,12 @@ class Handle:
         return Forward(run, branch, plan, self.config, sites[0].index if sites else 0, names, self.masks, self.bytes)
 
     def bytes(self, device: torch.device | None = None) -> int:
-        """Of statistics in all runs, on a device; None: on all."""
+        """Bytes of statistics in all runs, on a device; None: on all."""
         return sum(state.bytes(device) for run in self.live() for state in run.sites)
 
     def _running(self, sigma: float, timestep: float | None, call: Call) -> tuple[loops.Loop | None, Run | None]:
-        """The loop and the run that a call of this thread may belong to. Of several loops that take turns (generators) it is
-        the one whose call it goes on from, otherwise the innermost."""
+        """The loop and the run that a call of this thread may belong to. If several loops alternate (generators), the one whose
+        branch the call continues, otherwise the innermost."""
         found = loops.loops()
         if not found:
             return None, getattr(self._by_hand, "run", None)
@@ -213,29 +214,29 @@ class Handle:
         return run
 
     def live(self) -> list[Run]:
-        """Runs that may remember something."""
+        """Runs that may hold statistics."""
         with self._lock:
             return [run for run in self._live if not run.finished]
 
     def run_of(self, pipeline: Any) -> Run:
-        """The latest run of a pipeline that shares a model with others, or the latest of all."""
+        """The latest run of a pipeline that shares a model with others; if it has none, the latest run of all."""
         return next((run for run in reversed(self._by_pipeline) if run.pipeline is pipeline), self.latest)
 
     def reset(self) -> None:
-        """Forget what ran and what was remembered. It happens by itself when a pipeline runs anew, and when the noise level
-        rises; a model on its own that is called again and again at one noise level (one-step models) needs it between runs."""
+        """Forget records and statistics. This happens by itself when a pipeline runs again and when the noise level rises. A
+        model without a pipeline that is always called at one noise level (one-step models) needs it between runs."""
         for run in self.live():
             run.finish()
         self._by_pipeline = []
         self.latest = Run(len(self.sites))
 
     def release(self) -> None:
-        """Let go of everything on a GPU."""
+        """Free everything on a GPU."""
         self.reset()
         self.masks.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        """A copied pipeline has a handle and runs of its own."""
+        """A copied pipeline has its own handle and runs."""
         twin = Handle.__new__(Handle)
         memo[id(self)] = twin
         twin.config, twin.restore, twin.pipeline = self.config, None, None

@@ -1,8 +1,8 @@
-"""Where a call of a denoiser begins: what it was called with is read once, before its first attention site.
+"""The start of a denoiser call: its arguments are read once, before its first attention site.
 
-The pre-hook is traced in a compiled model, so it only passes on what follows from the arguments. The opaque op
-`fastdit::begin_forward` takes it in (`Handle.enter`) and gives a token, by which the sites find their call. The token is data:
-the order of the ops is a dependence of the graph, sizes are no constants of it, and two threads have two tokens.
+In a compiled model the pre-hook is traced, so it only passes on values derived from the arguments. The opaque op
+`fastdit::begin_forward` begins the call (`Handle.enter`) and returns a token, by which the sites find it. The token is data:
+the order of the ops is a data dependence of the graph, sizes are not constants of it, and two threads have two tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdit import ops
 from fastdit.attach.cuda_graphs import STAYS_OUT, refuse_capture
 from fastdit.attach.handle import Denoiser, Handle
 from fastdit.planning.sequence import SequenceSpec
@@ -24,8 +25,8 @@ from fastdit.runs.verdict import to_host
 
 @dataclass(eq=False)
 class Hook:
-    """Of a denoiser. A pickled model is the stock model: `None.__init__` takes any arguments and does nothing, also where
-    fastdit is not installed. A copy has its own."""
+    """A hook on a denoiser. It pickles as `None.__init__`, which takes any arguments and does nothing: a pickled model is the
+    stock model, and loads without fastdit. A copy has its own hook."""
 
     denoiser: Denoiser
 
@@ -41,7 +42,7 @@ class Observe(Hook):
     """Forward pre-hook: reads what the denoiser is called with."""
 
     def __post_init__(self) -> None:
-        # A tensor, not integers: those would be constants of a graph that several copies of a model share.
+        # A tensor: integers would be constants of a graph that several copies of a model share.
         self.ids = torch.tensor([self.denoiser.handle.number, self.denoiser.number], dtype=torch.int64, device="cpu")
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -58,7 +59,7 @@ class Observe(Hook):
 
 
 class Over(Hook):
-    """Forward hook: the call is over, and what calls a layer by itself later has no facts."""
+    """Forward hook: ends the call. A layer that is called on its own later finds no token."""
 
     def __call__(self, *_: Any) -> None:
         self.denoiser.call.token = None
@@ -82,7 +83,7 @@ def _begin_forward(
     number, model = ids.tolist()
     handle = Handle.find(number)
     denoiser = handle.denoisers[model]
-    with torch.autocast(sigma.device.type, enabled=False):  # sums of the conditioning in float32
+    with ops.without_autocast(sigma):  # sums of the conditioning in float32
         given = (
             [sigma.amax()] + ([] if timestep is None else [timestep.amax()]) + ([] if where is None else list(where.unbind()))
         )
@@ -105,7 +106,7 @@ def _begin_forward(
     )  # fmt: skip
     sequence = SequenceSpec(tuple(grids), before, after, ragged, unread, missing)
     time = None if timestep is None else numbers[1] if timestep.is_floating_point() else round(numbers[1])
-    with torch.autocast("cpu", enabled=False):  # cosines of latents in float32
+    with ops.without_autocast(sample):  # cosines of latents in float32
         forward = denoiser.call.forward = handle.enter(numbers[0], time, call, sequence)
     return torch.tensor([forward.number], dtype=torch.int64, device="cpu")
 

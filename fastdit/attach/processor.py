@@ -1,4 +1,4 @@
-"""Binding a model's attention modules to a handle and giving them back: `install`, `bind`, `replace`, `uninstall`."""
+"""Bind a model's attention modules to a handle, and restore them: `install`, `bind`, `replace`, `uninstall`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["BoundProcessor", "bind", "install", "installed", "replace", "uninsta
 
 
 def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> None:
-    """Bind every self-attention site of a model into a handle. The model must not be installed yet."""
+    """Bind every self-attention site of a model to a handle. The model must not be installed yet."""
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]
     denoiser = Denoiser(name, adapter, handle, weakref.ref(model), len(handle.denoisers), names)
     first = len(handle.sites)
     for layer, (site_name, module) in enumerate(adapter.sites(model)):
         denoiser.sites.append(Site(site_name, first + layer, layer, denoiser))
         denoiser.attentions.append(weakref.ref(module))
-    denoiser.left.update(why for _, why in adapter.left(model))
+    denoiser.skipped_modules.update(why for _, why in adapter.left(model))
     handle.denoisers.append(denoiser)
     handle.reset()
     bind(model, denoiser)
@@ -36,15 +36,15 @@ def install(model: nn.Module, name: str, adapter: Adapter, handle: Handle) -> No
 
 
 def _deleted(reference: weakref.ref[Handle]) -> None:
-    """A model was deleted without `restore`. If it was the last one of its pipeline, what is large goes at once: a handle is
-    part of a cycle, which Python's collector may find much later."""
+    """A model was deleted without `restore`. If it was the last of its pipeline, free the large tensors now: the handle is part
+    of a reference cycle, which Python may collect much later."""
     handle = reference()
     if handle is not None and all(denoiser.model() is None for denoiser in handle.denoisers):
         handle.release()
 
 
 def bind(model: nn.Module, denoiser: Denoiser) -> None:
-    """Wrap the processor of every site that is not wrapped; again after diffusers replaced them (`fuse_qkv_projections`)."""
+    """Wrap the processor of every site that is not wrapped. Repeated after diffusers replaces them (`fuse_qkv_projections`)."""
     for site, (_, module) in zip(denoiser.sites, denoiser.adapter.sites(model), strict=True):
         inner: Any = module.processor
         if isinstance(inner, BoundProcessor) and inner.site is None:
@@ -55,12 +55,12 @@ def bind(model: nn.Module, denoiser: Denoiser) -> None:
 
 
 def uninstall(model: nn.Module) -> None:
-    """Give back the very processors that `install` found; a model without ours is left alone."""
+    """Restore the processor objects that `install` found; does nothing to a model that is not installed."""
     denoiser = installed(model)
     for module in model.modules():
         if isinstance(getattr(module, "processor", None), BoundProcessor):
             _set(module, module.processor.inner)
-    kept = getattr(model, "original_attn_processors", None) or {}  # what `unfuse_qkv_projections` will give back
+    kept = getattr(model, "original_attn_processors", None) or {}  # which `unfuse_qkv_projections` restores
     for name, processor in kept.items():
         if isinstance(processor, BoundProcessor):
             kept[name] = processor.inner
@@ -75,11 +75,11 @@ def uninstall(model: nn.Module) -> None:
 
 
 def replace(model: nn.Module, processors: Any, setter: Callable[[Any], None]) -> None:
-    """Set other processors on an installed model, by diffusers or by a user.
+    """Set other processors on an installed model, on behalf of diffusers or a user.
 
-    Fusing projections sets one of another class, and loaders of adapters make them anew by our classes: those are around the
-    same attention and are bound again. A user's own dictionary is obeyed to the letter, and the report names the sites that it
-    takes. One processor for all layers, or the very objects that were there before, is somebody's wish to be without us.
+    Fusing projections sets a processor of another class, and adapter loaders create processors from our classes: both compute
+    the same attention and are bound again. A user's own dictionary is set as given, and the report names the sites that it
+    takes over. One processor for all layers, or the original objects, removes fastdit from the model.
     """
     denoiser = installed(model)
     assert denoiser is not None
@@ -103,7 +103,7 @@ def replace(model: nn.Module, processors: Any, setter: Callable[[Any], None]) ->
 
 
 def without_others(processors: Any, denoiser: Denoiser | None) -> Any:
-    """Processors as given, but for those that another acceleration bound, perhaps one that is over: their originals."""
+    """Processors as given, except that those bound by another acceleration are replaced by their originals."""
     mine = [] if denoiser is None else denoiser.sites
 
     def own(processor: Any) -> Any:
@@ -117,7 +117,7 @@ def without_others(processors: Any, denoiser: Denoiser | None) -> Any:
 
 
 def installed(model: nn.Module) -> Denoiser | None:
-    """The denoiser that `install` made of this model, if it did."""
+    """The denoiser that `install` made for this model, or None."""
     return next((hook.denoiser for hook in model._forward_pre_hooks.values() if isinstance(hook, Observe)), None)
 
 

@@ -1,12 +1,12 @@
-"""The seam: each attention module keeps its own processor, of which only the core attention is replaced.
+"""The seam: each attention module keeps its own processor; only the core attention is replaced.
 
 A bound processor runs a clone of the original processor's `__call__` in whose globals `dispatch_attention_fn` and
-`F.scaled_dot_product_attention` are ours. So projections, norms, rotary embedding, LoRA and fused weights stay the
-model's own code. Both names end in one opaque op (`fastdit.attach.site_call`), which decides at run time (noise level,
-phase, plan), so that a compiled denoiser is one graph for all steps and, block by block, one graph for all layers.
+`F.scaled_dot_product_attention` are ours. Projections, norms, rotary embedding, LoRA and fused weights stay the model's own
+code. Both functions call one opaque op (`fastdit.attach.site_call`), which looks its plan up at run time. A compiled
+denoiser is therefore one graph for all steps and, compiled block by block, one graph for all layers.
 
-What fastdit does not do (causal or grouped attention, dropout, cross-attention) goes to the
-original function, with the original backend, and is reported.
+Attention that fastdit does not support (causal or grouped attention, dropout, cross-attention) goes to the original function,
+with the original backend, and is reported.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ from fastdit.runs.forward import Forward
 from fastdit.runs.site_state import CallRecord
 
 _current = threading.local()
-"""`.site`: the bound processor that is running in this thread, between its call and the core attention; `.reached`: whether it
-came to the core attention."""
+"""`.site`: the bound processor that is running in this thread; `.reached`: whether it has called the core attention."""
 
 
-class _Alike(type):
-    """Of bound classes: equal to the class that they stand for. diffusers looks processors up by their class, in dictionaries
-    (`AttentionProcessorRegistry`) and in tuples (`set_default_attn_processor`)."""
+class _EqualToOriginal(type):
+    """Metaclass of bound classes: each compares equal to its original class. diffusers looks processors up by class, in
+    dictionaries (`AttentionProcessorRegistry`) and in tuples (`set_default_attn_processor`)."""
 
     original: type[Any]
 
@@ -49,11 +48,11 @@ class _Alike(type):
         return hash(cls.__dict__.get("original", cls.__name__))
 
 
-class BoundProcessor(metaclass=_Alike):
-    """One attention module's processor around its original one, `inner`, of whose class it is a subclass (`bound_class`), and
-    whose attributes it shares: what diffusers sets on a processor is set on both.
+class BoundProcessor(metaclass=_EqualToOriginal):
+    """Wraps an attention module's original processor, `inner`. It is a subclass of the original's class (`bound_class`) and
+    shares its attributes: what diffusers sets on one is set on both.
 
-    site: None for one that a loader made by the class alone; `replace` gives it one.
+    site: None for a processor that a loader created from the class alone; `replace` binds it.
     """
 
     __slots__ = ("inner", "layer", "site")
@@ -64,10 +63,10 @@ class BoundProcessor(metaclass=_Alike):
     def __new__(cls, inner: Any = None, site: Site | None = None) -> Any:
         bound = object.__new__(cls)
         inner = cls.original() if inner is None else inner
-        # A tensor, not integers: integers would be constants of the compiled graph, one graph per layer.
+        # A tensor: an integer would be a constant of the compiled graph, and each layer would need its own graph.
         layer = None if site is None else torch.tensor([site.layer], dtype=torch.int64, device="cpu")
         for name, value in (("__dict__", inner.__dict__), ("inner", inner), ("site", site), ("layer", layer)):
-            object.__setattr__(bound, name, value)  # a processor may be a module, which would take its inner one for a part
+            object.__setattr__(bound, name, value)  # past nn.Module's __setattr__, which would register `inner` as a submodule
         return bound
 
     def __init__(self, inner: Any = None, site: Site | None = None) -> None:
@@ -78,20 +77,21 @@ class BoundProcessor(metaclass=_Alike):
         return type(self)(copy.deepcopy(self.inner, memo), site)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled, it is its original, also where fastdit is not installed."""
+        """Pickles as its original, so that loading does not need fastdit."""
         return copy.copy, (self.inner,)
 
 
 @functools.cache
 def bound_class(inner: Any) -> type[BoundProcessor]:
+    """The subclass of a processor class whose `__call__` uses fastdit's attention."""
     original: Any = inner.__call__
-    if original is nn.Module.__call__:  # a processor that is a module and calls itself as one
+    if original is nn.Module.__call__:  # a processor that is a module
         original = inner.forward
     namespace = dict(original.__globals__)
     namespace.update(
         {name: ours for name, ours in (("dispatch_attention_fn", _dispatch), ("F", _functional)) if name in namespace}
     )
-    # torch.compile looks an inlined function's globals up by re-importing the module of this name: the original's.
+    # torch.compile looks up an inlined function's globals by re-importing the module `__name__`, which is the original's.
     namespace.pop("__name__", None)
     clone = types.FunctionType(original.__code__, namespace, original.__name__, original.__defaults__, original.__closure__)
     clone.__kwdefaults__ = original.__kwdefaults__
@@ -103,25 +103,25 @@ def bound_class(inner: Any) -> type[BoundProcessor]:
         try:
             out = clone(self.inner, attn, *args, **kwargs)
             if not _current.reached:
-                _left(self, "its processor computes attention by itself")
+                _record_skip(self, "its processor computes attention by itself")
             return out
-        finally:  # or this thread would keep the pipeline's statistics alive
+        finally:  # otherwise this thread keeps the pipeline's statistics alive
             _current.site, _current.reached = outer, True
 
-    # diffusers' Attention.forward passes only the keyword arguments that it finds in the processor's signature.
+    # diffusers' Attention.forward passes only keyword arguments that are in the processor's signature.
     __call__.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     body = {"__call__": __call__, "original": inner, "__doc__": inner.__doc__, "__module__": inner.__module__}
-    bound: Any = _Alike(f"Fast{inner.__name__}", (BoundProcessor, inner), body)
+    bound: Any = _EqualToOriginal(f"Fast{inner.__name__}", (BoundProcessor, inner), body)
     return bound
 
 
-def _left(bound: BoundProcessor, reason: str) -> None:
-    """This call is not ours, and why. Raises RuntimeError if the configuration is strict."""
+def _record_skip(bound: BoundProcessor, reason: str) -> None:
+    """Record why a call goes to the original attention. Raises RuntimeError if the configuration is strict."""
     site = bound.site
     assert site is not None
     site.refusal = site.denoiser.handle.config.accept(site.name, reason)
     token = getattr(site.denoiser.call, "token", None)
-    if token is None or torch.compiler.is_compiling():  # which would trace the note, and not take it at every call
+    if token is None or torch.compiler.is_compiling():  # a record would be traced once, not made in every call
         return
     forward = Forward.find(int(token))
     forward.state(site.layer).calls.append(CallRecord(None, 1.0, "dense", reason, forward.step, forward.sigma))
@@ -141,7 +141,7 @@ def _dispatch(
     backend: Any = None,
     parallel_config: Any = None,
 ) -> Tensor:
-    """Stands for diffusers' `dispatch_attention_fn`: q, k, v [B, N, H, D]."""
+    """Replaces diffusers' `dispatch_attention_fn`: q, k, v [B, N, H, D] -> [B, N, H, D]."""
     bound = _current.site
     refusal = _refusal(bound, query, key, value, dropout_p, is_causal, enable_gqa)
     if attention_kwargs and refusal is None:
@@ -149,7 +149,7 @@ def _dispatch(
     if parallel_config is not None and refusal is None:
         refusal = context_parallel.refusal(bound.site.denoiser, parallel_config, attn_mask)
     if refusal is not None:
-        _left(bound, refusal)
+        _record_skip(bound, refusal)
         return dispatch_attention_fn(
             query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, attention_kwargs,
             backend=backend, parallel_config=parallel_config,
@@ -173,11 +173,11 @@ def _sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Stands for `F.scaled_dot_product_attention`: q, k, v [B, H, N, D]."""
+    """Replaces `F.scaled_dot_product_attention`: q, k, v [B, H, N, D] -> [B, H, N, D]."""
     bound = _current.site
     refusal = _refusal(bound, query.transpose(1, 2), key.transpose(1, 2), value, dropout_p, is_causal, enable_gqa)
     if refusal is not None:
-        _left(bound, refusal)
+        _record_skip(bound, refusal)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -208,15 +208,16 @@ def _refusal(
 
 
 def _intercepting() -> str | None:
-    """What intercepts torch's functions here, as diffusers' guidance does with attention to skip it: our op would hide them."""
+    """Name of an active torch function mode, or None. Our op would hide attention from it; diffusers' guidance skips attention
+    with such a mode."""
     for mode in _get_current_function_mode_stack():
-        if not isinstance(mode, DeviceContext):  # `with torch.device(...)`, which only makes tensors elsewhere
+        if not isinstance(mode, DeviceContext):  # `with torch.device(...)` only changes where tensors are created
             return type(mode).__name__
     return None
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As autocast hands them to SDPA: it does not see inside our op."""
+    """Cast as autocast does for SDPA, because autocast does not see inside our op."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -1,7 +1,7 @@
-"""One attention call of a site: it looks its plan up, runs it, and has the answer checked. It decides nothing.
+"""One attention call of a site: it looks up its plan, runs it, and has the output checked. It makes no decision of its own.
 
-Opaque to torch.compile (`fastdit::site_attention`), so that noise levels, phases, prompt lengths and statistics never cost a
-graph.
+Opaque to torch.compile (`fastdit::site_attention`), so that noise levels, phases, prompt lengths and statistics never cause a
+recompilation.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch import Tensor
 
 from fastdit import ops
-from fastdit.approx import error_guard, step_cache
+from fastdit.approx import error_guard, placement, step_cache
 from fastdit.attach.cuda_graphs import STAYS_OUT, refuse_capture
+from fastdit.config import AUTO
 from fastdit.planning import key_padding
 from fastdit.planning.forward_plan import CallPlan
 from fastdit.planning.key_padding import Runs
 from fastdit.runs.clock import Stopwatch
 from fastdit.runs.forward import Forward
-from fastdit.runs.site_state import CallRecord, SiteState
-from fastdit.runs.verdict import Verdict
+from fastdit.runs.site_state import NEW, CallRecord, SiteState
+from fastdit.runs.verdict import Verdict, settle
 
-NEW = "no earlier step of its branch: the conditioning or the noise is new"
 SDPA = "F.scaled_dot_product_attention"
-"""The backend of processors that call it themselves, instead of diffusers' `dispatch_attention_fn`."""
+"""The backend of processors that call SDPA themselves instead of diffusers' `dispatch_attention_fn`."""
 
 
 def attend(
@@ -42,10 +42,10 @@ def attend(
     backend: str,
     at: Tensor | None = None,
 ) -> Tensor:
-    """[B, N, H, D] -> [B, N, H, D] at a layer of the denoiser's running call. Traced by torch.compile.
+    """Attention of one layer in the denoiser's running call: [B, N, H, D] -> [B, N, H, D]. Traced by torch.compile.
 
-    token, layer: int64 [1] on the CPU, the `Forward` and the index of the site in it. at: int64 [n], where q has only n of the
-    sequence's tokens: which ones.
+    token, layer: int64 [1] on the CPU, the `Forward`'s number and the site's index in it. at: int64 [n], the sequence's tokens
+    that q holds; None: all.
     """
     return _site_attention(q, k, v, mask, token, layer, at, scale, backend, torch.compiler.is_compiling())
 
@@ -64,8 +64,8 @@ def _site_attention(
     compiled: bool,
 ) -> Tensor:
     call = SiteCall(Forward.find(int(token)), int(layer), at, scale, backend)
-    # What autocast asks for was done before; products of our own, in float32, are not its business.
-    with ops.on_device(q), torch.autocast(q.device.type, enabled=False):
+    # The seam has cast as autocast would. Our own products in float32 must not be autocast.
+    with ops.on_device(q), ops.without_autocast(q):
         return call.answer(q, k, v, mask, compiled).contiguous()
 
 
@@ -84,7 +84,8 @@ torch.library.register_autograd("fastdit::site_attention", _no_backward)
 
 @dataclass
 class SiteCall:
-    """Tensors [B, N, H, D]. nth: of the site's calls in this forward."""
+    """One call of a site; tensors are [B, N, H, D]. at, scale, backend: as in `attend`. nth: index of the call among the site's
+    calls in this forward."""
 
     forward: Forward
     layer: int
@@ -98,7 +99,7 @@ class SiteCall:
         self.state, self.nth = self.forward.state(self.layer), self.forward.count(self.layer)
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, compiled: bool) -> Tensor:
-        """Batch elements that a mask leaves the same keys are answered together, without the others."""
+        """Attention of q, k, v under a mask. Batch elements with the same kept keys are computed together."""
         forward = self.forward
         if (why := forward.plan.sequence.missing) is not None:
             return self.dense(forward.dense(self.layer, why), q, k, v, mask)
@@ -118,8 +119,8 @@ class SiteCall:
         return out
 
     def trimmed(self, q: Tensor, k: Tensor, v: Tensor, runs: Runs, square: bool) -> Tensor:
-        """Hidden tokens are no keys. As queries they attend what is left. They stay 0 if the mask is square, or if they are
-        text and nobody reads what becomes of it."""
+        """Attention without the hidden tokens as keys. As queries, hidden tokens attend the kept keys; their rows are 0 if the
+        mask is square, or if the model never uses them (`Facts.unread`)."""
         hidden = key_padding.gaps(runs, q.shape[1])
         query, key, value = (key_padding.gather_runs(x, runs) for x in (q, k, v))
         out = q.new_empty(q.shape)
@@ -135,17 +136,18 @@ class SiteCall:
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, keys: int | None = None, kept: Runs | None = None, trimmed: int = 0
     ) -> Tensor:
-        """As planned, or dense. keys: tokens of the sequence, of which a mask leaves `kept`, which k has."""
+        """Attention as planned, or dense. keys: tokens of the sequence. kept: those that a mask keeps, which are k's tokens.
+        trimmed: number of keys cut, for the record."""
         forward, state = self.forward, self.state
         plan = forward.call(self.layer, q.transpose(1, 2), keys or k.shape[1], kept)
-        # also for a dense phase: what another phase remembers ends with it
+        # Also in a dense phase: this drops the statistics of other phases.
         memory = state.memory(plan.phase, forward.branch, self.nth, kept, plan.span, q.shape, q.dtype, plan.level)
         if plan.reason is None and (why := state.too_dense.get(plan.phase)) is not None:
             plan = plan.dense(why)
         if plan.reason is not None:
             return self.dense(plan, q, k, v, trimmed=trimmed)
         watch, roll = Stopwatch(q), plan.roll
-        # queries that are only some of them stay where they are
+        # A subset of the queries is not rolled: `at` gives their positions.
         query = (q if self.at is not None else _roll(q, roll)).transpose(1, 2)
         key, value = (_roll(x, roll).transpose(1, 2) for x in (k, v))
         if plan.policy is not None:
@@ -160,23 +162,25 @@ class SiteCall:
 
         fault = forward.flag(q.device)
         out, how = step_cache.attention(
-            query, key, value, plan, plan.reuse, memory, self.scale, dense, forward.held, fault=fault
+            query, key, value, plan, plan.reuse, memory, self.scale, dense, forward.held, forward.run.memories, fault=fault
         )
         note = memory.no_room
         if how == "refresh":
             state.peak_bytes = max(state.peak_bytes, state.bytes())
             if forward.branch.first == forward.run.clock.step > 0:
                 note = NEW
+            elif memory.form is not None and memory.form != placement.BEST and plan.reuse.store == AUTO:
+                note = f"statistics kept in {memory.form}, as memory is short"
         if memory.no_room and forward.run.forget(1):
-            memory.no_room = None  # the next call of this branch tries again
+            memory.no_room = None  # so that the next call of this branch tries again
         if forward.run.last:
-            memory.drop()  # decoding, which comes next, needs the room
+            memory.drop()  # decoding comes next and needs the memory
         self.check(query, key, value, out, fault, plan, self.record(plan, how, note, watch, trimmed))
         return out.transpose(1, 2) if self.at is not None else _roll(out.transpose(1, 2), -roll)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, fault: Tensor, plan: CallPlan, record: CallRecord) -> None:
-        """Put the dense answer into out [B, H, N, D] if it is not finite or its error is above the budget; keep the record."""
-        run, state, budget = self.forward.run, self.state, self.forward.config.error_budget
+        """Replace out [B, H, N, D] by dense attention if it is not finite or its error exceeds the budget; store the record."""
+        state, budget = self.state, self.forward.config.error_budget
         error = share = None
         if record.how in ("sparse", "reuse"):
             if budget is not None:
@@ -189,11 +193,12 @@ class SiteCall:
                 record = record._replace(density=density)
         ops.repair(q, k, v, out, q.shape[-1] ** -0.5 if self.scale is None else self.scale, fault)
         state.calls.append(record)
-        run.pending.append(
-            Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, math.inf if budget is None else budget)
-        )
+        limit = math.inf if budget is None else budget
+        verdict = Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, limit)
         if reads_at_once(q.device):
-            run.settle()
+            settle([verdict])
+        else:
+            self.forward.run.pending.append(verdict)
 
     def dense(self, plan: CallPlan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, trimmed: int = 0) -> Tensor:
         forward, state = self.forward, self.state
@@ -212,7 +217,7 @@ class SiteCall:
         )
 
     def original(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Dense, by the function and the backend that the model's own processor names."""
+        """Dense attention by the function and backend of the model's own processor."""
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)  # as autocast does
         if self.backend == SDPA:
@@ -223,10 +228,10 @@ class SiteCall:
 
 
 def _roll(x: Tensor, tokens: int) -> Tensor:
-    """The last `tokens` of [B, N, H, D] to the front. Attention does not mind the order, only the layout of the tiles does."""
+    """Move the last `tokens` of [B, N, H, D] to the front. Attention ignores the order; the tiles' layout depends on it."""
     return torch.roll(x, tokens, 1) if tokens else x
 
 
 def reads_at_once(device: torch.device) -> bool:
-    """Whether flags are read behind each call: on the CPU, where there is nobody to wait for."""
+    """Whether flags are read after each call: only on the CPU, where reading does not block."""
     return device.type == "cpu"

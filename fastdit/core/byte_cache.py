@@ -1,4 +1,4 @@
-"""Caches of tensors that follow from few numbers, bounded by bytes: they lie on the GPU whose memory they take."""
+"""Caches bounded by bytes, for tensors that are derived from a few numbers and would otherwise fill GPU memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 class ByteCache:
-    """The values used last, of at most `most` bytes together; a value alone may be larger. Safe to use from threads."""
+    """Keeps the most recently used values, at most `most` bytes in all; a single value may be larger. Thread-safe."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -24,7 +24,7 @@ class ByteCache:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value of a key, made where there is none. Two threads may both make it."""
+        """Return the value of a key, calling `make` if it is missing. Two threads may both call `make`."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
@@ -45,7 +45,7 @@ class ByteCache:
 
 
 def byte_cache(most: int) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
-    """Decorator: `functools.lru_cache` bounded by the bytes of what the function returned. `.cache` is its `ByteCache`."""
+    """Decorator: `functools.lru_cache` bounded by the bytes of the results. `.cache` is its `ByteCache`."""
 
     def decorate(function: Callable[..., Value]) -> Callable[..., Value]:
         cache = ByteCache(most)
@@ -70,7 +70,7 @@ def size(value: Any) -> int:
 
 
 def sent(x: Tensor, device: torch.device | str) -> Tensor:
-    """x on a device, from the CPU without a wait: through page-locked memory, which PyTorch keeps until the copy is done."""
+    """Copy x to a device. A copy from CPU to GPU does not block: it uses pinned memory, kept until it is done."""
     if x.device.type == "cpu" and torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

@@ -1,10 +1,10 @@
 """Where the tokens sit: a video grid cut into 3D tiles, with optional text before or after it.
 
-A denoiser flattens its latent grid T×H×W frame by frame (raster order) and may put text tokens in front or behind. A
+A denoiser flattens its latent grid T×H×W frame by frame (raster order) and may put text tokens before or after it. A
 *tile* is one t×h×w brick of that grid, the unit of sparsity and of scales (FPSAttention, arXiv 2506.04648 §3; Sliding
 Tile Attention, arXiv 2502.04507 §3). In *tile order* the tokens of a tile are contiguous, so a block-sparse kernel sees
-only whole blocks. Tiles that overhang the grid are padded: their missing tokens are -1 in `Layout.order`, always behind
-the tile's real tokens, and weigh nothing. Text forms tiles of its own behind the video's.
+only whole blocks. Tiles that overhang the grid are padded: missing tokens are -1 in `Layout.order`, always after the
+tile's real tokens, and have no weight. Text has tiles of its own, after the video's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """Grid and tile in tokens (T, H, W); `text_len` text tokens before (`text_first`) or behind the video."""
+    """Grid and tile in tokens (T, H, W); `text_len` text tokens before (`text_first`) or after the video."""
 
     grid: Grid
     tile: Grid
@@ -67,7 +67,7 @@ class Layout:
 
     @property
     def length(self) -> int:
-        """Tokens in all: the N of attention's [B, H, N, D]."""
+        """All tokens: the N of attention's [B, H, N, D]."""
         return self.video_len + self.text_len
 
     @property
@@ -83,7 +83,7 @@ class Layout:
         return (self.order(device) >= 0).sum(-1)
 
     def to_tiles(self, x: Tensor) -> Tensor:
-        """[B, H, N, D] in token order -> [B, H, num_tiles, tile_tokens, D], zeros in padded slots."""
+        """[B, H, N, D] in token order -> [B, H, num_tiles, tile_tokens, D], zeros in padded slots. ValueError if N differs."""
         if x.shape[2] != self.length:
             raise ValueError(f"expected {self.length} tokens for {self}, got {x.shape[2]}")
         order = self.order(x.device)
@@ -102,7 +102,7 @@ class Layout:
 
 
 ORDER_BYTES = 64 << 20
-"""Of all layouts' orders: one of 75,600 tokens takes 600 KB."""
+"""Bound on the cached orders of all layouts; an order of 75,600 tokens takes 600 KB."""
 
 
 @byte_cache(ORDER_BYTES)
@@ -111,7 +111,7 @@ def _order(layout: Layout, device: str) -> Tensor:
     index = torch.full((nt * t, nh * h, nw * w), -1, dtype=torch.long, device="cpu")
     index[:T, :H, :W] = torch.arange(T * H * W, device="cpu").view(T, H, W)
     tiles = index.view(nt, t, nh, h, nw, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, layout.tile_tokens)
-    # Padding goes behind the tile's real tokens, so that a kernel needs only a count per tile.
+    # Padding follows the tile's real tokens, so that a kernel needs only a count per tile.
     tiles = tiles.gather(1, (tiles < 0).to(torch.int8).argsort(dim=1, stable=True))
     if layout.text_len:
         text = torch.full((layout.text_tiles * layout.tile_tokens,), -1, dtype=torch.long, device="cpu")
@@ -123,7 +123,7 @@ def _order(layout: Layout, device: str) -> Tensor:
 
 @byte_cache(ORDER_BYTES)
 def _padding(layout: Layout, device: str) -> Tensor:
-    """int64 [n]: the slots, of those of all tiles, that hold no token."""
+    """int64 [n]: indices of the empty slots, counted over all tiles."""
     return sent((layout.order().flatten() < 0).nonzero().flatten(), device)
 
 
@@ -133,11 +133,12 @@ def _shift(index: Tensor, start: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def fit_tile(grid: Grid, target: int = 64) -> Grid:
-    """The tile for a grid when the user names none: about `target` tokens, near a cube, and dividing the grid if it can.
+    """The default tile for a grid: about `target` tokens, close to a cube, and a divisor of the grid if possible.
 
     Minimises |log2(tokens / target)| + |log2 aspect| / 4 + 8 × padding, where padding is the share of padded slots.
-    So exact divisors win whenever the grid has usable ones (Wan 720p: 21×45×80), and a prime side costs a little padding
-    instead of an absurd tile (Sliding Tile Attention's fixed (6, 8, 8) would pad Wan's grids by 22-31 %).
+    Exact divisors therefore win where the grid has usable ones (Wan 720p: 21×45×80), and a prime side costs a little padding
+    instead of an extreme tile (Sliding Tile Attention's fixed (6, 8, 8) would pad Wan's grids by 22-31 %).
+    Raises ValueError for target < 1.
     """
     if target < 1:
         raise ValueError(f"target tokens per tile must be >= 1, got {target}")

@@ -1,6 +1,6 @@
-"""Which number formats attention is computed in, by name. `core/quant.py` says what they mean.
+"""Names of the number formats that attention is computed in; `core/quant.py` defines them.
 
-This file needs no torch, so that configurations and presets can be read without it.
+This file does not import torch, so that configurations and presets can be read without it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Granularity = Literal["tile", "head", "tensor"]
 
 @dataclass(frozen=True)
 class Quant:
-    """How exactly Q·Kᵀ (`qk`) and P·V (`pv`) are computed; the default is the inputs' own dtype."""
+    """Number formats of Q·Kᵀ (`qk`) and P·V (`pv`); "none" is the inputs' own dtype."""
 
     qk: Format = "none"
     pv: Format = "none"
@@ -31,9 +31,9 @@ class Quant:
         if self.granularity not in get_args(Granularity):
             raise ValueError(f"quant: granularity must be tile, head or tensor, got {self.granularity!r}")
         if self.qk == "none" and (self.smooth_q or self.smooth_k):
-            raise ValueError("quant: smooth_q and smooth_k need a format for qk: there is nothing to smooth for")
+            raise ValueError("quant: smooth_q and smooth_k need a format for qk: without quantization they have no effect")
         if self.pv == "none" and self.smooth_v:
-            raise ValueError("quant: smooth_v needs a format for pv: there is nothing to smooth for")
+            raise ValueError("quant: smooth_v needs a format for pv: without quantization it has no effect")
 
     @property
     def is_none(self) -> bool:
@@ -50,7 +50,7 @@ class Quant:
             raise ValueError(f"quant: {error}") from None
 
     def __str__(self) -> str:
-        """qk/pv+smoothed@granularity: "int4/fp8+qk", "int8/none@head"; "none"."""
+        """qk/pv+smoothed@granularity, such as "int4/fp8+qk" or "int8/none@head"; or "none"."""
         if self.is_none:
             return "none"
         smooth = "".join(x for x in "qkv" if getattr(self, f"smooth_{x}"))

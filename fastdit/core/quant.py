@@ -1,16 +1,16 @@
-"""What every number format means: FP8, INT8 and INT4 attention, computed exactly as a tensor core would, in eager torch.
+"""Definition of the number formats: FP8, INT8 and INT4 attention in eager torch, rounded exactly as on a tensor core.
 
 x ≈ x_q · scale, with scale = max|x| / q_max over a group of elements and q_max = 448 (FP8 E4M3), 127 (INT8) or 7 (INT4,
-symmetric). Q and K have one scale per tile, per head or per tensor (`granularity`); V has one per channel of each head,
-over the whole sequence; P, relative to its row's maximum and so in [0, 1], has the fixed scale 1/448 or 1/127
+symmetric). Q and K have one scale per tile, per head or per tensor (`granularity`). V has one per channel of each head,
+over the whole sequence. P is relative to its row's maximum, so it lies in [0, 1] and has the fixed scale 1/448 or 1/127
 (FPSAttention, arXiv 2506.04648 §3.2; SageAttention2, arXiv 2411.10958 §3). Row sums use P before rounding.
 
-Smoothing takes out what a scale would otherwise be spent on, and puts it back exactly (SageAttention, arXiv 2410.02367
-§4.2, and SageAttention2 §3.1):
+Smoothing subtracts a mean, so that the scale covers only the deviation from it, and restores the mean exactly
+(SageAttention, arXiv 2410.02367 §4.2, and SageAttention2 §3.1):
 
-    K: k − mean over all keys: shifts each row of logits by a constant, which softmax does not see (the LSE gets it back)
-    Q: q − mean over its tile: the lost q̄·Kᵀ is added to the logits in full precision
-    V: v − mean over all keys: added back to the output, since the rows of softmax sum to 1
+    K: k − mean over all keys. Each row of logits shifts by a constant: softmax is unchanged, the LSE is corrected.
+    Q: q − mean over its tile. The missing q̄·Kᵀ is added to the logits in full precision.
+    V: v − mean over all keys. The mean is added back to the output, since the rows of softmax sum to 1.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdit.core.block_mask import tile_of
 from fastdit.core.number_format import Quant
 from fastdit.core.reference import attention
 
 STORAGE = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.int8}
-"""INT4 codes are int8 until `pack_int4`."""
+"""dtype of the codes. INT4 codes are int8 until `pack_int4`."""
 LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
 BLOCK = 128
-"""Tokens of a tile where attention has no tiles: consecutive ones, as SageAttention takes of queries."""
+"""Consecutive tokens per scale where attention has no tiles; SageAttention's query block."""
 
 
 def scale_of(x: Tensor, fmt: str, dims: tuple[int, ...]) -> Tensor:
-    """max|x| / q_max over `dims` (kept as 1); 1 where x is all zero."""
+    """max|x| / q_max over `dims` (kept with size 1); 1 where x is all zero."""
     scale = x.abs().amax(dims, keepdim=True) / LARGEST[fmt]
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
@@ -43,14 +44,14 @@ def quantize(x: Tensor, fmt: str, scale: Tensor) -> Tensor:
 
 
 def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes · scale, in the scale's dtype. A scale that is not finite (NaN or infinity went in) gives NaN, never a number."""
+    """codes · scale, in the scale's dtype. Where the scale is not finite (the input had NaN or Inf), the result is NaN."""
     return codes.to(scale.dtype) * scale
 
 
 def pack_int4(codes: Tensor) -> Tensor:
     """int8 codes in [-8, 7], [..., D] with D even -> uint8 [..., D / 2]; the even index is the low nibble."""
     if codes.shape[-1] % 2:
-        raise ValueError(f"INT4 codes are packed in pairs: the last side must be even, got {codes.shape[-1]}")
+        raise ValueError(f"INT4 codes are packed in pairs: the last dimension must be even, got {codes.shape[-1]}")
     low, high = (codes & 0xF).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
     return low | (high << 4)
 
@@ -63,11 +64,11 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Operands:
-    """Q, K and V rounded to their formats, as float32 (float64 for float64 inputs), with what smoothing must put back.
+    """Q, K and V rounded to their formats, as float32 (float64 for float64 inputs), with the terms that undo the smoothing.
 
-    q [B, H, Nq, D'], k [B, H, Nk, D'], v [B, H, Nk, D]: q·k is the logit without `scale`; with Q-smoothing D' = 2 D, the
-    second half holding q̄ and the K it is multiplied with in full precision. shift: [B, H, Nq], added to logits of a row,
-    times `scale`; mean: [B, H, 1, D], added to the output.
+    q [B, H, Nq, D'], k [B, H, Nk, D'], v [B, H, Nk, D]. q·k is the logit without `scale`. D' = D, or 2 D with Q-smoothing: the
+    second half holds q̄ and the unrounded K. shift: [B, H, Nq], times `scale` added to a row's LSE. mean: [B, H, 1, D], added to
+    the output.
     """
 
     q: Tensor
@@ -77,7 +78,7 @@ class Operands:
     mean: Tensor | None
 
     def finish(self, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Undo the smoothing: (out, lse) of attention over q, k, v -> that over the original inputs."""
+        """Undo the smoothing: (out, lse) over the smoothed q, k, v -> (out, lse) over the original ones."""
         if self.mean is not None:
             out = out + self.mean * (lse > float("-inf"))[..., None]
         return out, lse if self.shift is None else lse + scale * self.shift
@@ -86,7 +87,10 @@ class Operands:
 def emulate(
     q: Tensor, k: Tensor, v: Tensor, quant: Quant, q_order: Tensor | None = None, k_order: Tensor | None = None
 ) -> Operands:
-    """Round q, k, v [B, H, N, D] (token order) as `quant` says; orders [tiles, slots] as in `BlockMask`, None: `BLOCK`s."""
+    """Round q, k, v [B, H, N, D] (token order) to the formats of `quant`.
+
+    q_order, k_order: [tiles, slots] as in `BlockMask`; None means runs of `BLOCK` tokens.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     shift = mean = None
@@ -114,7 +118,7 @@ def emulate(
 
 
 def rounded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, pv: str) -> tuple[Tensor, Tensor]:
-    """Attention whose P is rounded to `pv` relative to its row's maximum; shapes as in `Operands`, materialises Nq × Nk."""
+    """Attention with P rounded to `pv` relative to its row's maximum: (out, lse). Shapes as in `Operands`; holds Nq × Nk."""
     if pv == "none":
         return attention(q, k, v, scale=scale)
     logits = (q @ k.mT) * scale
@@ -126,15 +130,14 @@ def rounded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, pv: str) ->
 
 
 class Tiles:
-    """Groups of tokens: those of `order` [tiles, slots] (-1: none), or runs of `BLOCK` tokens without one."""
+    """Groups of tokens that share a scale: the tiles of `order` [tiles, slots] (-1: padding); None: runs of `BLOCK` tokens."""
 
     def __init__(self, length: int, order: Tensor | None, device: torch.device) -> None:
         if order is None:
             order = torch.arange(-(-length // BLOCK) * BLOCK, device=device).view(-1, BLOCK)
             order = order.masked_fill(order >= length, -1)
         self.order, self.real = order, (order >= 0)[..., None]
-        self.of = torch.empty(length, dtype=torch.long, device=device)
-        self.of[order[order >= 0]] = torch.arange(len(order), device=device)[:, None].expand_as(order)[order >= 0]
+        self.of = tile_of(order, length)
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, H, N, D] -> [B, H, tiles, slots, D], zeros in padded slots."""

@@ -1,8 +1,8 @@
-"""What attention means here: eager, obvious, right in float64. Every kernel is judged against this file.
+"""The reference implementation of attention: eager, simple, and correct in float64. Every kernel is tested against it.
 
     S = scale · Q Kᵀ,   lse_i = log Σ_j exp S_ij,   out_i = Σ_j exp(S_ij − lse_i) V_j
 
-Softmax over a set of keys can be cut into any disjoint pieces; `merge` joins pieces exactly by their LSE (FlashAttention,
+Softmax over a set of keys can be cut into disjoint pieces; `merge` joins them exactly by their LSE (FlashAttention,
 arXiv 2205.14135 §3.1; LeanAttention, arXiv 2405.10480). A query with no key gets out = 0 and lse = −inf.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdit.core.block_mask import tile_of
 from fastdit.core.layout import Layout
 
 
@@ -33,9 +34,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Join (out, lse) of attention over disjoint sets of keys into that over their union.
+    """Join the (out, lse) of attention over disjoint sets of keys into the (out, lse) over their union.
 
-    out [..., N, D], lse [..., N] each. A part that saw no key (lse = −inf) contributes nothing.
+    Each part: out [..., N, D], lse [..., N]. A part without keys (lse = −inf) contributes nothing.
     """
     lses = torch.stack([lse for _, lse in parts])
     total = lses.logsumexp(0)
@@ -46,12 +47,9 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def token_mask(layout: Layout, tile_map: Tensor) -> Tensor:
-    """Tile map bool [b, h, tiles, tiles] -> the token mask bool [b, h, N, N] it stands for, in token order."""
-    order = layout.order(tile_map.device)
-    tile_of = torch.empty(layout.length, dtype=torch.long, device=tile_map.device)
-    real = order >= 0
-    tile_of[order[real]] = torch.arange(layout.num_tiles, device=tile_map.device)[:, None].expand_as(order)[real]
-    return tile_map[:, :, tile_of[:, None], tile_of[None, :]]
+    """Tile map bool [b, h, tiles, tiles] -> the equivalent token mask, bool [b, h, N, N] in token order."""
+    tile = tile_of(layout.order(tile_map.device), layout.length)
+    return tile_map[:, :, tile[:, None], tile[None, :]]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

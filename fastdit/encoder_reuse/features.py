@@ -1,4 +1,4 @@
-"""What encoder propagation (`propagate.py`) keeps from a key step to the next, for each branch of a model's calls."""
+"""The features that encoder propagation (`propagate.py`) keeps between key steps, for each branch of a model's calls."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 LATENTS_AND_TIME = ("sample", "hidden_states", "timestep")
 RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
-"""A ControlNet's. They follow the latents, and so are no part of what tells one branch from another."""
+"""A ControlNet's outputs. They follow the latents, so they do not identify a branch."""
 
 
 @dataclass(eq=False)
 class Branch:
     """One branch (conditional, unconditional, or both in a batch) since its last full run.
 
-    given: the arguments that tell it from others. step: of its last call. kept: the encoder's outputs by module, or a
-    ControlNet's whole output. residuals: the ControlNet's, with which `fixed` (convolutions of skips, see `facts.Join`) and
-    `ahead` (answers by timestep) were computed.
+    given: the arguments that identify it. step: of its last call. kept: the encoder's outputs by module, or a ControlNet's
+    output. fixed: convolutions of skips (see `adapter.Join`). ahead: outputs computed in advance, by timestep. residuals: the
+    ControlNet's, from which `fixed` and `ahead` were computed.
     """
 
     given: list[Any]
@@ -34,7 +34,8 @@ class Branch:
 
 
 class Running(NamedTuple):
-    """The denoiser call in progress. encodes: all runs and is kept. batch: the caller's. times: steps decoded together."""
+    """The denoiser call in progress. encodes: the whole model runs and its features are kept. batch: the caller's batch size.
+    times: number of steps decoded together."""
 
     branch: Branch
     encodes: bool
@@ -43,8 +44,8 @@ class Running(NamedTuple):
 
 
 class Branches:
-    """The branches of one model, whose class this is. Their conditioning tells them, never a count of calls: guidance in
-    two calls is two branches, the second call of a second-order solver is none, and a call whose text or shape changes is new.
+    """The branches of one model of class `cls`, identified by conditioning, never by counting calls: guidance in two calls is
+    two branches, the second call of a second-order solver is the same branch, and another text or shape is a new one.
     """
 
     def __init__(self, cls: type[nn.Module]) -> None:
@@ -59,10 +60,10 @@ class Branches:
 
     def find(self, call: dict[str, Any]) -> Branch | None:
         given = _given(call)
-        return next((branch for branch in self._found if same(branch.given, given)), None)
+        return next((branch for branch in self._found if equal_arguments(branch.given, given)), None)
 
     def renew(self, call: dict[str, Any], step: int) -> Branch:
-        """An empty branch for a call that is about to run in full. Those not called at this step or the last are dropped."""
+        """A new branch for a call that is about to run in full. Drops branches not called at this step or the one before."""
         old = self.find(call)
         self._found = [branch for branch in self._found if branch is not old and branch.step >= step - 1]
         self._found.append(Branch(_given(call), step))
@@ -76,7 +77,7 @@ class Branches:
 
 
 def latents(call: dict[str, Any]) -> Tensor:
-    """[B, ...], of a denoiser's or a ControlNet's call."""
+    """The latents [B, ...] of a denoiser's or a ControlNet's call."""
     return call["sample"] if "sample" in call else call["hidden_states"]
 
 
@@ -86,8 +87,8 @@ def _given(call: dict[str, Any]) -> list[Any]:
     return [x.shape, x.dtype, x.device, *sorted(rest), *tree_leaves([rest[name] for name in sorted(rest)])]
 
 
-def same(a: list[Any], b: list[Any]) -> bool:
-    """Whether two lists of arguments are equal, tensors by value. Pipelines mostly pass the very same objects at every step."""
+def equal_arguments(a: list[Any], b: list[Any]) -> bool:
+    """Whether two lists of arguments are equal, tensors by value. Pipelines mostly pass the same objects at every step."""
     return len(a) == len(b) and all(x is y or _equal(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -101,15 +102,15 @@ def residuals(call: dict[str, Any]) -> list[Any]:
     return tree_leaves([call.get(name) for name in RESIDUALS])
 
 
-def repeated(tree: Any, batch: int, times: int) -> Any:
-    """Every tensor [batch · m, ...] as [batch · times · m, ...]: each element of the batch `times` over, in order.
+def repeat_batch(tree: Any, batch: int, times: int) -> Any:
+    """Every tensor [batch · m, ...] -> [batch · times · m, ...]: each batch element repeated `times` times, in order.
 
-    m is the number of frames where a video's frames lie in the batch. Tensors of other sizes are no part of the batch.
+    m is the number of frames if a video's frames are in the batch dimension. Tensors of other sizes are left unchanged.
     """
     if times == 1:
         return tree
 
-    @functools.cache  # one tensor in two places stays one
+    @functools.cache  # a tensor that occurs twice stays one tensor
     def repeat(x: Tensor) -> Tensor:
         if x.ndim == 0 or x.shape[0] % batch:
             return x
@@ -118,13 +119,13 @@ def repeated(tree: Any, batch: int, times: int) -> Any:
     return tree_map_only(Tensor, repeat, tree)
 
 
-def first_of(x: Tensor, batch: int, times: int) -> Tensor:
-    """The other way: [batch · times · m, ...] to [batch · m, ...], the first of each."""
+def first_step(x: Tensor, batch: int, times: int) -> Tensor:
+    """Inverse of `repeat_batch`: [batch · times · m, ...] -> [batch · m, ...], the first step of each element."""
     return x if times == 1 else x.unflatten(0, (batch, times, -1))[:, 0].flatten(0, 1)
 
 
-def lent(tree: Any) -> Any:
-    """Kept outputs for a model that may write into the first of them (FreeU, T2I-Adapter), often one of the skips too."""
+def clone_writable(tree: Any) -> Any:
+    """Kept outputs with the first tensor cloned: a model may write into it (FreeU, T2I-Adapter), and it is often a skip."""
     first = tree[0] if isinstance(tree, tuple) else tree
     mine = first.detach().clone()
     return tree_map_only(Tensor, lambda x: mine if x is first else x.detach(), tree)

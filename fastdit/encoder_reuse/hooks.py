@@ -1,7 +1,7 @@
-"""The diffusers hooks of encoder propagation (`propagate.py`): around the denoiser, its ControlNet, and modules of its encoder.
+"""The diffusers hooks of encoder propagation (`propagate.py`): on the denoiser, its ControlNet, and modules of its encoder.
 
-Beyond the paper, and exactly: where the decoder joins a skip to its own feature and convolves both, the skip's share of the
-convolution is the same until the next key step, and is computed once (`JoinHook`).
+One exact addition to the paper: where the decoder convolves a skip joined to its own feature, the skip's part of the
+convolution stays the same until the next key step and is computed once (`JoinHook`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,24 @@ import torch
 from diffusers.hooks import ModelHook
 from torch import Tensor, nn
 
-from fastdit.encoder_reuse.features import Branch, Branches, Running, first_of, latents, lent, repeated, residuals, same
+from fastdit.encoder_reuse.features import (
+    Branch,
+    Branches,
+    Running,
+    clone_writable,
+    equal_arguments,
+    first_step,
+    latents,
+    repeat_batch,
+    residuals,
+)
 
 if TYPE_CHECKING:
     from fastdit.encoder_reuse.propagate import Propagation
 
 
 class Hook(ModelHook):
-    """A hook that knows what it belongs to."""
+    """A hook that holds its propagation and its module."""
 
     fn_ref: Any
 
@@ -37,7 +47,7 @@ class Hook(ModelHook):
         return args, kwargs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the hooked module does without us."""
+        """The hooked module's original forward."""
         return self.fn_ref.original_forward(*args, **kwargs)
 
 
@@ -92,7 +102,7 @@ class DenoiserHook(WholeHook):
 
     def decode(self, branch: Branch, call: dict[str, Any], now: float) -> Any:
         ours = self.propagation
-        if not same(branch.residuals, residuals(call)):
+        if not equal_arguments(branch.residuals, residuals(call)):
             branch.ahead.clear()
             branch.fixed.clear()
             branch.residuals = residuals(call)
@@ -104,10 +114,10 @@ class DenoiserHook(WholeHook):
         if len(times) == 1:
             return self.forward(**call)
         given = call["timestep"]
-        if not isinstance(given, Tensor):  # as the models themselves make it a tensor
+        if not isinstance(given, Tensor):  # converted as the models do
             kind = torch.float64 if isinstance(given, float) else torch.int64
             given = torch.tensor(given, dtype=kind, device=latents(call).device)
-        several = repeated(call, batch, len(times)) | {
+        several = repeat_batch(call, batch, len(times)) | {
             "timestep": torch.tensor(times, dtype=given.dtype, device=given.device).repeat(batch)
         }
         out = self.forward(**several)
@@ -120,7 +130,7 @@ class DenoiserHook(WholeHook):
 
 
 class ControlHook(WholeHook):
-    """A ControlNet runs at key steps and answers the same until the next: its residuals belong to the encoder's features."""
+    """A ControlNet runs at key steps; until the next one its residuals are reused, like the encoder's features."""
 
     def call(self, call: dict[str, Any]) -> Any:
         ours = self.propagation
@@ -137,7 +147,7 @@ class ControlHook(WholeHook):
 
 
 class KeepHook(Hook):
-    """A module of the encoder whose outputs are kept at key steps and given at the others."""
+    """A module of the encoder: its outputs are kept at key steps and returned at other steps."""
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         running = self.propagation.state.running
@@ -145,13 +155,13 @@ class KeepHook(Hook):
             return self.forward(*args, **kwargs)
         if running.encodes:
             found = self.forward(*args, **kwargs)
-            running.branch.kept[module] = lent(found)
+            running.branch.kept[module] = clone_writable(found)
             return found
-        return lent(repeated(running.branch.kept[module], running.batch, running.times))
+        return clone_writable(repeat_batch(running.branch.kept[module], running.batch, running.times))
 
 
 class SkipHook(Hook):
-    """A module of the encoder whose output nothing reads at other steps: it gives its input back."""
+    """A module of the encoder whose output is not used at other steps: it returns its input then."""
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         running = self.propagation.state.running
@@ -161,7 +171,7 @@ class SkipHook(Hook):
 
 
 class JoinHook(Hook):
-    """A convolution of decoder features joined to skips, as a sum of two; that of the skips is computed once a key step."""
+    """A convolution of decoder features joined to skips, split into a sum; the skips' term is computed once per key step."""
 
     def __init__(self, propagation: Propagation, varies: int) -> None:
         super().__init__(propagation)
@@ -169,13 +179,13 @@ class JoinHook(Hook):
 
     def new_forward(self, conv: nn.Conv2d, x: Tensor) -> Tensor:
         running, n, weight = self.propagation.state.running, self.varies, conv.weight
-        # Where the weights are stored elsewhere or in another format, a hook below this one brings them.
+        # If the weights are stored on another device or in another format, a hook below this one loads them.
         if running is None or running.encodes or weight.dtype != x.dtype or weight.device != x.device:
             return self.forward(x)
         fixed = running.branch.fixed.get(conv)
         if fixed is None:
-            skips = first_of(x, running.batch, running.times)[:, n:]
+            skips = first_step(x, running.batch, running.times)[:, n:]
             fixed = conv._conv_forward(skips, weight[:, n:], None if n else conv.bias).detach()
             running.branch.fixed[conv] = fixed
-        fixed = repeated(fixed, running.batch, running.times)
+        fixed = repeat_batch(fixed, running.batch, running.times)
         return conv._conv_forward(x[:, :n], weight[:, :n], conv.bias) + fixed if n else fixed

@@ -1,6 +1,6 @@
 """Prior noise injection of Faster Diffusion (arXiv 2312.09608, section 3.4): z_t ← z_t + α·z_T in the second half of the steps.
 
-Propagated features make pictures a little smooth; a trace of the first latents gives texture back. α = 0.003 in the paper.
+Propagated features smooth pictures slightly; a little of the initial latents restores texture. α = 0.003 in the paper.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class Injection:
-    """Adds α·z_T to what the scheduler's `step` returns, which is the latents of the next step.
+    """Adds α·z_T to the output of the scheduler's `step`, the latents of the next step.
 
-    z_T is what the first step of the run was given, at unit variance. Variance-exploding schedulers (Euler) hold latents of
-    variance σ² + 1, and get as much more.
+    z_T: the input of the run's first step, scaled to unit variance. Variance-exploding schedulers (Euler) have latents of
+    variance σ² + 1, so α·z_T is scaled up accordingly.
     """
 
     def __init__(self, alpha: float) -> None:
@@ -25,7 +25,7 @@ class Injection:
         self._prior: Tensor | None = None
 
     def begin(self, scheduler: Any, levels: list[float]) -> None:
-        """A run of this scheduler begins; levels: its timesteps, falling. Raises ValueError for solvers of higher order."""
+        """Begin a run of a scheduler. levels: its timesteps, falling. Raises ValueError for solvers of higher order."""
         if getattr(scheduler, "order", 1) != 1:
             raise ValueError(f"{type(scheduler).__name__} calls the denoiser between steps: noise must be 0 with it")
         self._levels, self._prior = levels, None
@@ -35,7 +35,7 @@ class Injection:
             scheduler.step = self._wrapped(scheduler.step)
 
     def restore(self) -> None:
-        """Give the scheduler its own `step` back."""
+        """Restore the scheduler's own `step`."""
         if self._scheduler is not None and hasattr(vars(self._scheduler).get("step"), "fastdit_injects"):
             del self._scheduler.step
         self._scheduler = self._prior = None

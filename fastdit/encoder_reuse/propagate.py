@@ -1,11 +1,11 @@
-"""Encoder propagation: the features of a denoiser's first half, computed at key steps and used for the steps between.
+"""Encoder propagation: a denoiser's encoder features are computed at key steps and reused in the steps between.
 
 Faster Diffusion (Li et al., NeurIPS 2024, arXiv 2312.09608). From step to step a UNet's encoder features (the skips and the
-middle) hardly change, its decoder's do. At a key step everything runs; at any other, the encoder's modules answer with what
-they gave at the last key step, and only the decoder runs, with the step's own time embedding. Its prediction then does not
-depend on the latents: the steps up to the next key step may be decoded in one batch, and a ControlNet need not run.
+middle) hardly change, while its decoder's do. At a key step the whole model runs. At other steps the encoder's modules return
+their outputs of the last key step, and only the decoder runs, with the step's own time embedding. Its prediction then does not
+depend on the latents: the steps up to the next key step can be decoded in one batch, and a ControlNet need not run.
 
-The model's own forward runs at every call; diffusers hooks on its modules (`hooks.py`) answer for them.
+The model's own forward runs in every call; diffusers hooks on its modules (`hooks.py`) return the kept outputs.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fastdit.runs.clock import Clock
 
 NAME = "fastdit_encoder"
 KEY_STEPS = (0, 1, 2, 3, 5, 10, 15, 25, 35)
-"""The paper's, for 50 steps of DDIM."""
+"""The paper's key steps, for 50 steps of DDIM."""
 
 
 @dataclass
 class Counts:
-    """Calls of the denoiser, runs of its encoder and of its decoder, runs of the ControlNet, in the latest run."""
+    """In the latest run: calls of the denoiser, and how often its encoder, its decoder and the ControlNet were computed."""
 
     calls: int = 0
     encoder: int = 0
@@ -48,8 +48,8 @@ class Counts:
 
 @dataclass(eq=False)
 class State:
-    """Of one run. branches: of each hooked model; running: the denoiser's call in progress; schedule: the scheduler's list of
-    timesteps, levels: the same, falling; once: whether the last of them comes once."""
+    """State of one run. branches: of each hooked model. running: the denoiser call in progress. schedule: the scheduler's list
+    of timesteps. levels: its distinct values, falling. once: whether the last one occurs once in it."""
 
     branches: list[Branches]
     running: Running | None = None
@@ -60,7 +60,7 @@ class State:
     once: bool = False
 
     def clear(self) -> None:
-        """Forget what is kept: the next call begins a run."""
+        """Drop everything kept; the next call begins a run."""
         self.clock, self.running, self.schedule, self.levels = Clock(), None, None, []
         for branches in self.branches:
             branches.clear()
@@ -69,8 +69,8 @@ class State:
 class Propagation:
     """Encoder propagation on one pipeline or model, until `restore`. Also a context manager.
 
-    counts: of the latest run. All that is kept hangs on a run (a denoising loop, or the calling thread of a model called by
-    hand); it goes when the run ends or raises, or another begins.
+    counts: of the latest run. Features belong to a run (a denoising loop, or the calling thread of a model called by hand) and
+    are freed when it ends or raises, or when another begins.
     """
 
     def __init__(self, key_steps: int | tuple[int, ...], noise: float, batch: int | None, pipeline: Any = None) -> None:
@@ -88,7 +88,7 @@ class Propagation:
         self._by_hand = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Propagation:
-        """Of a copied model: it has nothing to keep, and its hooks only say that they are to be restored."""
+        """For a copied model. It keeps no features, and its hooks raise until the copy is restored."""
         twin = memo[id(self)] = copy.copy(self)
         twin.latest, twin._injection = State([]), None
         twin._forget()
@@ -97,7 +97,7 @@ class Propagation:
 
     @property
     def state(self) -> State:
-        """Of the run that this thread is in."""
+        """The state of this thread's run, created if missing."""
         loop = loops.loop()
         found = getattr(self._by_hand, "state", None) if loop is None else self._by_loop.get(loop)
         if found is None:
@@ -137,7 +137,7 @@ class Propagation:
         self._hook(model, ControlHook(self, self._index(model)))
 
     def _index(self, model: nn.Module) -> int:
-        """Where the branches of a model stand in a `State`."""
+        """Register a model; its index in `State.branches`."""
         self._models.append(type(model))
         return len(self._models) - 1
 
@@ -147,7 +147,7 @@ class Propagation:
         self._hooked.append(module)
 
     def restore(self) -> None:
-        """Take every hook off. A second call does nothing."""
+        """Remove every hook. A second call does nothing."""
         for module in self._hooked:
             registry: Any = module._diffusers_hook
             with _inside_accelerate(module):
@@ -155,18 +155,18 @@ class Propagation:
             if not registry.hooks:
                 del module._diffusers_hook
             if vars(module).get("forward") == types.MethodType(type(module).forward, module):
-                del module.forward  # the registry leaves the class's own on the object
+                del module.forward  # the registry leaves the class's forward on the object
         self._hooked.clear()
         self._forget()
         if self._injection is not None:
             self._injection.restore()
 
     def reset(self) -> None:
-        """Forget everything kept of this thread's run: the next call begins one."""
+        """Drop everything kept for this thread's run; the next call begins a run."""
         self.state.clear()
 
     def observe(self, timestep: Any) -> tuple[float, bool]:
-        """Take in the timestep of a call: it as a number, and whether its step is a key step."""
+        """Record the timestep of a call. Returns it as a number, and whether its step is a key step."""
         now = float(timestep.amax() if isinstance(timestep, Tensor) else timestep)
         state, loop, own = self.state, loops.loop(), None if self._pipeline is None else self._pipeline()
         pipeline = own if loop is None or not hasattr(loop.pipeline, "scheduler") else loop.pipeline
@@ -178,7 +178,7 @@ class Propagation:
             state.counts, state.schedule, self.latest = Counts(), schedule, state
             times = [] if schedule is None else [float(time) for time in torch.as_tensor(schedule).tolist()]
             state.levels = sorted(set(times), reverse=True)
-            state.once = times.count(min(times, default=0)) == 1  # solvers of second order come twice
+            state.once = times.count(min(times, default=0)) == 1  # second-order solvers repeat timesteps
             if self._injection is not None and scheduler is getattr(own, "scheduler", None):
                 self._injection.begin(scheduler, state.levels)
         return now, self._is_key(state.clock.step)
@@ -196,14 +196,14 @@ class Propagation:
         return times[:key]
 
     def ends(self, now: float) -> bool:
-        """Whether no other call will follow, so that nothing need be kept. (What an early end leaves, the next run drops.)"""
+        """Whether this is a branch's last call, after which its features can go. After an early end the next run frees them."""
         state = self.state
         return bool(state.levels) and now == state.levels[-1] and state.once
 
 
 @contextlib.contextmanager
 def _inside_accelerate(module: Any) -> Iterator[None]:
-    """Change a module's forward beneath accelerate's offloading, which takes its own forward off and on after every run."""
+    """Change a module's forward beneath accelerate's offloading hook, which removes and restores its own after every run."""
     outer = vars(module).get("forward") if "_old_forward" in vars(module) else None
     if outer is not None:
         module.forward = module._old_forward
@@ -213,7 +213,7 @@ def _inside_accelerate(module: Any) -> Iterator[None]:
 
 
 def propagation_of(model: nn.Module) -> Propagation | None:
-    """What is installed on a model, if anything is."""
+    """The propagation installed on a model, or None."""
     registry: Any = getattr(model, "_diffusers_hook", None)
     hook = None if registry is None else registry.get_hook(NAME)
     return None if hook is None else hook.propagation

@@ -1,4 +1,4 @@
-"""What a model family tells of itself: which modules are sites, where tokens sit and how noisy they are."""
+"""The interface to a model family: which modules are sites, where the tokens sit, and the noise level of a call."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ from torch import Tensor, nn
 from fastdit.core.layout import Grid
 
 REST = -1
-"""As a number of tokens before or after the grid: all that the sequence has besides."""
+"""As a number of tokens before or after the grid: all remaining tokens of the sequence."""
 
 
 class Facts(NamedTuple):
-    """One denoiser call as its adapter reads it: where the tokens sit, and how noisy they are.
+    """One denoiser call as its adapter reads it: where the tokens sit, and the noise level.
 
-    grid: tokens (T, H, W) after patching, in raster order; an int tensor of three where only the call's tensors tell.
-    sigma: tensor of noise levels in [0, 1], any shape (per batch element or per token: the largest counts).
-    before, after: other tokens of the same sequence (text, reference images), in front of the grid's and behind them; one of
-        them may be `REST`.
-    ragged: each batch element has its own number of tokens before the grid, and padding behind it.
-    unread: nobody reads what becomes of tokens that a mask hides: all layers hide them, and the model's answer is without them.
-    coarser: further grids, of the lower resolutions of a UNet; a site's number of tokens tells which is its own.
-    timestep: the scheduler's own number, where its scale tells more of the noise level than sigma does (`noise_level.py`).
-    missing: why the call must stay dense: what it lacks to tell where its tokens sit.
+    grid: tokens (T, H, W) after patching, in raster order; an int tensor of three if only the call's tensors determine it.
+    sigma: noise levels in [0, 1], a tensor of any shape (per batch element or per token: the largest counts).
+    before, after: other tokens of the same sequence (text, reference images) before and after the grid's; one may be `REST`.
+    ragged: each batch element has its own number of tokens before the grid, and padding after it.
+    unread: hidden tokens are never used: every layer masks them, and they are not part of the model's output.
+    coarser: more grids, for the lower resolutions of a UNet; a site's number of tokens selects its own.
+    timestep: the scheduler's own number, if the noise level follows from it and not from sigma (`noise_level.py`).
+    missing: why the position of the tokens is unknown and the call must stay dense; None if it is known.
     """
 
     grid: Grid | Tensor
@@ -46,11 +45,11 @@ class Adapter(Protocol):
     """The facts of one model family (one small file in `pipelines/`)."""
 
     def sites(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """(name, module) of every self-attention, in the order in which they run."""
+        """(name, module) of every self-attention module, in the order in which they run."""
         ...
 
     def left(self, model: nn.Module) -> Iterator[tuple[str, str]]:
-        """(name, why) of every other attention module of the model."""
+        """(name, reason) of every other attention module of the model."""
         ...
 
     def facts(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Facts:
@@ -59,7 +58,7 @@ class Adapter(Protocol):
 
 
 class Join(NamedTuple):
-    """A convolution over channels of which the first `varies` depend on the decoder, and the others on skips alone."""
+    """A convolution whose first `varies` input channels depend on the decoder; the others depend on skips only."""
 
     conv: nn.Module
     varies: int
@@ -68,7 +67,7 @@ class Join(NamedTuple):
 class Encoder(NamedTuple):
     """The part of a denoiser whose features hardly change from step to step.
 
-    keep: modules whose outputs the decoder reads. skip: other modules, in order. joins: the decoder's, see `Join`.
+    keep: modules whose outputs the decoder reads. skip: the other modules, in order. joins: of the decoder, see `Join`.
     """
 
     keep: list[nn.Module]

@@ -1,11 +1,11 @@
-"""What a forward of a denoiser will do, decided once before its first layer; and what each of its attention calls looks up.
+"""The plan of a denoiser's forward, made once before its first layer, and the plan of each of its attention calls.
 
 `plan_forward` is a pure function of the configuration, the noise level, the denoiser's sequence and the guard's level at each
-site. A call adds its shape (`ForwardPlan.call`): all sites of one phase and shape share one `CallPlan`. What depends on the
-values of q, k and v, the tiles that a dynamic policy keeps, is chosen by `CallPlan.choose`.
+site. A call adds its shape (`ForwardPlan.call`): all sites of one phase and shape share one `CallPlan`. `CallPlan.choose`
+selects the tiles of a dynamic policy, which depend on the values of q, k and v.
 
-Text, padding and each tile's own diagonal are this file's business and no policy's: every tile attends all text, text
-attends everything, and a tile always attends itself. So a policy can cost quality but never break a row.
+This file handles text, padding and the diagonal, so that no policy has to: every tile attends all text, text attends
+everything, and a tile always attends itself. A policy can therefore cost quality but never leave a row without keys.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from fastdit.planning.sequence import SequenceSpan, SequenceSpec
 from fastdit.policies import Dense, Policy
 
 MASK_BYTES = 256 << 20
-"""Of static policies' block masks that one pipeline keeps: some 40 of a 14B model's at 720p."""
+"""Bound on a pipeline's cached block masks of static policies: about 40 masks of a 14B model at 720p."""
 
 
 @dataclass(frozen=True, eq=False)
 class SitePlan:
-    """What the configuration asks of a site in this forward; sites of one phase and level share it.
+    """What the configuration asks of a site in this forward; sites of the same phase and level share it.
 
-    config: at the guard's level. phase: index into `Config.phases`, None outside all of them. reason: why the site stays dense
-    whatever it is called with.
+    config: at the guard's level. phase: index into `Config.phases`, None if no phase holds. reason: why every call of the site
+    stays dense; None if calls may be sparse.
     """
 
     config: Config
@@ -54,10 +54,10 @@ class SitePlan:
 class CallPlan:
     """What an attention call of one shape will do.
 
-    reason: why it runs dense through the pipeline's own attention; None: it runs through `ops.run`. wanting: it is dense for
-    want of something, which a strict configuration refuses. density: in [0, 1] of all query-key pairs, a tensor [] where it
-    would have to be waited for. block_mask None: attend to every key, or, with a policy, not chosen yet. span: where the
-    tokens sit. policy: a dynamic one, which chooses its tiles by q, k and v. level: of the guard.
+    reason: why it runs dense through the pipeline's own attention; None: it runs through `ops.run`. wanting: it is dense
+    because something is missing or unsupported, which a strict configuration refuses. density: share of all query-key pairs in
+    [0, 1]; a tensor [] while it is on a GPU. block_mask: None attends to every key, or, with a policy, is not chosen yet. span:
+    where the tokens sit. policy: a dynamic policy, which still has to select its tiles. level: of the guard.
     """
 
     phase: int | None
@@ -81,13 +81,16 @@ class CallPlan:
         return 0 if self.span is None else self.span.roll
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor) -> CallPlan:
-        """With the tiles that the dynamic policy keeps for q, k and v [B, H, N, D], rolled by `roll` places."""
+        """The plan with the tiles that the dynamic policy keeps for q, k and v [B, H, N, D], rolled by `roll` positions."""
         assert self.policy is not None
         assert self.layout is not None
         return self.with_mask(*_select(self.policy, self.layout, self.first_frame, q, k, v), heads=q.shape[1])
 
     def with_mask(self, block_mask: BlockMask, share: float | Tensor, heads: int) -> CallPlan:
-        """share: the mask's density. Raises ValueError for a mask of another number of heads."""
+        """The plan with this mask, or a dense plan if its density, `share`, is above the maximum.
+
+        Raises ValueError if the mask has another number of heads.
+        """
         if block_mask.kv_indices.shape[1] not in (1, heads):
             raise ValueError(f"{self.policy} is for {block_mask.kv_indices.shape[1]} heads, this layer has {heads}")
         if not isinstance(share, Tensor) and share > self.max_density:
@@ -100,14 +103,17 @@ class CallPlan:
 
 @dataclass(frozen=True, eq=False)
 class ForwardPlan:
-    """What holds for a whole forward of a denoiser. sites: by layer."""
+    """The decisions for a whole forward of a denoiser. sites: by layer."""
 
     sequence: SequenceSpec
     sites: tuple[SitePlan, ...]
 
     def call(self, layer: int, q: Tensor, keys: int, kept: Runs | None = None, masks: ByteCache | None = None) -> CallPlan:
-        """For queries q [B, H, n, D] of a sequence of `keys` tokens, of which a mask leaves `kept`. q has those that are left,
-        or some of them (of a sequence split over processes). masks: where static policies' block masks are kept."""
+        """The plan of a call with queries q [B, H, n, D] on a sequence of `keys` tokens.
+
+        kept: the tokens that a mask leaves, None: all. q holds those tokens, or this process's part of them. masks: cache of
+        static policies' block masks.
+        """
         site = self.sites[layer]
         span = self.sequence.missing or self.sequence.span(keys, kept)
         return _call(site, span, q, masks)
@@ -115,7 +121,7 @@ class ForwardPlan:
 
 @lru_cache(maxsize=256)
 def plan_forward(config: Config, sigma: float, sequence: SequenceSpec, levels: tuple[int, ...]) -> ForwardPlan:
-    """sigma: noise level in [0, 1]; levels: of the guard (`error_guard.LEVELS`), by layer."""
+    """The plan of a forward. sigma: noise level in [0, 1]; levels: the guard's level of each layer (`error_guard.LEVELS`)."""
     known: dict[tuple[int, int], SitePlan] = {}
     sites = []
     for layer, level in enumerate(levels):
@@ -129,7 +135,7 @@ def plan_forward(config: Config, sigma: float, sequence: SequenceSpec, levels: t
 
 
 def layout_of(config: Config, grid: Grid, text_len: int = 0, text_first: bool = False) -> Layout:
-    """The layout a configuration gives a grid: its own tile, cut to the grid, or one fitted to it."""
+    """The layout of a grid: with the configuration's tile cut to the grid, or a tile fitted to it."""
     tile = config.tile or fit_tile(grid, config.tile_tokens)
     t, h, w = (min(s, g) for s, g in zip(tile, grid, strict=True))
     return Layout(grid, (t, h, w), text_len, text_first)
@@ -149,7 +155,7 @@ def plan_call(
     after: int = 0,
     masks: ByteCache | None = None,
 ) -> CallPlan:
-    """One call by itself, its tiles chosen: q, k and v [B, H, N, D] with `before` and `after` tokens around the grid's."""
+    """The plan of a single call, tiles selected: q, k and v [B, H, N, D] with `before` and `after` tokens around the grid's."""
     forward = plan_forward(config, sigma, SequenceSpec((grid,), before, after), (0,) * layers)
     plan = forward.call(layer, q, k.shape[2], None, masks)
     return plan if plan.policy is None else plan.choose(q, k, v)
@@ -171,9 +177,9 @@ def _call(site: SitePlan, span: SequenceSpan | str, q: Tensor, masks: ByteCache 
         if quant.is_none:
             return plan.dense("the phase is dense")
         if q.is_cuda and config.min_tokens and tokens < launch.pays_from(q.shape[-1], quant):
-            return plan.dense(f"{tokens} tokens: all of attention in {quant} is no faster there")
+            return plan.dense(f"{tokens} tokens: dense attention in {quant} is no faster at this length")
     if q.shape[2] != tokens and not policy.static:
-        return plan.dense(f"{policy} chooses by all queries, which are spread over processes")
+        return plan.dense(f"{policy} needs all queries, which are split over processes")
     if (refusal := ops.unsupported(q, quant)) is not None:
         return replace(plan.dense(refusal), wanting=True)
     if isinstance(policy, Dense):
@@ -192,7 +198,7 @@ def above(share: float, most: float) -> str:
 
 
 def complete(video: Tensor, layout: Layout, first_frame: bool = False) -> Tensor:
-    """A policy's map bool [b, h, video_tiles, video_tiles] -> that of all tiles, with own tiles and text kept."""
+    """A policy's map, bool [b, h, video_tiles, video_tiles] -> map of all tiles, with the diagonal and text kept."""
     n, tiles = layout.video_tiles, layout.num_tiles
     if video.dtype != torch.bool or video.ndim != 4 or video.shape[2:] != (n, n):
         raise ValueError(f"a policy must give bool [b, h, {n}, {n}], got {video.dtype} {tuple(video.shape)}")
@@ -215,7 +221,7 @@ def _select(policy: Policy, layout: Layout, first_frame: bool, *qkv: Tensor) -> 
 
 
 def on_host(share: Tensor) -> float | Tensor:
-    """As a number, unless that would have to be waited for."""
+    """A float, or the tensor itself on a GPU, where reading it would block."""
     return share if share.is_cuda else float(share)
 
 

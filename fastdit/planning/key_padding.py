@@ -1,11 +1,11 @@
 """Text trimming: keys that a mask hides for every query are cut from the sequence instead of being masked.
 
 Pipelines pad prompts to a fixed length (256 tokens in HunyuanVideo, of which a prompt uses a few dozen) and hide the padding
-by an attention mask over the whole joint sequence, video included. Masked attention computes all of it and then throws the
-padding away, and a mask keeps SDPA from its fastest kernels. But exp(−∞) = 0: softmax over the keys that are left *is* the
-masked softmax, so leaving the keys out is exact, for dense phases as well, up to the order of sums.
+with an attention mask over the whole joint sequence, video included. Masked attention computes the padding and discards it,
+and a mask keeps SDPA from its fastest kernels. But exp(−∞) = 0: softmax over the remaining keys *is* the masked softmax.
+Cutting the keys is therefore exact, in dense phases too, up to the order of sums.
 
-`read` recognises such masks; whatever else a mask hides (causal blocks, windows) it leaves to the original attention.
+`read` recognises such masks. Other masks (causal blocks, windows) are left to the original attention.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 Runs = tuple[tuple[int, int], ...]
-"""Tokens as half-open ranges (start, stop), ascending, not touching."""
+"""Tokens as half-open ranges (start, stop), ascending and not adjacent."""
 
 HIDDEN = -9000.0
-"""Additive masks hide by −∞, by the dtype's minimum or by −10000 (−9984 in bfloat16); exp of any of them is 0 in float32."""
+"""Additive masks hide with −∞, the dtype's minimum or −10000 (−9984 in bfloat16); exp of each is 0 in float32."""
 
 
 class KeptKeys(NamedTuple):
-    """The keys that a mask leaves to each batch element.
+    """The keys that a mask keeps, for each batch element.
 
-    square: hidden tokens are hidden as queries too, and their rows are 0 (a row without keys).
+    square: the mask hides these tokens as queries too, so their output rows are 0 (a row without keys).
     """
 
     kept: tuple[Runs, ...]
@@ -33,18 +33,17 @@ class KeptKeys(NamedTuple):
 
 
 def read(mask: Tensor, batch: int, queries: int, keys: int) -> KeptKeys | None:
-    """Keys of an attention mask (bool, or additive float) that broadcasts to [B, H, queries, keys].
+    """The keys that an attention mask keeps. mask: bool or additive float, broadcastable to [B, H, queries, keys].
 
-    None if the mask is not one of whole keys: it differs between heads or queries, or adds a real bias.
-
-    On a GPU this waits: `attach/forward.py` says when it is read.
+    None if the mask hides more than whole keys (it differs between heads or queries), adds a real bias, or hides every key of
+    a batch element. Blocks on a GPU: `Forward.kept_keys` in `runs/forward.py` calls it once per forward.
     """
     mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
-    for axis in (1, 2):  # what is only repeated is looked at once
+    for axis in (1, 2):  # read an expanded axis once
         if mask.stride(axis) == 0:
             mask = mask.narrow(axis, 0, 1)
     if mask.shape[1] == mask.shape[2] == 1:
-        mask = mask.cpu()  # the one wait for a GPU
+        mask = mask.cpu()  # the only synchronisation for such masks
     shown = mask if mask.dtype == torch.bool else mask == 0
     if mask.dtype != torch.bool and not bool((shown | (mask < HIDDEN)).all()):
         return None
@@ -67,7 +66,7 @@ def read(mask: Tensor, batch: int, queries: int, keys: int) -> KeptKeys | None:
 
 
 def why_not(mask: Tensor) -> str:
-    """What a mask is that `read` does not know."""
+    """Why `read` does not accept a mask, in words."""
     hides = mask.dtype == torch.bool or bool((mask < HIDDEN).any())
     return "the mask hides more than whole keys" if hides else "the mask adds to the logits and hides nothing"
 
@@ -78,7 +77,7 @@ def _runs(valid: Tensor) -> Runs:
 
 
 def alike(kept: tuple[Runs, ...]) -> dict[Runs, list[int]]:
-    """Which batch elements keep the same tokens."""
+    """Group batch elements by the tokens that they keep."""
     found: dict[Runs, list[int]] = {}
     for row, runs in enumerate(kept):
         found.setdefault(runs, []).append(row)
@@ -86,18 +85,18 @@ def alike(kept: tuple[Runs, ...]) -> dict[Runs, list[int]]:
 
 
 def count(runs: Runs, start: int = 0, stop: int | None = None) -> int:
-    """Tokens of these runs within [start, stop)."""
+    """Number of tokens of these runs within [start, stop)."""
     return sum(max(0, min(b, stop if stop is not None else b) - max(a, start)) for a, b in runs)
 
 
 def gaps(runs: Runs, length: int) -> Runs:
-    """The tokens of [0, length) that are in none of the runs."""
+    """The complement of the runs in [0, length)."""
     edges = [0, *(edge for run in runs for edge in run), length]
     return tuple((a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b)
 
 
 def gather_runs(x: Tensor, runs: Runs) -> Tensor:
-    """x [B, N, …] -> [B, kept, …]: a view where the tokens lie together, [B, 0, …] of no runs."""
+    """x [B, N, …] -> [B, kept, …]: a view if there is one run, [B, 0, …] if there is none."""
     pieces = [x[:, a:b] for a, b in runs or ((0, 0),)]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 

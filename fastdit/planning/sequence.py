@@ -1,4 +1,4 @@
-"""Where the tokens of a denoiser's sequence sit: which of them are the grid's, and how many others lie before and behind."""
+"""Where the tokens of a denoiser's sequence sit: the grid's tokens, and how many others come before and after them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class SequenceSpan(NamedTuple):
 
     @property
     def roll(self) -> int:
-        """How many of the last tokens go to the front where other tokens lie on both sides: a layout has them on one."""
+        """How many tokens to move from the end to the front: a layout has other tokens on one side only."""
         return self.after if self.before else 0
 
 
 class SequenceSpec(NamedTuple):
-    """What one call of a denoiser tells of its tokens: `adapter.Facts` without tensors, so that it can be a key.
+    """The tokens of one denoiser call: `adapter.Facts` without tensors, so that it is hashable.
 
-    grids: that the denoiser's input makes, finest first. before, after, ragged, unread, missing: as in `Facts`.
+    grids: those that the denoiser's input makes, finest first. before, after, ragged, unread, missing: as in `Facts`.
     """
 
     grids: tuple[Grid, ...]
@@ -47,7 +47,7 @@ class SequenceSpec(NamedTuple):
     missing: str | None = None
 
     def span(self, tokens: int, kept: Runs | None = None) -> SequenceSpan | str:
-        """Where the tokens of a sequence of this length sit, of which a mask leaves `kept`; or why that cannot be told."""
+        """Where the `tokens` tokens of a sequence sit, or why that is unknown. kept: tokens that a mask keeps; None: all."""
         return _span(self, tokens, kept)
 
 

@@ -71,7 +71,7 @@ def __dir__() -> list[str]:
 
 
 def policy_from_dict(fields: dict[str, Any]) -> Policy:
-    """{"name": "window", …} -> the policy. Raises ValueError for an unknown name or field."""
+    """The policy of {"name": "window", …}. Raises ValueError for an unknown name or field."""
     from fastdit.policies import POLICIES
 
     if not isinstance(fields, dict):

@@ -1,8 +1,8 @@
 """XAttention (Xu et al., arXiv 2503.16428 §3): sums over antidiagonals of small cells tell which blocks matter.
 
-Each block's mass is estimated from strided antidiagonals (`scores.antidiagonal`), which cross every vertical and every slash
-pattern in a block, where a mean of queries and keys washes them out. A query block keeps the fewest key blocks whose
-estimated mass sums to tau. Estimated is not true mass: tau .9 kept .87 of it on random data.
+Each block's mass is estimated from strided antidiagonals (`scores.antidiagonal`). They cross every vertical and every slash
+pattern in a block; a mean of queries and keys averages these patterns away. A query block keeps the fewest key blocks whose
+estimated mass sums to tau. The estimate differs from the true mass: on random data tau .9 kept .87 of it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fastdit.core.layout import Layout
 from fastdit.policies.base import Policy, check_share
-from fastdit.policies.scores import antidiagonal, keep
+from fastdit.policies.scores import antidiagonal, select_tiles
 
 
 @dataclass(frozen=True)
 class Antidiagonal(Policy):
     """tau: mass to keep, in (0, 1] (1: all; the paper uses .90 and .95 for video); or density: share of tiles to keep.
-    stride: tokens of a cell (the paper: 8 or 16)."""
+    stride: tokens per cell (the paper: 8 or 16)."""
 
     tau: float | None = None
     density: float | None = None
@@ -36,4 +36,4 @@ class Antidiagonal(Policy):
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         if q is None or k is None:
             raise ValueError("antidiagonal needs q and k")
-        return keep(antidiagonal(q, k, layout, min(self.stride, layout.tile_tokens)), self.tau, self.density)
+        return select_tiles(antidiagonal(q, k, layout, min(self.stride, layout.tile_tokens)), self.tau, self.density)

@@ -1,4 +1,4 @@
-"""What a policy is: one question, *where is attention exact?*, answered as a tile map."""
+"""The policy interface: a policy answers one question, *where is attention exact?*, with a tile map."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Policy(ABC):
-    """A frozen dataclass with one method. Text, padding, the diagonal, precision and steps are never its business."""
+    """A frozen dataclass with one method. It does not handle text, padding, the diagonal, precision or steps."""
 
     name: ClassVar[str] = ""
     reads: ClassVar[str] = "qk"
-    """Which tensors `select` looks at: "" (nothing: the map follows from the layout and is kept for the run), "qk", "qkv"."""
+    """Tensors that `select` needs: "" (none: the map follows from the layout and is cached), "qk" or "qkv"."""
 
     @abstractmethod
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """Video tiles to attend exactly, bool [b, h, video_tiles, video_tiles]; b and h may be 1 (shared).
 
-        q, k and v are the video tokens in tile order, [B, H, video_tiles, tile_tokens, D], zeros in padded slots; None
-        where `reads` does not name them. Logits are q·k·D^-½.
+        q, k and v: video tokens in tile order, [B, H, video_tiles, tile_tokens, D], zeros in padded slots; None unless
+        `reads` names them. Logits are q·k·D^-½. Raises ValueError if a tensor that it reads is None.
         """
 
     @property
@@ -33,7 +33,7 @@ class Policy(ABC):
         return self.reads == ""
 
     def to_dict(self) -> dict[str, Any]:
-        """{"name": …, fields}: what `policy_from_dict` takes, ready for JSON."""
+        """{"name": …, fields}, ready for JSON: the input of `policy_from_dict`."""
         return {"name": self.name} | {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Policy(ABC):
 
 
 def check_share(name: str, **values: float | None) -> None:
-    """Raises ValueError unless exactly one of the values is given and lies in (0, 1]."""
+    """Raise ValueError unless exactly one value is given and lies in (0, 1]."""
     given = {key: value for key, value in values.items() if value is not None}
     if len(given) != 1:
         raise ValueError(f"{name}: give exactly one of {' and '.join(values)}, in (0, 1]")

@@ -1,8 +1,8 @@
-"""Policies made of policies: what any of them keeps, what all of them keep, and another one for each head.
+"""Policies made of policies: their union, their intersection, and one policy per head.
 
-HeadProfile is the idea of RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819), that heads have trades. The
-mass exp(LSE_pattern − LSE_full) that a cheap pattern retains in a head is measured once, offline
-(`fastdit.reporting.head_profile`), and the cheapest pattern that retains enough is that head's from then on.
+HeadProfile follows RazorAttention (arXiv 2407.15891) and DuoAttention (arXiv 2410.10819): heads specialise. The mass
+exp(LSE_pattern − LSE_full) that each pattern retains in a head is measured once, offline
+(`fastdit.reporting.head_profile`), and the head then uses the pattern that was chosen for it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class _Composed(Policy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "policies", tuple(self.policies))  # a list cannot be hashed
         if not self.policies or not all(isinstance(policy, Policy) for policy in self.policies):
-            raise ValueError(f"{self.name}: policies must be one policy or more, got {self.policies!r}")
+            raise ValueError(f"{self.name}: policies must be one or more policies, got {self.policies!r}")
 
     @property
     def reads(self) -> str:  # type: ignore[override]
-        """As much as the most curious of them."""
+        """The longest of theirs: "" < "qk" < "qkv", each a prefix of the next."""
         return max((policy.reads for policy in self.policies), key=len)
 
     def _maps(self, layout: Layout, *tensors: Tensor | None) -> list[Tensor]:
@@ -60,7 +60,7 @@ class Intersect(_Composed):
 
 @dataclass(frozen=True)
 class HeadProfile(_Composed):
-    """heads: for each head of a layer, the index of its policy. grid: that it was measured on; None fits any."""
+    """heads: for each head of a layer, the index of its policy. grid: the grid it was measured on; None fits any."""
 
     heads: tuple[int, ...] = ()
     grid: Grid | None = None
@@ -74,7 +74,7 @@ class HeadProfile(_Composed):
             object.__setattr__(self, "grid", tuple(self.grid))
         if not self.heads or any(not 0 <= head < len(self.policies) for head in self.heads):
             raise ValueError(
-                f"head_profile: heads must be indices of its {len(self.policies)} policies, one a head, got {self.heads}"
+                f"head_profile: heads must be indices of its {len(self.policies)} policies, one per head, got {self.heads}"
             )
 
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:

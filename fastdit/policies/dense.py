@@ -1,4 +1,4 @@
-"""Attend to every tile: the phases that stay dense, run by the best dense kernel there is."""
+"""Attend to every tile: for the phases that stay dense, run by the fastest dense kernel available."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """HyperAttention (Han et al., arXiv 2310.05869 §2, §4): sort by angle, attend within blocks of the sorted order.
 
-Random hyperplanes give each key and query a word of sign bits; read as a Gray code, words that differ in one bit are
-neighbours (sortLSH). Queries and keys are sorted by it, each on their own, and attended in equal blocks of the sorted
-order, so what points the same way meets. The paper sorts tokens; this sorts tiles by their mean, K centred, since tiles
-are what a kernel can skip. On the embedded model that is no better than random tiles (docs/policies.md): its heads look near
-in space and time, which the direction of a mean does not show. The paper's second half, a sampled estimate of everything
-else, is the remainder "sampled".
+Random hyperplanes give each key and query a word of sign bits. Read as a Gray code, words that differ in one bit are
+neighbours (sortLSH). Queries and keys are sorted by it separately and attended in equal blocks of the sorted order, so
+vectors of similar direction meet. The paper sorts tokens; this sorts tiles by their mean (K centred), since a kernel skips
+whole tiles. On the embedded model that is no better than random tiles (docs/policies.md): its heads attend nearby in space
+and time, which the direction of a mean does not show. The paper's second half, a sampled estimate of everything else, is the
+remainder "sampled".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastdit.policies.scores import means
 
 @dataclass(frozen=True)
 class LSH(Policy):
-    """density: size of a block over all tiles, in (0, 1]. planes: hyperplanes (the paper's r = 7), drawn from `seed` once."""
+    """density: block size / all tiles, in (0, 1]. planes: number of hyperplanes (the paper's r = 7), drawn from `seed`."""
 
     density: float = 0.25
     planes: int = 7
@@ -52,7 +52,7 @@ class LSH(Policy):
 
 
 def buckets(x: Tensor, planes: Tensor) -> Tensor:
-    """[..., D] -> rank in Gray order of the word of sign bits, int64 [...]: words next to each other differ in one bit."""
+    """[..., D] -> rank of its sign bits in Gray order, int64 [...]; words of adjacent ranks differ in one bit."""
     bits = (x @ planes > 0).long()
-    binary = bits.cumsum(-1) % 2  # Gray code -> its rank: each bit is the parity of those up to it
+    binary = bits.cumsum(-1) % 2  # Gray code -> rank: each bit is the parity of the bits up to it
     return (binary << torch.arange(planes.shape[1] - 1, -1, -1, device=x.device)).sum(-1)

@@ -4,10 +4,10 @@ Attention between frames falls off exponentially with their distance d, so the w
 
     share of the other frame that a query attends = decay / 2^g,   g = bit_length(d):  d = 0 → 1, 1 → ½, 2-3 → ¼, 4-7 → ⅛, …
 
-Where that is less than one tile, the tile at the same place is attended in every ⌈1/(share · tiles)⌉-th frame only. The density
-is O(log T / T). The paper's window is a band over a frame's raster index, made of tokens and shrunk to blocks of 128; here
-tiles are neighbours in both directions, so it is a box of the same area. The paper's sink, the first
-frame, is `Config.first_frame`.
+Where the share is less than one tile, the tile at the same position is attended in every ⌈1/(share · tiles)⌉-th frame only.
+The density is O(log T / T). The paper's window is a band over a frame's raster index, in tokens, shrunk to blocks of 128. Here
+tiles are neighbours in both directions, so the window is a box of the same area. The paper's sink, the first frame, is
+`Config.first_frame`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from fastdit.core.layout import Layout
 from fastdit.policies.base import Policy, check_share
-from fastdit.policies.window import near
+from fastdit.policies.window import axis_window
 
 
 @dataclass(frozen=True)
 class Radial(Policy):
-    """decay: share of the own frame, times 2^g per distance; > 1 widens all windows. density: the decay that gives it."""
+    """decay: factor on every window, default 1; > 1 widens them. density: choose the decay that gives this density."""
 
     decay: float | None = None
     density: float | None = None
@@ -53,7 +53,8 @@ def _bands(layout: Layout, decay: float) -> Tensor:
         frames = max(0, d * layout.tile[0] - layout.tile[0] + 1)  # between the nearest frames of two tiles
         share = min(1.0, decay / 2 ** frames.bit_length())
         side = math.sqrt(share)
-        box = near(H, max(1, round(side * H)), "clamp")[:, None, :, None] & near(W, max(1, round(side * W)), "clamp")[:, None]
+        rows, columns = (axis_window(n, max(1, round(side * n)), "clamp") for n in (H, W))
+        box = rows[:, None, :, None] & columns[:, None]
         if share * H * W < 1 and d % math.ceil(1 / (share * H * W)):
             continue
         for t in range(T - d):
@@ -63,7 +64,7 @@ def _bands(layout: Layout, decay: float) -> Tensor:
 
 @lru_cache(maxsize=64)
 def fit_decay(layout: Layout, density: float) -> float:
-    """The decay whose map has, by bisection, the density nearest below or at the one asked for (or the smallest there is)."""
+    """The decay whose map has the largest density not above `density`, found by bisection; or else the smallest decay."""
     low, high = 2.0**-12, 2.0 ** (2 + layout.grid[0].bit_length())
     for _ in range(40):
         middle = math.sqrt(low * high)

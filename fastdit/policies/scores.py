@@ -1,6 +1,6 @@
-"""What the policies that look at the data share: scores of tile pairs, and which pairs a row of scores keeps.
+"""Shared by the dynamic policies: scores of tile pairs, and the selection of tiles by score.
 
-Scores are masses: float32 [B, H, tiles, tiles], rows sum to 1 as attention's do. Nothing of size N × N is ever held.
+A score is attention mass: float32 [B, H, tiles, tiles], rows sum to 1. Nothing of size N × N is ever in memory.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from fastdit.core.layout import Layout
 from fastdit.core.quant import Quant
 
 ROWS_BYTES = 64 << 20
-"""Size of the logits that are held at a time."""
+"""Bound on the logits in memory at a time."""
 
 
 def means(x: Tensor, layout: Layout) -> Tensor:
-    """[B, H, tiles, tokens, D] in tile order -> mean of each tile's real tokens, float32 [B, H, tiles, D]."""
+    """[B, H, tiles, tokens, D] in tile order -> mean over each tile's real tokens, float32 [B, H, tiles, D]."""
     return x.float().sum(3) / layout.counts(x.device)[: layout.video_tiles, None]
 
 
 def pooled(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
-    """softmax_j(q̄_i·k̄_j·D^-½ + log n_j): the mass of tiles whose tokens are all alike (SpargeAttn, arXiv 2502.18137 §3.2)."""
+    """softmax_j(q̄_i·k̄_j·D^-½ + log n_j): exact if a tile's tokens are all equal (SpargeAttn, arXiv 2502.18137 §3.2)."""
     if _has_kernel(q):  # in float32, q and k of a 14B model are 1.5 GB each
         from fastdit.kernels import tile_scores
 
@@ -38,7 +38,7 @@ def _has_kernel(q: Tensor) -> bool:
 
 
 def _flat(layout: Layout, device: torch.device) -> Tensor:
-    """Where the token of each slot lies in tensors that are in tile order already, -1 for padding: int64 [tiles, tokens]."""
+    """int64 [tiles, tokens]: the index of each slot in a tensor that is already in tile order, -1 for padding."""
     order = layout.order(device)[: layout.video_tiles]
     return torch.arange(order.numel(), device=device).view_as(order).masked_fill(order < 0, -1)
 
@@ -47,8 +47,8 @@ def antidiagonal(q: Tensor, k: Tensor, layout: Layout, stride: int) -> Tensor:
     """XAttention's score (arXiv 2503.16428 §3.1), at 1/stride of the cost of Q·Kᵀ.
 
     A cell is `stride` consecutive tokens of a tile. The logit of cells a and b is the mean of q[aS + S−1−s]·k[bS + s]·D^-½
-    over s, which one product of the flattened cells gives, one of them reversed; softmax over all cells, summed by tiles.
-    Cells of padding are no cells; in a cell that lacks tokens the missing ones count as zero vectors.
+    over s: one product of the flattened cells, one of them reversed. Softmax runs over all cells and is summed by tile.
+    Cells of padding only are ignored; missing tokens in a partly filled cell count as zero vectors.
     """
     order = layout.order(q.device)[: layout.video_tiles]
     if _has_kernel(q):
@@ -73,10 +73,11 @@ def antidiagonal(q: Tensor, k: Tensor, layout: Layout, stride: int) -> Tensor:
     return torch.cat(tiles, 2) / live.view(-1, cells).sum(1)[:, None]
 
 
-def keep(mass: Tensor, tau: float | None, density: float | None) -> Tensor:
-    """Of each row, the fewest tiles whose mass sums to tau of all, or the `density` share of tiles that weigh most.
+def select_tiles(mass: Tensor, tau: float | None, density: float | None) -> Tensor:
+    """In each row, keep the fewest tiles whose mass sums to tau of the total, or the heaviest `density` share of tiles.
 
-    A row that is not finite (NaN or Inf in q or k) keeps everything: what is wrong there must show, not be hidden.
+    mass [B, H, tiles, tiles] -> bool of that shape. A row with NaN or Inf (from q or k) keeps every tile, so that the fault
+    shows in the output.
     """
     tiles = mass.shape[-1]
     if 1 in (tau, density):
@@ -85,13 +86,13 @@ def keep(mass: Tensor, tau: float | None, density: float | None) -> Tensor:
     if tau is None:
         kept = (torch.arange(tiles, device=mass.device) < max(1, round((density or 0) * tiles))).expand_as(mass)
     else:
-        before = weights.double().cumsum(-1) - weights  # of the tiles ahead
+        before = weights.double().cumsum(-1) - weights  # mass of heavier tiles
         kept = before < tau * weights.double().sum(-1, keepdim=True)
     found = torch.zeros_like(kept).scatter_(-1, order, kept)
     return found | ~mass.isfinite().all(-1, keepdim=True)
 
 
-def places(layout: Layout, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+def tile_coordinates(layout: Layout, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
     """Coordinates (t, h, w) of each video tile in the tile grid, int64 [video_tiles] each."""
     t, h, w = (torch.arange(n, device=device) for n in layout.tile_grid)
     grid = torch.meshgrid(t, h, w, indexing="ij")

@@ -1,12 +1,12 @@
-"""Sparse VideoGen (Xi et al., arXiv 2502.01776 §4): a head looks either around its own frame or along time, and shows which.
+"""Sparse VideoGen (Xi et al., arXiv 2502.01776 §4): a head attends either near its own frame or along time.
 
-*Spatial* heads attend a band of frames around their own, whole; *temporal* heads attend the same place, and a band around it,
-in all frames. The paper's temporal mask is its spatial one on tokens reordered so that all frames of one place are
-neighbours (`permute` below); tiles are bricks, so no token moves and both are maps of the same tiles. The band's half-width
-follows from the density r as in the paper: N·(1 − √(1 − r)) on each side of the diagonal, in tiles.
+*Spatial* heads attend all of their own frame and of a band of frames around it. *Temporal* heads attend the same position, and
+a band around it, in all frames. The paper's temporal mask is its spatial mask on tokens reordered so that all frames of one
+position are neighbours (`permute` below). Tiles are bricks, so no token moves and both maps use the same tiles. The band's
+half-width follows from the density r as in the paper: N·(1 − √(1 − r)) on each side of the diagonal, in tiles.
 
-Each call, a few query rows (32 in the paper's code) are computed exactly, under the spatial map and under the temporal one;
-a head takes the map with the smaller squared error of the output.
+Each call computes a few query rows (32 in the paper's code) with full attention, the spatial map and the temporal map; a head
+takes the map with the smaller squared error of the output.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 from fastdit.core.byte_cache import byte_cache, sent
 from fastdit.core.layout import Layout
 from fastdit.policies.base import Policy, check_share
-from fastdit.policies.scores import places
+from fastdit.policies.scores import tile_coordinates
 
 
 @dataclass(frozen=True)
 class SpatialTemporal(Policy):
-    """density: of either map, in (0, 1]. rows: query rows drawn for the choice, the same in every call (`seed`)."""
+    """density: of either map, in (0, 1]. rows: query rows sampled for the choice, the same ones in every call (`seed`)."""
 
     density: float = 0.25
     rows: int = 32
@@ -47,7 +47,7 @@ class SpatialTemporal(Policy):
         real, tile = layout.order(q.device)[: layout.video_tiles].flatten() >= 0, rows // layout.tile_tokens
         query, key, value = q.flatten(2, 3)[:, :, rows].float(), k.flatten(2, 3).float(), v.float()
         logits = (query @ key.mT * q.shape[-1] ** -0.5).masked_fill(~real, float("-inf"))
-        # values by frames of tiles: a product of 32 rows and all keys at once would keep a dozen of a GPU's cores busy
+        # Values by frames of tiles: one product of 32 rows with all keys would occupy only a dozen of a GPU's cores.
         value = value.unflatten(2, (layout.tile_grid[0], -1)).flatten(3, 4)
         full, near_space, near_time = (
             self._answer(logits, value, kept[tile].repeat_interleave(layout.tile_tokens, -1))
@@ -74,7 +74,7 @@ class SpatialTemporal(Policy):
 
 @byte_cache(64 << 20)
 def _ready(policy: SpatialTemporal, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Both maps, and the slots of the drawn rows: the same in every call, so a GPU waits for them once."""
+    """Both maps, and the slots of the sampled rows. Cached, because they are the same in every call."""
     slots = (layout.order()[: layout.video_tiles].flatten() >= 0).nonzero().flatten()
     drawn = torch.randperm(len(slots), generator=torch.Generator().manual_seed(policy.seed), device="cpu")
     spatial, temporal = policy.maps(layout)
@@ -82,7 +82,7 @@ def _ready(policy: SpatialTemporal, layout: Layout, device: str) -> tuple[Tensor
 
 
 def permute(layout: Layout) -> Tensor:
-    """Rank of each video tile when tiles are ordered by place first and by frame within it, int64 [video_tiles]."""
-    t, h, w = places(layout)
+    """int64 [video_tiles]: rank of each video tile when tiles are ordered by position, then by frame."""
+    t, h, w = tile_coordinates(layout)
     T, _, W = layout.tile_grid
     return (h * W + w) * T + t

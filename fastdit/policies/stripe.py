@@ -1,14 +1,14 @@
-"""AnchorAttention (Zhang et al., arXiv 2505.23520 §3): keys nearly as heavy as the heaviest one nearby, for a group of queries.
+"""AnchorAttention (Zhang et al., arXiv 2505.23520 §3): keep the keys whose logit comes close to the largest one nearby.
 
-The paper computes attention exactly over the initial block and a local window; the largest logit found there is a query's
-*anchor*. Queries and anchors are averaged over blocks, and of all other keys those are kept whose logit with a block's mean
-query comes within theta of its mean anchor, for any block of the group: what is dropped weighs less than e^−theta of
-the anchor. A video has no causal order, so "initial" is the first frame and "local" a window of tiles; text, which no policy
-sees, is part of the anchor in the remainder "stripes", the paper's method at the granularity of keys.
+The paper computes attention exactly over the initial block and a local window; the largest logit there is a query's *anchor*.
+Queries and anchors are averaged over blocks. Another key is kept if its logit with a block's mean query comes within theta of
+the block's mean anchor, for any block of the group: a dropped key weighs less than e^−theta of the anchor. A video has no
+causal order, so "initial" is the first frame and "local" a window of tiles. Text, which no policy sees, is part of the anchor
+in the remainder "stripes", the paper's method at the granularity of keys.
 
-This is the paper's method at the granularity of tiles: a key tile is kept if any of its keys passes. The mean query is
-compared, not each query, so a key that one query alone wants can be missed, in the paper as here. On the embedded model, with
-a window of one tile, that is no better than random tiles (docs/policies.md): the threshold keeps whole tiles for single keys.
+This file is the method at the granularity of tiles: a key tile is kept if any of its keys passes. Only the mean query is
+compared, so a key that matters to a single query can be missed, in the paper as here. On the embedded model, with a window of
+one tile, that is no better than random tiles (docs/policies.md): the threshold keeps whole tiles for single keys.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor
 from fastdit.core.byte_cache import byte_cache, sent
 from fastdit.core.layout import Grid, Layout
 from fastdit.policies.base import Policy
-from fastdit.policies.scores import ROWS_BYTES, means, places
+from fastdit.policies.scores import ROWS_BYTES, means, tile_coordinates
 from fastdit.policies.window import Window
 
 
 @dataclass(frozen=True)
 class Stripe(Policy):
-    """theta: natural-log logit units, the paper's 12; ∞ keeps everything, −∞ the first frame and the window alone.
-    window: local tiles (t, h, w). group: query tiles that share their keys, in tile order (the paper: 16 blocks)."""
+    """theta: in logits (natural log), the paper's 12; ∞ keeps everything, −∞ only the first frame and the window.
+    window: local tiles (t, h, w). group: consecutive query tiles that share their keys (the paper: 16 blocks)."""
 
     theta: float = 12.0
     window: Grid = (1, 3, 3)
@@ -38,7 +38,7 @@ class Stripe(Policy):
     name: ClassVar[str] = "stripe"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "window", Window(size=self.window).size)  # raises ValueError for a window that is none
+        object.__setattr__(self, "window", Window(size=self.window).size)  # raises ValueError for an invalid window
         if self.theta != self.theta or self.group < 1:
             raise ValueError(f"stripe: theta must be a number and group >= 1, got {self.theta} and {self.group}")
 
@@ -47,7 +47,7 @@ class Stripe(Policy):
             raise ValueError("stripe needs q and k")
         near, first, local = _ready(self.window, layout, str(q.device))
         real = layout.order(q.device)[: layout.video_tiles] >= 0
-        # What hides padding
+        # Added to logits: −∞ hides padding.
         minus = torch.zeros(real.shape, dtype=torch.float32, device=q.device).masked_fill(~real, float("-inf"))
         queries, keys = q.float() * q.shape[-1] ** -0.5, k.float()
         pooled, start = means(queries, layout), keys[:, :, first].flatten(2, 3).mT
@@ -74,7 +74,8 @@ class Stripe(Policy):
 
 @byte_cache(64 << 20)
 def _ready(window: Grid, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tiles lie near each (bool, and as many numbers a tile as the largest window has) and which in the first frame."""
+    """bool [tiles, tiles]: tiles in each tile's window; bool [tiles]: tiles of the first frame; int64 [tiles, largest window]:
+    the windows as indices, filled up with tiles outside of them."""
     near = Window(size=window).select(layout)[0, 0]
     local = near.int().argsort(dim=-1, descending=True, stable=True)[:, : int(near.sum(-1).max())]
-    return sent(near, device), sent(places(layout)[0] == 0, device), sent(local, device)
+    return sent(near, device), sent(tile_coordinates(layout)[0] == 0, device), sent(local, device)

@@ -1,11 +1,11 @@
 """SpargeAttn (Zhang et al., arXiv 2502.18137 §3.2-3.4): mean queries and keys of tiles predict where attention goes.
 
-softmax(q̄·k̄ᵀ) over tiles, and of each row the fewest tiles whose mass sums to tau. A mean says nothing of a tile whose tokens
-point in all directions: tiles whose self-similarity (mean cosine between their tokens) is below `similarity` are kept
-whole, as rows and as columns. As in the authors' code K is centred first (which softmax does not see) for the similarity.
+Of each row of softmax(q̄·k̄ᵀ) over tiles, keep the fewest tiles whose mass sums to tau. A mean does not represent a tile whose
+tokens point in all directions: a tile whose self-similarity (mean cosine between its tokens) is below `similarity` is kept
+as a whole row and column. As in the authors' code, K is centred for the similarity, which leaves softmax unchanged.
 
-On the embedded model the threshold tau is no better than random tiles at equal density (error .27 both at 1/4,
-docs/policies.md): heads that look far and wide get most tiles, and lose least without them. A share of tiles (density) is: .12.
+On the embedded model the threshold tau is no better than random tiles at equal density (error .27 for both at 1/4,
+docs/policies.md): heads that attend widely get most tiles and lose least without them. A share of tiles (density) has .12.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fastdit.core.layout import Layout
 from fastdit.policies.base import Policy, check_share
-from fastdit.policies.scores import keep, means, pooled
+from fastdit.policies.scores import means, pooled, select_tiles
 
 
 @dataclass(frozen=True)
 class TopMass(Policy):
     """tau: mass to keep, in (0, 1]; or density: share of tiles to keep (the authors' `topk`, by default .5).
-    similarity: tiles below it are kept whole; −1 never (the authors' plug-and-play mode has −0.1, next to never)."""
+    similarity: tiles below it are kept whole; −1: none (the authors' plug-and-play mode has −0.1, hardly any)."""
 
     tau: float | None = None
     density: float | None = None
@@ -40,7 +40,7 @@ class TopMass(Policy):
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         if q is None or k is None:
             raise ValueError("top_mass needs q and k")
-        kept = keep(pooled(q, k, layout), self.tau, self.density)
+        kept = select_tiles(pooled(q, k, layout), self.tau, self.density)
         if self.similarity > -1:
             centre = k.float().sum((2, 3), keepdim=True) / layout.video_len
             real = (layout.order(k.device)[: layout.video_tiles] >= 0)[..., None]

@@ -1,15 +1,15 @@
 """3D windows of tiles: Sliding Tile Attention (arXiv 2502.04507 §3) and FPSAttention (arXiv 2506.04648 §3.2).
 
-Both attend, on each axis, to the tiles near the query's own tile; they differ at the borders of the grid, and that makes
-them different operators (grid 5×6×10, window 3×3×3: density 9.0 % against 6.5 %):
+Both attend, on each axis, to the tiles near the query's own tile. They differ at the borders of the grid, which makes them
+different operators (grid 5×6×10, window 3×3×3: density 9.0 % against 6.5 %):
 
 * ``border="clamp"`` (STA): the window is shifted inwards until it lies inside the grid, so every query attends to exactly
   w_t·w_h·w_w tiles. For a window of w tiles on an axis of n, query tile i attends [s, s + w), s = clamp(i − ⌊w/2⌋, 0, n − w).
-  STA's windows are odd; an even w is exactly w tiles here, where STA's own reference widens it to w + 1.
+  STA's windows are odd; here an even w is exactly w tiles, while STA's own reference widens it to w + 1.
 * ``border="truncate"`` (FPSAttention): the window is cut off at the border, |i − j| ≤ ⌊w/2⌋; border queries see fewer tiles.
 
-A window fixed in tiles is a different share of every grid. ``density`` asks for a share instead, and `fit_window` turns
-it into the window of that grid: what presets use. A window that is larger than the grid is all of it: dense, exactly.
+A window fixed in tiles covers a different share of every grid. ``density`` gives the share instead, and `fit_window` finds
+the window for the grid; the presets use it. A window larger than the grid covers all of it, exactly like dense attention.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fastdit.core.layout import Grid, Layout
 
 TIME_SHARE = 3
-"""How many times more of height and width than of time a window covers when only its density is asked for."""
+"""A window fitted to a density covers this many times more of height and width than of time."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Window(Policy):
 
     def __post_init__(self) -> None:
         if (self.size is None) == (self.density is None):
-            raise ValueError("window: give either size=(t, h, w) in tiles or density in (0, 1], not both and not neither")
+            raise ValueError("window: give exactly one of size=(t, h, w) in tiles and density in (0, 1]")
         if self.size is not None:
             if len(self.size) != 3 or any(not isinstance(s, int) or s < 1 for s in self.size):
                 raise ValueError(f"window: size must be three whole numbers of tiles >= 1, got {self.size}")
@@ -56,7 +56,7 @@ class Window(Policy):
 
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         size = self.size or fit_window(layout.tile_grid, self.density or 1.0, self.border)
-        near_t, near_h, near_w = (near(n, w, self.border) for n, w in zip(layout.tile_grid, size, strict=True))
+        near_t, near_h, near_w = (axis_window(n, w, self.border) for n, w in zip(layout.tile_grid, size, strict=True))
         box = near_t[:, None, None, :, None, None] & near_h[:, None, None, :, None] & near_w[:, None, None, :]
         return box.reshape(1, 1, layout.video_tiles, layout.video_tiles)
 
@@ -65,7 +65,7 @@ class Window(Policy):
         return f"window({what}, {self.border})"
 
 
-def near(tiles: int, window: int, border: str) -> Tensor:
+def axis_window(tiles: int, window: int, border: str) -> Tensor:
     """One axis: bool [tiles, tiles], True where query tile (row) attends key tile (column)."""
     import torch
 
@@ -78,15 +78,14 @@ def near(tiles: int, window: int, border: str) -> Tensor:
 
 @lru_cache(maxsize=256)
 def fit_window(tile_grid: Grid, density: float, border: str = "clamp") -> Grid:
-    """The window (tiles) for a density on this tile grid.
+    """The window, in tiles, for a density on this tile grid.
 
     Minimises |log(density / wanted)| + |log(aspect / TIME_SHARE)| / 4, where aspect is the share of height or width that
     the window covers over its share of time. A third as much of time as of space had the lowest error at equal density on
-    the embedded model (CHANGELOG.md), and real models attend most to near frames as well (Radial Attention,
-    arXiv 2506.19852 §3).
+    the embedded model (CHANGELOG.md). Large models also attend most to near frames (Radial Attention, arXiv 2506.19852 §3).
     """
     steps = [range(1, n + 1) if border == "clamp" else range(1, 2 * n, 2) for n in tile_grid]
-    share = [{w: float(near(n, w, border).float().mean()) for w in s} for n, s in zip(tile_grid, steps, strict=True)]
+    share = [{w: float(axis_window(n, w, border).float().mean()) for w in s} for n, s in zip(tile_grid, steps, strict=True)]
 
     def cost(size: tuple[int, ...]) -> tuple[float, float]:
         cover = [share[axis][w] for axis, w in enumerate(size)]

@@ -1,11 +1,11 @@
-"""How much of each head's attention a cheap pattern keeps, measured once, and the configuration that follows from it.
+"""Measure once how much of each head's attention a static pattern retains, and choose a pattern per head.
 
-The mass of a query that a pattern retains is exp(LSE_pattern − LSE_full), which Re-ttention (arXiv 2505.22918 §3.2) calls ρ. It
-stands in for the squared error of Sliding Tile Attention's search over windows (arXiv 2502.04507 §3.3) and needs no values.
-Heads have trades that hardly depend on the prompt, so a few prompts are enough.
+The mass of a query that a pattern retains is exp(LSE_pattern − LSE_full), called ρ in Re-ttention (arXiv 2505.22918 §3.2). It
+replaces the squared error of Sliding Tile Attention's search over windows (arXiv 2502.04507 §3.3) and needs no values V. The
+specialisation of heads hardly depends on the prompt, so a few prompts are enough.
 
     config, seen = profile.watching(layers=30, tile=(1, 8, 8))
-    with fastdit.accelerate(pipe, config):  # dense, and slow: exact masses are taken of every call
+    with fastdit.accelerate(pipe, config):  # dense, and slow: exact masses are computed in every call
         pipe(prompt, num_inference_steps=5)
     config = profile.choose(seen, [Window(density=0.125), Radial(density=0.125)])
 """
@@ -37,7 +37,7 @@ class Seen:
     def add(self, layer: int, layout: Layout, q: Tensor, k: Tensor) -> None:
         """q and k: video tokens in tile order, [B, H, tiles, tokens, D]. Raises ValueError for a second layout."""
         if self.layout not in (None, layout):
-            raise ValueError(f"a profile is of one size: it was {self.layout}, and now {layout}")
+            raise ValueError(f"a profile is for one size: it was measured on {self.layout}, this call has {layout}")
         self.layout = layout
         mass = tile_mass(q, k, layout).mean(0, keepdim=True).cpu()
         self.mass[layer] = self.mass[layer] + mass if layer in self.mass else mass
@@ -46,7 +46,7 @@ class Seen:
 
 @dataclass(frozen=True, eq=False)
 class _Watch(Policy):
-    """Keeps everything, and notes where the mass of one layer lies."""
+    """Keeps every tile, and records the tile masses of one layer."""
 
     seen: Seen
     layer: int
@@ -93,14 +93,14 @@ def retained(mass: Tensor, kept: Tensor, layout: Layout) -> Tensor:
 
 
 def choose(seen: Seen, policies: Sequence[Policy]) -> Config:
-    """The policy of these that retains most mass in each head of each layer, as one phase a layer over all noise levels.
+    """The configuration that uses, in each head of each layer, the policy that retains most mass; one phase per layer.
 
-    policies: static ones of about equal density. Raises ValueError if nothing was seen or a policy looks at the data.
+    policies: static, of about equal density. Raises ValueError if nothing was measured or a policy is dynamic.
     """
     if seen.layout is None:
         raise ValueError("nothing was seen: accelerate a pipeline with the configuration of `watching`, and run it")
     if any(not policy.static for policy in policies):
-        raise ValueError("a profile chooses among static policies: the others choose by themselves in every call")
+        raise ValueError("a profile chooses among static policies: dynamic ones adapt to each head in every call anyway")
     maps = [policy.select(seen.layout) for policy in policies]
     phases = []
     for layer, total in sorted(seen.mass.items()):

@@ -1,4 +1,4 @@
-"""Pictures of numbers on a grid, with a legend, in colours that the colour-blind tell apart (viridis)."""
+"""Heatmaps of numbers on a grid, with a legend, in a colour map that is safe for colour-blind readers (viridis)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def colour(share: float) -> tuple[int, int, int]:
 
 
 def of_calls(calls: Iterable[tuple[int, Any]], what: str, sites: int) -> Image.Image:
-    """One of `MEASURES` of calls (site, `CallRecord`). Raises ValueError for what was not measured."""
+    """Heatmap of one of `MEASURES` over calls (site, `CallRecord`). Raises ValueError for any other `what`."""
     if what not in MEASURES:
         raise ValueError(f"a heatmap shows one of {', '.join(MEASURES)}, not {what!r}")
     return draw([(ran.step, site, getattr(ran, what)) for site, ran in calls], what, sites)
 
 
 def draw(points: Sequence[tuple[int, int, float | None]], what: str, sites: int) -> Image.Image:
-    """(step, site, value) -> a cell each, the mean where several fall together; light gray where nothing was measured."""
+    """Points (step, site, value) -> one cell per step and site, with the mean of its values; light gray without any."""
     cells: dict[tuple[int, int], list[float]] = defaultdict(list)
     for step, site, value in points:
         if value is not None:

@@ -1,4 +1,4 @@
-"""What ran: per phase and per site, how densely, how exactly and how long, and why each call that stayed dense did."""
+"""The report of a run: density, number format, error and time per phase and per site, and why calls stayed dense."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastdit.approx import error_guard
 from fastdit.attach.handle import Handle, Site
 from fastdit.config import Config, Phase
-from fastdit.runs.site_state import CallRecord, SiteState
+from fastdit.runs.site_state import NEW, CallRecord, SiteState
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """sigma (high, low); density: mean over the phase's calls, in [0, 1] of all query-key pairs; calls: site calls; seconds:
-    of their attention; error: mean relative L2 on the guard's rows (None: not measured); reused: calls that statistics
-    completed."""
+    """One phase. sigma: (high, low). density: mean over its calls, share of all query-key pairs in [0, 1]. calls: of its
+    sites. seconds: of their attention. error: mean relative L2 on the guard's rows, None if not measured. reused: calls
+    completed by statistics."""
 
     sigma: tuple[float, float]
     policy: str
@@ -36,9 +36,9 @@ class PhaseReport:
 
 @dataclass(frozen=True)
 class SiteReport:
-    """ran: "sparse", "dense", "mixed" or "never"; quant: the number format of most calls; reason: the most frequent cause of a
-    call that stayed dense, or of statistics not kept; error: the largest measured; rung: of the guard, in words; reused:
-    calls that statistics completed; memory: bytes held from step to step, when they were most."""
+    """One site. ran: "sparse", "dense", "mixed" or "never". quant: the number format of most calls. reason: the most frequent
+    cause of calls that stayed dense or of statistics not kept. error: the largest measured. rung: the guard's level, in words.
+    reused: calls completed by statistics. memory: peak bytes of statistics."""
 
     name: str
     ran: str
@@ -54,8 +54,8 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The latest run of a pipeline. density: mean over all calls of all sites; memory: bytes of statistics held, every
-    site's when they were most; after the last step of a run they are gone."""
+    """The latest run of a pipeline. density: mean over all calls of all sites. memory: sum of the sites' peak bytes of
+    statistics, which are freed after the run's last step."""
 
     config: Config
     density: float
@@ -63,13 +63,13 @@ class Report:
     sites: tuple[SiteReport, ...]
     memory: int
     calls: tuple[tuple[int, CallRecord], ...]
-    """(index of the site, what it did) in the order in which they ran."""
+    """(index of the site, its record), ordered by step."""
     left: tuple[tuple[str, int], ...] = ()
-    """(why, how many) of the attention modules that are no self-attention of the picture and were not touched."""
+    """(reason, count) of the attention modules that are not self-attention of the picture and were left unchanged."""
 
     @classmethod
     def of(cls, handle: Handle, pipeline: Any = None) -> Report:
-        """Of the latest run, a pipeline's where several share a model."""
+        """The report of the latest run. pipeline: whose run, if several pipelines share a model."""
         config, run = handle.config, handle.run_of(pipeline)
         run.settle()
         timed = [[_timed(ran) for ran in state.calls] for state in run.sites]
@@ -77,19 +77,19 @@ class Report:
         calls.sort(key=lambda call: call[1].step)
         total = [ran for _, ran in calls]
         phases = [_phase(phase, [ran for ran in total if ran.phase == i]) for i, phase in enumerate(config.phases)]
-        if outside := [ran for ran in total if ran.phase is None]:  # noise levels and layers that no phase names
+        if outside := [ran for ran in total if ran.phase is None]:  # noise levels and layers outside all phases
             phases.append(_phase(Phase(), outside))
         unserved = {site.index: why for denoiser in handle.denoisers for site, why in denoiser.unserved()}
         sites = tuple(
             _site(site, state, rans, unserved.get(site.index))
             for site, state, rans in zip(handle.sites, run.sites, timed, strict=True)
         )
-        left = sum((denoiser.left for denoiser in handle.denoisers), Counter())
+        left = sum((denoiser.skipped_modules for denoiser in handle.denoisers), Counter())
         memory = sum(site.memory for site in sites)
         return cls(config, _density(total), tuple(phases), sites, memory, tuple(calls), tuple(left.most_common()))
 
     def to_dict(self, calls: bool = False) -> dict[str, Any]:
-        """For JSON. calls: with a row for every call of every site."""
+        """A dictionary for JSON. calls: include one row per call of each site."""
         found: dict[str, Any] = {
             "config": self.config.to_dict(),
             "density": self.density,
@@ -103,11 +103,11 @@ class Report:
 
     @property
     def trimmed(self) -> int:
-        """Padded keys cut from all calls together."""
+        """Number of padded keys cut, summed over all calls."""
         return sum(ran.trimmed for _, ran in self.calls)
 
     def heatmap(self, what: str = "density") -> Image:
-        """A picture over steps (x) and sites (y) of "density", "error" or "seconds". Raises ValueError for anything else."""
+        """A heatmap of "density", "error" or "seconds" over steps (x) and sites (y). Raises ValueError for anything else."""
         from fastdit.reporting.heatmap import of_calls
 
         return of_calls(self.calls, what, len(self.sites))
@@ -139,7 +139,7 @@ class Report:
         return "\n".join([*_table(rows), *notes, f"density over all calls: {self.density:.3f}"])
 
     def layers(self) -> str:
-        """A table with a row for every site, where `str` of the report only counts them."""
+        """A table with one row per site; `str` of the report only counts them."""
         rows = [("site", "ran", "quant", "density", "error", "seconds", "reused", "MB held", "guard", "reason")]
         rows += [
             (
@@ -179,8 +179,8 @@ def _site(site: Site, state: SiteState, timed: Sequence[CallRecord], unserved: s
         return SiteReport(
             site.name, ran, 1.0, "none", lost or "not called yet", 0.0, None, error_guard.LEVELS[state.level], 0, 0
         )
-    # statistics that no step before could serve were all that there was to it
-    dense = sum(r.how == "dense" or (r.how == "refresh" and r.reason is not None) for r in timed)
+    # A refresh counts as dense where its branch was new: no statistics served it, and it served none.
+    dense = sum(r.how == "dense" or (r.how == "refresh" and r.reason == NEW) for r in timed)
     reasons = Counter(r.reason for r in timed if r.reason is not None)
     return SiteReport(
         site.name,

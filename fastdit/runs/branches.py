@@ -1,4 +1,4 @@
-"""The branches of a run: which of the calls that it makes at every step this one is."""
+"""The branches of a run: the calls that it makes at every step, and which of them a given call is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastdit.runs import fingerprint
 
 
 class Call(NamedTuple):
-    """What tells one call of a denoiser from another. model: its number among the pipeline's. name: the pipeline's for it.
+    """What identifies a call of a denoiser. model: index among the pipeline's denoisers. name: given by the pipeline, or None.
     conditioning: its fingerprint. shape: of the latents. latents: a sample of them (`fingerprint.sampled`)."""
 
     model: int
@@ -27,14 +27,14 @@ class Call(NamedTuple):
 
     @property
     def content(self) -> bytes:
-        """Of the latents."""
+        """The sampled latents as bytes."""
         return self.latents.numpy().tobytes()
 
 
 @dataclass(eq=False)
 class Branch:
-    """One of the calls that a run makes at every step (conditional, unconditional, one window of several, …). latents, sigma,
-    step: of its last call."""
+    """One of the calls that a run makes at every step (conditional, unconditional, one of several windows, …). latents, sigma
+    and step: of its last call."""
 
     key: tuple[Any, ...]
     latents: Tensor
@@ -48,24 +48,24 @@ class Branch:
 
 
 class Branches:
-    """All branches of a run, told by their name and conditioning, and by the latents that they go on from."""
+    """All branches of a run, identified by name, conditioning and the latents that they continue."""
 
     def __init__(self) -> None:
         self.known: list[Branch] = []
         self._now: dict[tuple[Any, ...], set[bytes]] = {}  # latents by key, at this noise level
-        self._before: dict[tuple[Any, ...], set[bytes]] = {}  # and at the one before
+        self._before: dict[tuple[Any, ...], set[bytes]] = {}  # and at the previous one
 
     def move(self) -> None:
-        """The run goes on to another noise level."""
+        """Begin the next noise level."""
         self._before, self._now = self._now, {}
 
     def seen(self, call: Call) -> bool:
-        """Whether there was the very same call at this noise level."""
+        """Whether an identical call was made at this noise level."""
         return call.content in self._now.get(call.key, ())
 
     def goes_on(self, sigma: float, call: Call) -> bool:
-        """Whether a call goes on from latents of the run. The very same latents at another noise level do not: they are those
-        of a run that begins anew with the same seed."""
+        """Whether a call continues latents of the run. Identical latents at another noise level do not: they belong to a new
+        run with the same seed."""
         return any(
             fingerprint.likely(branch.cosine(call), sigma, branch.sigma) and not torch.equal(branch.latents, call.latents)
             for branch in self.known
@@ -73,10 +73,10 @@ class Branches:
         )
 
     def find(self, sigma: float, step: int, call: Call) -> tuple[Branch, Branch | None]:
-        """The branch that a call is of, perhaps a new one, and the one that it ends.
+        """(the branch of a call, which may be new; the branch that it ends, or None).
 
-        Guidance may call for the same latents twice with one conditioning (layers skipped): then order tells. Calls for several
-        latents are of windows or views, of which each must find its own.
+        Guidance may call twice with the same latents and conditioning (skipping layers); order then separates the calls. Calls
+        with several latents are windows or views, and each must find its own branch.
         """
         now = self._now.setdefault(call.key, set())
         now.add(call.content)
@@ -89,7 +89,7 @@ class Branches:
             return found, None
         new = Branch(call.key, call.latents, sigma, step, step)
         self.known.append(new)
-        return new, None if several else found  # its noise was drawn anew: nobody will go on from it
+        return new, None if several else found  # its noise was drawn anew: no call will continue it
 
     def drop(self, gone: list[Branch]) -> None:
         self.known = [branch for branch in self.known if branch not in gone]

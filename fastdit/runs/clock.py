@@ -1,7 +1,7 @@
-"""Where a run is: noise levels as the denoiser is given them, never a count of calls.
+"""The position of a run, measured by the noise levels that the denoiser is given, never by counting calls.
 
 Guidance calls a denoiser twice a step in one pipeline and once in another, step caches skip calls, Heun makes two, and Wan
-2.2 changes denoisers midway. The noise level σ tells steps and runs apart in all of them: within a run it only falls.
+2.2 changes denoisers midway. The noise level σ separates steps and runs in all of them: within a run it only falls.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 RISE = 1e-4
-"""σ must rise by this much to mean a new run; solvers that call twice at one σ repeat it to within rounding."""
+"""A larger rise of σ means a new run. Solvers that call twice at one σ repeat it to within rounding."""
 
 
 @dataclass
 class Clock:
-    """run: how many runs have begun; step: noise levels seen in this one, counted from 0; sigma: the last one seen."""
+    """run: runs begun. step: index of the noise level in this run, from 0; −1 before the first. sigma: the last one."""
 
     run: int = 0
     step: int = -1
     sigma: float = 0.0
 
     def observe(self, sigma: float) -> bool:
-        """Take in the noise level of a call; True if it begins a new run."""
+        """Record the noise level of a call; True if it begins a new run."""
         begins = self.step < 0 or sigma > self.sigma + RISE
         if begins:
             self.run, self.step = self.run + 1, 0
@@ -36,14 +36,14 @@ class Clock:
         return begins
 
     def move(self, sigma: float) -> None:
-        """Take in the noise level of a call that is known to be of this run, whether the noise falls or rises in it."""
+        """Record the noise level of a call that is known to belong to this run, in which the noise may fall or rise."""
         if self.step < 0 or abs(sigma - self.sigma) > RISE:
             self.step += 1
         self.sigma = sigma
 
 
 class Stopwatch:
-    """Seconds from its making to `stop`; on a GPU the two events between which they passed, so that nobody waits for them."""
+    """Time since its creation. `stop` returns seconds, or on a GPU a pair of CUDA events, so as not to block."""
 
     def __init__(self, like: Tensor) -> None:
         self.device = like.device if like.is_cuda else None
@@ -53,7 +53,7 @@ class Stopwatch:
         if self.device is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))  # left out, it is the current device's
+        event.record(torch.cuda.current_stream(self.device))  # the default is the current device's stream
         return event
 
     def stop(self) -> Any:

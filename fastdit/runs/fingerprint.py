@@ -1,12 +1,12 @@
-"""What tells one call of a denoiser from another: what it is given, in a few hundred numbers.
+"""The fingerprint of a denoiser call: its inputs, reduced to a few hundred numbers, which identify its branch.
 
-Guidance calls a denoiser for several *branches* at one noise level, and context windows, panoramas and tiles call it for
-several pieces of one picture. Which is which follows from the call itself: its conditioning is the same at every step to the
-last bit, and its latents are near those of the step before. Counting calls would not tell: branches come and go midway.
+Guidance calls a denoiser for several *branches* at one noise level; context windows, panoramas and tiles call it for several
+pieces of one picture. The inputs identify the branch: its conditioning is bitwise the same at every step, and its latents are
+close to those of the step before. Counting calls would fail, because branches come and go during a run.
 
 At two noise levels σ, σ' of one run the latents are x = (1 − σ) x₀ + σ ε with the same ε, so for x₀ and ε of unit variance
-their cosine is about ((1 − σ)(1 − σ') + σσ') / (‖·‖ ‖·‖'). Those of another window have another ε. The cosine is estimated on
-`SAMPLES` places of the latents.
+their cosine is about ((1 − σ)(1 − σ') + σσ') / (‖·‖ ‖·‖'). Another window has another ε. The cosine is estimated on `SAMPLES`
+elements of the latents.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor
 
 LATENTS = ("hidden_states", "sample", "x")
 CONDITIONING = ("encoder", "text", "caption", "cap_", "prompt", "pooled", "class", "label", "cond", "embeds")
-"""Parts of the names of arguments that say what to draw. (ControlNets' residuals follow the latents, and are none.)"""
+"""Substrings of the names of conditioning arguments. (ControlNet residuals follow the latents and do not count.)"""
 NO_CONDITIONING = ("residual", "timestep", "control", "rotary")
 SAMPLES, SUMS = 256, 32
 SURE, SLACK = 4.0, 0.02
-"""How many times the expected change latents may have changed by, and what sampling and rounding add."""
+"""Latents may change by SURE times the expected change, plus SLACK for sampling and rounding."""
 LIKELY = 0.5
-"""Share of the expected cosine that is enough where no other call could be meant: ancestral samplers draw a part of ε anew."""
+"""Share of the expected cosine that suffices if no other branch is possible: ancestral samplers redraw part of ε."""
 
 
 def latents_of(call: dict[str, Any]) -> Tensor | None:
-    """The latents among a denoiser's arguments, of the first sample where they are a list."""
+    """The latents among a denoiser's arguments, or None; of the first sample if they are a list."""
     found = next((call[name] for name in LATENTS if call.get(name) is not None), None)
     if isinstance(found, (list, tuple)):
         found = found[0] if found else None
@@ -38,7 +38,7 @@ def latents_of(call: dict[str, Any]) -> Tensor | None:
 
 
 def conditioning_of(call: dict[str, Any]) -> list[Tensor]:
-    """The tensors among a denoiser's arguments that say what to draw, in the order of their names."""
+    """The conditioning tensors among a denoiser's arguments, in the order of the arguments' names."""
     return [
         tensor
         for name in sorted(call)
@@ -59,13 +59,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def sampled(latents: Tensor) -> Tensor:
-    """float32 [≤ SAMPLES], on the device of the latents: what they are at evenly spread places."""
+    """float32 [≤ SAMPLES], on the device of the latents: evenly spaced elements."""
     return _spread(latents.reshape(-1), SAMPLES).float()
 
 
 def summed(conditioning: Tensor) -> Tensor:
-    """float32: of sums over tokens [B, N, C] -> [B, C] at most `SUMS`; of [B, N] all sums and as many places. A prompt's words
-    are few among its padding, so places alone would miss them."""
+    """float32 [n]. From [B, N, C]: at most `SUMS` of the sums over tokens [B, C]. From [B, N]: the B sums and `SUMS` elements.
+    Sums, because a prompt's few words among its padding would be missed by sampling."""
     wide = conditioning.float()
     if wide.ndim > 2:
         wide = wide.flatten(1, -2).sum(1)
@@ -82,7 +82,7 @@ def _spread(flat: Tensor, most: int) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Of two samples of latents, float32 [n] on the CPU; −1 where they are not finite or of different lengths."""
+    """Cosine of two samples of latents, float32 [n] on the CPU; −1 if it is not finite or the lengths differ."""
     if a.shape != b.shape:
         return -1.0
     norms = float(a.norm() * b.norm())
@@ -93,16 +93,16 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def expected(sigma: float, other: float) -> float:
-    """The cosine of one run's latents at two noise levels, see above."""
+    """The expected cosine of one run's latents at two noise levels; formula in the module's docstring."""
     a, b = (min(max(level, 0.0), 1.0) for level in (sigma, other))
     return ((1 - a) * (1 - b) + a * b) / math.sqrt(((1 - a) ** 2 + a**2) * ((1 - b) ** 2 + b**2))
 
 
 def near(found: float, sigma: float, other: float) -> bool:
-    """Whether latents with this cosine are surely of one call, though others could be meant."""
+    """Whether latents with this cosine belong to one branch, if other branches are possible."""
     return 1 - found <= SURE * (1 - expected(sigma, other)) + SLACK
 
 
 def likely(found: float, sigma: float, other: float) -> bool:
-    """Whether latents with this cosine are of one call, where no other could be meant."""
+    """Whether latents with this cosine belong to one branch, if no other is possible."""
     return found >= LIKELY * expected(sigma, other)

@@ -1,4 +1,4 @@
-"""One call of a denoiser, begun before its first layer: the plan, and what its sites share while it runs."""
+"""One call of a denoiser, from before its first layer: its plan, and what its sites share while it runs."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from fastdit.runs.run import Run
 from fastdit.runs.site_state import SiteState
 
 FLAGS = 64
+"""Zeroed at a time: a launch for as many calls as a large denoiser has."""
 _numbers = itertools.count()
 _forwards: WeakValueDictionary[int, Forward] = WeakValueDictionary()
 
 
 @dataclass(eq=False)
 class Forward:
-    """Found by its `number`, the token that the sites are given.
+    """One call of a denoiser. Sites find it by its `number`, which the token holds.
 
-    first: index of the denoiser's first site; names: of its sites; masks: where block masks are kept; held: bytes of statistics
-    that the pipeline keeps on a device; seen: calls so far, by layer.
+    first: index of the denoiser's first site. names: of its sites. masks: cache of block masks. held: returns the bytes of
+    statistics that the pipeline holds on a device. seen: calls so far, by layer.
     """
 
     run: Run
@@ -51,54 +52,53 @@ class Forward:
         self.sigma, self.step = self.run.clock.sigma, self.run.step
         self.seen: Counter[int] = Counter()
         self._plans: dict[tuple[Any, ...], CallPlan] = {}
-        self._masks: dict[int, tuple[Tensor, int, KeptKeys | str]] = {}
-        self._flags: dict[torch.device, tuple[Tensor, int]] = {}
+        self._masks: dict[tuple[int, ...], tuple[Tensor, int, KeptKeys | str]] = {}
+        self._flags: dict[torch.device, list[Tensor]] = {}
         _forwards[self.number] = self
 
     @staticmethod
     def find(number: int) -> Forward:
         if (found := _forwards.get(number)) is None:
-            raise RuntimeError("this attention belongs to a call of a denoiser that is over: call the denoiser, not its layers")
+            raise RuntimeError("this attention layer was called after its denoiser's forward ended: call the denoiser instead")
         return found
 
     def state(self, layer: int) -> SiteState:
         return self.run.sites[self.first + layer]
 
     def count(self, layer: int) -> int:
-        """How many calls the layer had in this forward before this one: some processors call once a sample."""
+        """Number of earlier calls of the layer in this forward; counts this one. Some processors call once per sample."""
         self.seen[layer] += 1
         return self.seen[layer] - 1
 
     def call(self, layer: int, q: Tensor, keys: int, kept: Runs | None) -> CallPlan:
-        """`ForwardPlan.call`, made once for all sites that ask the same."""
+        """`ForwardPlan.call`, cached for all sites with the same arguments."""
         key = (self.plan.sites[layer], keys, kept, q.shape, q.dtype, q.device)
         if (plan := self._plans.get(key)) is None:
             plan = self._plans[key] = self.plan.call(layer, q, keys, kept, self.masks)
         return plan
 
     def flag(self, device: torch.device) -> Tensor:
-        """int32 [1], 0: of one answer. Pieces of buffers, which are filled once for many."""
-        buffer, used = self._flags.get(device, (None, FLAGS))
-        if buffer is None or used == FLAGS:
-            buffer, used = torch.zeros(FLAGS, dtype=torch.int32, device=device), 0
-        self._flags[device] = buffer, used + 1
-        return buffer[used : used + 1]
+        """A fault flag for one call: int32 [1], 0. One launch zeroes `FLAGS` of them."""
+        if not (flags := self._flags.get(device)):
+            flags = self._flags[device] = list(torch.zeros(FLAGS, dtype=torch.int32, device=device).split(1))
+        return flags.pop()
 
     def dense(self, layer: int, reason: str) -> CallPlan:
-        """For want of something."""
+        """A dense plan for a call whose facts are missing or unsupported."""
         site = self.plan.sites[layer]
         return CallPlan(site.phase, reason, wanting=True, level=site.level)
 
     def kept_keys(self, mask: Tensor, batch: int, queries: int, keys: int, compiled: bool) -> KeptKeys | str:
-        """What a mask leaves, or what it is instead: read once for all layers that are given it.
+        """The keys that a mask keeps, or why they cannot be cut. Read once for all layers that are given the same mask.
 
-        compiled: read each time. Code by torch.compile writes a second mask into the buffer, and the very tensor, of a first,
-        and counts no change.
+        compiled: read it in each call. Code made by torch.compile may write a second mask into the tensor of the first without
+        changing its version.
         """
-        if compiled:
-            return key_padding.read(mask, batch, queries, keys) or key_padding.why_not(mask)
-        known = self._masks.get(id(mask))
-        if known is None or known[0] is not mask or known[1] != version(mask):
-            read = key_padding.read(mask, batch, queries, keys) or key_padding.why_not(mask)
-            known = self._masks[id(mask)] = mask, version(mask), read
-        return known[2]
+        key = id(mask), batch, queries, keys
+        known = None if compiled else self._masks.get(key)
+        if known is not None and known[1] == version(mask):
+            return known[2]
+        read = key_padding.read(mask, batch, queries, keys) or key_padding.why_not(mask)
+        if not compiled:
+            self._masks[key] = mask, version(mask), read  # kept, or another tensor might get its identity
+        return read

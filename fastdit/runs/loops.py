@@ -1,10 +1,9 @@
-"""What the calling thread is in the middle of: a pipeline's denoising loop, and a call of a model that the pipeline named.
+"""The state of the calling thread: the denoising loops that it is in, and the names that pipelines give to model calls.
 
-Nearly every pipeline of diffusers, classic or modular, walks its timesteps inside `self.progress_bar(...)`, on whichever model
-and with whichever scheduler; the others count as models called by hand. The bar is opened before the first step and closed
-behind the last one, before anything is decoded, also by an exception: that is a run, where a list of timesteps or a count of
-calls only hints at one. `cache_context` is how pipelines name what they call a model for ("cond", "uncond"). Both are kept by
-thread, so that threads which share a model do not meet.
+Nearly every diffusers pipeline, classic or modular, iterates its timesteps inside `self.progress_bar(...)`; the others count
+as models called by hand. The bar opens before the first step and closes after the last, before decoding, also after an
+exception. That marks a run exactly; a list of timesteps or a count of calls only suggests it. Pipelines name their calls of
+a model with `cache_context` ("cond", "uncond"). Both are stored per thread, so that threads can share a model.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _scope = _Scope()
 
 
 class Loop:
-    """One denoising loop of this thread, from its making to `end`. pipeline: whose it is, or the block of a modular one."""
+    """One denoising loop of this thread, from its creation to `end`. pipeline: its pipeline, or the block of a modular one."""
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = weakref.ref(pipeline)
@@ -44,7 +43,7 @@ class Loop:
         self._at_end.append(call)
 
     def end(self) -> None:
-        """Called again it does nothing."""
+        """End the loop and run the callbacks. A second call does nothing."""
         self.ended = True
         calls, self._at_end = self._at_end, []
         for call in calls:
@@ -57,25 +56,25 @@ def loops() -> list[Loop]:
 
 
 def loop() -> Loop | None:
-    """The innermost of them."""
+    """The innermost loop of this thread; None outside of loops."""
     return next(iter(loops()), None)
 
 
 def name_of(model: Any) -> str | None:
-    """The name that the running call of a model was given."""
+    """The name that the pipeline gave to the running call of a model, or None."""
     return next((name for reference, name in reversed(_scope.names) if reference() is model), None)
 
 
 def watch_loops(cls: Any) -> None:
-    """Make the bars of a class with `progress_bar` begin and end loops. Done once a class, when fastdit is imported."""
+    """Make `progress_bar` of a class begin and end loops. Called once per class, when fastdit is imported."""
     original = cls.progress_bar
 
     @functools.wraps(original)
     def progress_bar(self: Any, *args: Any, **kwargs: Any) -> Any:
         bar = original(self, *args, **kwargs)
-        # A bar that something else stands for, which would not tell its end, is no loop.
+        # If the bar was replaced by an object without `close`, its end is unknown, so it is not a loop.
         with contextlib.suppress(AttributeError, TypeError):
-            # Through a weak reference: a bar that is never closed (a loop left by `break`) must go with its last user, at once.
+            # A weak reference: a bar that is never closed (a loop left by `break`) must be freed with its last user.
             bar.close = functools.partial(_close, weakref.ref(bar), Loop(self))
         return bar
 
@@ -89,7 +88,7 @@ def _close(bar: weakref.ref[Any], running: Loop) -> None:
 
 
 def watch_names(cls: Any) -> None:
-    """Make `cache_context` of a class of models known to `name_of`. Done once, when fastdit is imported."""
+    """Make `cache_context` of a model class record names for `name_of`. Called once, when fastdit is imported."""
     original = cls.cache_context
 
     @functools.wraps(original)

@@ -1,9 +1,9 @@
-"""The noise level of a timestep, which means something else to each kind of scheduler.
+"""The noise level of a timestep, whose meaning depends on the scheduler.
 
-Most count a thousand training steps down. EDM's (arXiv 2206.00364 table 1: c_noise = ln σ / 4; Playground v2.5, SVD) give the
-logarithm of a σ that compares the noise with a picture of size 1, consistency models a thousand times that, IPNDM, cosine DPM
-and score SDEs a number from 1 to 0, SCM an angle from π/2. The noise
-level is the share σ / (1 + σ) for EDM's, and the timestep's share of its range for the others.
+Most schedulers count a thousand training steps down. EDM's (arXiv 2206.00364 table 1: c_noise = ln σ / 4; Playground v2.5, SVD)
+use the logarithm of a σ relative to a picture of size 1, consistency models a thousand times that. IPNDM, cosine DPM and score
+SDEs use a number from 1 to 0, SCM an angle from π/2. The noise level is σ / (1 + σ) for EDM's timesteps and consistency
+models', and the timestep's share of its range for the others.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ TRAIN_TIMESTEPS = 1000
 EDM_MOST = 1.5
 """ln σ / 4 at σ = 400; published models stop at 80."""
 FEW = 100
-"""A list that starts below this counts the run's own steps (Karras-VE), not those of the training."""
+"""A list of timesteps that starts below this counts the run's own steps (Karras-VE), not training steps."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """From a timestep to the noise level in [0, 1]. kind: "share" of `full`, or "log" (ln σ / 4, times `full`)."""
+    """Timestep -> noise level in [0, 1]. kind: "share" of `full`, or "log" (ln σ / 4, times `full`)."""
 
     kind: str = "share"
     full: float = TRAIN_TIMESTEPS
@@ -36,8 +36,11 @@ class Scale:
 
     @classmethod
     def of(cls, scheduler: Any, first: int | float) -> Scale:
-        """Of a scheduler (None: unknown) with its timesteps set, for a run whose first timestep is `first`: the largest, but
-        for an inversion from 0. Whole numbers count the training's steps, unless the scheduler says otherwise."""
+        """The scale of a scheduler (None: unknown) whose timesteps are set.
+
+        first: the run's first timestep, used if the scheduler lists none; it is the largest, except in an inversion from 0. An
+        int then counts training steps.
+        """
         listed = getattr(scheduler, "timesteps", None)
         if listed is None or len(listed) == 0:
             if isinstance(first, int):

@@ -1,8 +1,8 @@
-"""The state of one run of a pipeline: where it is, which branches it has, and what its sites did and remember.
+"""The state of one run of a pipeline: its position, its branches, and the records and statistics of its sites.
 
-A run is one denoising loop (`loops.Loop`) on one accelerated pipeline. A model called by hand, without such a loop, is in a run
-of the calling thread, of which only the noise level tells where it ends. All state hangs on the run and none on the model, so
-that pipelines, threads and runs that share a model do not meet.
+A run is one denoising loop (`loops.Loop`) on one accelerated pipeline. A model called by hand, without a loop, is in a run of
+the calling thread, and only the noise level shows where that run ends. All state belongs to the run and none to the model, so
+that pipelines, threads and runs that share a model do not interfere.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fastdit.approx.step_cache import Memory
 from fastdit.runs.branches import Branch, Branches, Call
 from fastdit.runs.clock import RISE, Clock
 from fastdit.runs.noise_level import Scale
@@ -21,41 +22,41 @@ from fastdit.runs.site_state import SiteState
 from fastdit.runs.verdict import Verdict, settle
 
 STALE = 2
-"""Noise levels after which a branch that was not called remembers nothing: windows that move come back every second step."""
+"""A branch loses its statistics after this many noise levels without a call. Moving windows return every second step."""
 MOST_CALLS = 4096
-"""Calls of a model by hand at one noise level, more than the tiles or views of one picture: beyond it a new run."""
+"""More calls of a model by hand at one noise level mean a new run. One picture has fewer tiles or views."""
 
 
 class Run:
-    """One run. sites: state by index of the site; pipeline: whose scheduler tells the steps, a weak reference."""
+    """One run. sites: state by index of the site. pipeline: its scheduler defines the steps; held by a weak reference."""
 
     def __init__(self, sites: int, pipeline: Any = None, by_hand: bool = False) -> None:
         self.clock = Clock()
         self.sites = [SiteState() for _ in range(sites)]
         self.by_hand = by_hand
         self.first_step = 0
-        """Of the report's steps."""
+        """The report's number for step 0 of this run."""
         self.branches = Branches()
         self.pending: list[Verdict] = []
-        """On answers on a GPU, not read yet."""
+        """Verdicts on calls on a GPU that were not read yet."""
         self.scale: Scale | None = None
         self.finished = False
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self._timesteps = self.timesteps()
         self._steps: int | None = None
-        self._rises = True  # so far: one noise level may be the first of an inversion
-        self._calls: Counter[int] = Counter()  # by model, at this noise level
+        self._rises = True  # so far; a single noise level may begin an inversion
+        self._calls: Counter[int] = Counter()  # per model, at this noise level
 
     @property
     def pipeline(self) -> Any:
         return None if self._pipeline is None else self._pipeline()
 
     def timesteps(self) -> Any:
-        """The scheduler's list of timesteps; None without a scheduler that has one."""
+        """The scheduler's list of timesteps, or None."""
         return getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
 
     def level(self, sigma: float, timestep: float | None) -> float:
-        """The noise level of a call whose adapter read `sigma`, or a timestep that only the scheduler's scale explains."""
+        """The noise level of a call: `sigma`, or if a timestep is given, its value on the scheduler's scale."""
         if timestep is None:
             return sigma
         if self.scale is None:
@@ -63,8 +64,8 @@ class Run:
         return self.scale(timestep)
 
     def is_over(self, sigma: float, call: Call, unserved: Collection[int] = ()) -> bool:
-        """Whether a call belongs to another run. The noise falls in a run, but for inversion, where it rises from the first
-        step on and the latents go on from those of the step before. unserved: sites that another processor has taken."""
+        """Whether a call belongs to another run. In a run the noise falls, except in an inversion, where it rises from the
+        first step and each step continues the latents of the one before. unserved: sites whose processor was exchanged."""
         if self.clock.step < 0:
             return False
         if any(self.sites[index].calls for index in unserved):
@@ -80,22 +81,22 @@ class Run:
         return (anew and self.branches.seen(call)) or (self.clock.step == 0 and self._calls[call.model] >= MOST_CALLS)
 
     def knows(self, sigma: float, call: Call) -> bool:
-        """Whether a call goes on from one of this run's."""
+        """Whether a call continues one of this run's branches."""
         return sigma <= self.clock.sigma + RISE and self.branches.goes_on(sigma, call)
 
     def follow(self, before: Run) -> None:
-        """What this loop did before its noise rose stays in the report."""
+        """Take over the records of `before`, the part of this loop before its noise rose, for the report."""
         self.first_step = before.first_step + before.clock.step + 1
         for site, old in zip(self.sites, before.sites, strict=True):
             site.calls, site.peak_bytes = old.calls, old.peak_bytes
 
     @property
     def step(self) -> int:
-        """In the report."""
+        """The current step, as numbered in the report."""
         return self.first_step + self.clock.step
 
     def enter(self, sigma: float, call: Call) -> Branch:
-        """Take in one call of a denoiser: which branch it is of."""
+        """Record one call of a denoiser; return its branch."""
         if moves := self.clock.step < 0 or abs(sigma - self.clock.sigma) > RISE:
             self.branches.move()
             self._calls.clear()
@@ -110,13 +111,13 @@ class Run:
         if ended is not None:
             self._drop([ended])
         if self.last:
-            self.forget(1)  # guidance that has ended
+            self.forget(1)  # branches of guidance that has ended
         return branch
 
     @property
     def last(self) -> bool:
-        """Whether this is the scheduler's last noise level, after which what is remembered serves nobody any more. (The end of
-        a loop is told by the loop itself.)"""
+        """Whether this is the scheduler's last noise level, after which statistics are useless. Only for models called by hand:
+        a loop signals its own end."""
         if not self.by_hand or self._timesteps is None:
             return False
         if self._steps is None:
@@ -125,13 +126,16 @@ class Run:
             self._steps = int(moved.sum()) + (len(listed) > 0)  # as the clock counts them
         return 0 < self._steps <= self.clock.step + 1
 
+    def memories(self) -> list[Memory]:
+        return [memory for site in self.sites for memory in list(site.memories.values())]
+
     def settle(self) -> None:
-        """Read the verdicts that are pending."""
+        """Read the pending verdicts."""
         pending, self.pending = self.pending, []
         settle(pending)
 
     def forget(self, steps: int) -> bool:
-        """Let go of branches that were not called for more than so many steps; whether there were any with statistics."""
+        """Drop branches that were not called in the last `steps` steps. Returns whether statistics were freed."""
         return self._drop([branch for branch in self.branches.known if branch.step < self.clock.step - steps])
 
     def _drop(self, gone: list[Branch]) -> bool:
@@ -143,7 +147,7 @@ class Run:
         return freed > 0
 
     def finish(self) -> None:
-        """Let go of all that is remembered: decoding, which comes next, needs the room. What ran stays, for the report."""
+        """Free all statistics: decoding comes next and needs the memory. Records stay, for the report."""
         self.finished = True
         for site in self.sites:
             site.memories.clear()

@@ -1,4 +1,4 @@
-"""What one site did and remembers in one run."""
+"""The records and statistics of one site in one run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import torch
 
 from fastdit.approx.step_cache import Memory
 
+NEW = "no earlier step of its branch: the conditioning or the noise is new"
+"""Why a call took statistics that no step before could serve."""
+
 
 class CallRecord(NamedTuple):
     """What one call of a site did.
 
-    phase: index into `Config.phases`, None outside all of them. density: of all query-key pairs. how: "dense", "sparse" (or
-    quantized), "refresh" (dense, statistics taken), "reuse" (sparse, completed by statistics). reason: why it was dense. step,
-    sigma: of the run. quant: number format. trimmed: padded keys cut. error: relative L2 on a few rows, None if not measured.
-    rung: level of the guard. seconds: of the attention call, or a pair of CUDA events that will tell.
+    phase: index into `Config.phases`, None if no phase held. density: share of all query-key pairs, in [0, 1]. how: "dense",
+    "sparse" (or quantized), "refresh" (dense, statistics taken), "reuse" (sparse, completed by statistics). reason: why it was
+    dense. step, sigma: of the run. quant: number format. trimmed: padded keys cut. error: relative L2 on a few rows, None if
+    not measured. rung: level of the guard. seconds: of the attention call, or a pair of CUDA events around it.
     """
 
     phase: int | None
@@ -34,9 +37,9 @@ class CallRecord(NamedTuple):
 
 @dataclass(eq=False)
 class SiteState:
-    """Of one site in one run. calls: what they did; memories: what it remembers by phase, branch, shape; peak_bytes: of them;
-    level: of `error_guard.LEVELS`; guarded: why it was last raised; too_dense: phases in which a dynamic policy keeps so many
-    tiles that dense attention is faster, each with that reason; lost: why the site was not served."""
+    """The state of one site in one run. calls: records; memories: statistics by phase, branch, shape, …; peak_bytes: of the
+    statistics; level: index into `error_guard.LEVELS`; guarded: why the level was last raised; too_dense: phases whose dynamic
+    policy keeps so many tiles that dense attention is faster, with the reason; lost: why the site could not be accelerated."""
 
     calls: list[CallRecord] = field(default_factory=list)
     memories: dict[tuple[Any, ...], Memory] = field(default_factory=dict)
@@ -47,18 +50,18 @@ class SiteState:
     lost: str | None = None
 
     def memory(self, phase: int | None, *key: Any) -> Memory:
-        """What is remembered for a phase and branch, shape, …: new at first. What another phase left goes: a phase begins with
-        statistics of its own."""
+        """The statistics of a phase and a key (branch, shape, …), created if missing. Drops those of other phases: a phase
+        begins with statistics of its own."""
         for other in [other for other in list(self.memories) if other[0] != phase]:
             del self.memories[other]
         return self.memories.setdefault((phase, *key), Memory())
 
     def bytes(self, device: torch.device | None = None) -> int:
-        """Of statistics, on a device; None: on all."""
+        """Bytes of statistics on a device; None: on all."""
         return sum(memory.bytes(device) for memory in list(self.memories.values()))
 
     def escalate(self, why: str, level: int) -> str:
-        """To a higher level, where statistics begin anew; the reason, for the report."""
+        """Raise the guard's level and drop the statistics. Returns the reason, for the report."""
         self.guarded, self.level = f"guard: {why}", max(self.level, level)
         self.memories.clear()
         return self.guarded

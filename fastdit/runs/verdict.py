@@ -1,5 +1,6 @@
-"""Whether an answer held. On a GPU nobody waits to learn it: what is wrong is repaired there and then, by a launch that does
-nothing where all is well, and the host reads why at the next forward, where it waits for the noise level anyway."""
+"""Whether the output of a call is finite and within its error budget. On a GPU the host does not wait for the result: a launch
+behind the kernel repairs a faulty output at once and does nothing otherwise. The host reads the reason at the next forward,
+where it waits for the noise level anyway."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ from fastdit.planning.forward_plan import above
 from fastdit.runs.site_state import SiteState
 
 BROKEN = 2
-"""Bit of a fault flag beside 1: the dense answer is not finite either, as what came in was not, which is the model's affair."""
+"""Bit of a fault flag besides 1: the dense output is not finite either, because the inputs were not; not fastdit's fault."""
 
 
 @dataclass(eq=False)
 class Verdict:
-    """On one call of a site. record: its index in `SiteState.calls`. fault: int32 [1], not 0 where the dense answer was put in
-    place. error: [] relative L2, where a budget has it measured. density: [] of a dynamic policy's tiles, where the host does
-    not know it."""
+    """The verdict on one call of a site. record: its index in `SiteState.calls`. fault: int32 [1], not 0 if the dense output
+    replaced the sparse one. error: [] relative L2, None without a budget. density: [] of a dynamic policy's tiles, None if the
+    host knows it."""
 
     state: SiteState
     record: int
@@ -33,7 +34,7 @@ class Verdict:
     budget: float = math.inf
 
     def read(self, fault: float, error: float | None, density: float | None) -> None:
-        """Take the values into the record, and the site to a higher level of the guard where the answer did not hold."""
+        """Store the values in the record, and raise the site's guard level if the output was faulty."""
         state, record = self.state, self.state.calls[self.record]
         if density is not None:
             record = record._replace(density=density)
@@ -50,16 +51,16 @@ class Verdict:
 
 
 def settle(verdicts: Sequence[Verdict]) -> None:
-    """Read all of them: one transfer, and one wait, a device."""
+    """Read all verdicts, with one transfer and one synchronisation per device."""
     tensors = [x for each in verdicts for x in (each.fault, each.error, each.density) if x is not None]
-    values = iter([float(x) for x in to_host(tensors)])
+    values = iter([float(x) for x in (to_host(tensors) if len(tensors) > 1 else tensors)])
     for each in verdicts:
         fault, error, density = (None if x is None else next(values) for x in (each.fault, each.error, each.density))
         each.read(fault or 0.0, error, density)
 
 
 def to_host(pieces: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of any dtype, on any devices, as float32 [n] on the CPU: one transfer, and one wait, a device."""
+    """Tensors of any dtype, on any devices -> float32 [n] on the CPU, with one transfer and synchronisation per device."""
     flat = [piece.reshape(-1).float() for piece in pieces]
     found: dict[int, Tensor] = {}
     for device in {piece.device for piece in flat}:

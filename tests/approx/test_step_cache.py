@@ -7,8 +7,9 @@ import torch
 from util import Largest
 
 from fastdit import Window, ops
-from fastdit.approx import step_cache
-from fastdit.approx.step_cache import Memory, Stored
+from fastdit.approx import placement, residual_store, step_cache
+from fastdit.approx.residual_store import Stored
+from fastdit.approx.step_cache import Memory
 from fastdit.config import KINDS, Reuse
 from fastdit.core.block_mask import BlockMask
 from fastdit.core.layout import Layout
@@ -160,14 +161,12 @@ def test_stores(store, error, host):
     assert Stored.of(torch.zeros(2, 8), store, host).load(x).eq(0).all()
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="the host's memory is another one than the GPU's only where there is a GPU"
-)
+@pytest.mark.gpu  # the host's memory is another one than the GPU's
 def test_what_the_gpu_has_no_room_for_goes_to_the_host(monkeypatch):
     q, k, v = (x.float().cuda() for x in tensors(9))
     kept = BlockMask.from_tile_map(KEPT.cuda(), LAYOUT)
     for asked, room, expected in ((True, 1 << 40, "cpu"), (False, 1 << 40, "cuda"), (False, 0, "cpu")):
-        monkeypatch.setattr(step_cache, "free_bytes", lambda device: room if device.type == "cuda" else 1 << 40)  # noqa: B023
+        monkeypatch.setattr(placement, "free_bytes", lambda device: room if device.type == "cuda" else 1 << 40)  # noqa: B023
         held = Memory()
         call(exactly(kind="residual", host=asked), held, q, k, v, replace(plan_of(), block_mask=kept))
         assert held.kept.data.device.type == expected
@@ -182,7 +181,7 @@ def test_what_the_gpu_has_no_room_for_goes_to_the_host(monkeypatch):
 def test_what_does_not_fit_is_not_remembered(monkeypatch):
     q, k, v = tensors(9)
     held = Memory()
-    monkeypatch.setattr(step_cache, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 1000)
     out, how = call(Reuse(kind="retention"), held, q, k, v)
     assert how == "dense"
     assert "no room" in held.no_room
@@ -195,7 +194,7 @@ def test_all_together_never_take_more_than_half_of_what_was_free(monkeypatch):
     """Sites that come first have their statistics, the others stay dense; R and its scales and ratios are all counted."""
     q, k, v = tensors(9)
     free, sites = 100_000, [Memory() for _ in range(8)]
-    monkeypatch.setattr(step_cache, "free_bytes", lambda device: free - sum(site.bytes(device) for site in sites))
+    monkeypatch.setattr(placement, "free_bytes", lambda device: free - sum(site.bytes(device) for site in sites))
 
     def held(device):
         return sum(site.bytes(device) for site in sites)
@@ -225,8 +224,8 @@ def test_in_pieces_it_is_the_same_to_the_bit_and_small(monkeypatch, kind, store)
     scaled = ratio * less.float()
     expected = {"retention": scaled + kept, "ratio": scaled, "residual": less.float() + kept, "broadcast": kept}[kind]
     part = q.shape[2] * q.shape[3]
-    monkeypatch.setattr(step_cache, "PART_BYTES", 4 * part)
-    assert len(list(step_cache._parts(q))) == 6
+    monkeypatch.setattr(residual_store, "PART_BYTES", 4 * part)
+    assert len(list(residual_store.parts(q))) == 6
     held, reuse = Memory(), Reuse(kind, store=store, ramp=0)
     step_cache.attention(q, k, v, plan_of(), reuse, held, None, lambda: full)
 
@@ -245,13 +244,13 @@ def test_what_was_remembered_once_has_room_again(monkeypatch):
     q, k, v = tensors(9)
     held, reuse = Memory(), Reuse("residual", refresh=2)
     hows = [call(reuse, held, q, k, v)[1]]
-    monkeypatch.setattr(step_cache, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 1000)
     assert hows + [call(reuse, held, q, k, v)[1] for _ in range(3)] == ["refresh", "reuse"] * 2
 
 
 def test_page_locked_memory_comes_in_powers_of_two():
-    assert [step_cache._taken(size, True) for size in (0, 1, 2, 3, 4096, 4097)] == [0, 1, 2, 4, 4096, 8192]
-    assert step_cache._taken(4097, False) == 4097
+    assert [residual_store.taken(size, True) for size in (0, 1, 2, 3, 4096, 4097)] == [0, 1, 2, 4, 4096, 8192]
+    assert residual_store.taken(4097, False) == 4097
 
 
 @pytest.mark.parametrize(

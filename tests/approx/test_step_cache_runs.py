@@ -16,28 +16,13 @@ from diffusers import (
     TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
 )
-from util import enter, tiny_wan_pipeline
+from util import enter, render, tiny_wan_pipeline, windows_reusing
 
 import fastdit
 from fastdit import Config, Phase, Window
 from fastdit.attach.site_call import SiteCall
 from fastdit.config import Reuse
 from fastdit.policies import SpatialTemporal, TopMass
-
-
-def config(kind="retention", policy=None, **fields):
-    """For 3×4×4 tokens: windows that drop most of them."""
-    policy = policy or Window(size=(1, 1, 1))
-    phase = Phase((1.0, 0.0), policy, reuse=Reuse(kind=kind, refresh=3, **fields))
-    return Config((phase,), (1, 2, 2), min_tokens=0)
-
-
-def render(pipe, prompt="a b c", seed=0, steps=6, size=64, callback=None, **more):
-    video = pipe(
-        prompt, negative_prompt="d e", num_frames=9, height=size, width=size, num_inference_steps=steps, output_type="latent",
-        generator=torch.Generator().manual_seed(seed), callback_on_step_end=callback, **more,
-    )  # fmt: skip
-    return video.frames
 
 
 @pytest.fixture
@@ -57,19 +42,19 @@ SCHEDULERS = {
 def test_two_prompts_in_a_row_are_two_fresh_pipelines(pipes, scheduler):
     used, fresh = pipes
     used.scheduler, fresh.scheduler = SCHEDULERS[scheduler](), SCHEDULERS[scheduler]()
-    fastdit.accelerate(used, config())
+    fastdit.accelerate(used, windows_reusing())
     first = render(used)
     assert math.isfinite(float(first.sum()))
     second = render(used, "d a", seed=5)
-    fastdit.accelerate(fresh, config())
+    fastdit.accelerate(fresh, windows_reusing())
     assert torch.equal(second, render(fresh, "d a", seed=5))
     assert fastdit.report(used).phases[0].reused > 0
 
 
 def test_a_run_that_broke_spoils_nothing(pipes):
     used, fresh = pipes
-    fastdit.accelerate(used, config())
-    fastdit.accelerate(fresh, config())
+    fastdit.accelerate(used, windows_reusing())
+    fastdit.accelerate(fresh, windows_reusing())
 
     def stop(pipe, step, timestep, values):
         if step == 4:
@@ -77,11 +62,11 @@ def test_a_run_that_broke_spoils_nothing(pipes):
         return values
 
     with pytest.raises(InterruptedError):
-        render(used, seed=3, callback=stop)
+        render(used, seed=3, callback_on_step_end=stop)
     assert torch.equal(render(used, seed=4), render(fresh, seed=4))
     # a new run that begins below the noise level at which the last one broke
     with pytest.raises(InterruptedError):
-        render(used, seed=3, callback=stop)
+        render(used, seed=3, callback_on_step_end=stop)
     short = [0.2, 0.1]
     if "sigmas" in used.scheduler.set_timesteps.__code__.co_varnames:
         used.scheduler.set_timesteps(sigmas=short)
@@ -94,8 +79,8 @@ def test_a_run_that_broke_spoils_nothing(pipes):
 
 def test_another_size_starts_anew(pipes):
     used, fresh = pipes
-    fastdit.accelerate(used, config())
-    fastdit.accelerate(fresh, config())
+    fastdit.accelerate(used, windows_reusing())
+    fastdit.accelerate(fresh, windows_reusing())
     render(used, size=96)
     assert torch.equal(render(used), render(fresh))
 
@@ -105,7 +90,7 @@ def test_two_pipelines_do_not_meet(pipes):
     a, b = pipes
     alone = []
     for pipe, seed in ((a, 1), (b, 2)):
-        fastdit.accelerate(pipe, config())
+        fastdit.accelerate(pipe, windows_reusing())
         alone.append(render(pipe, seed=seed))
     both = {}
 
@@ -114,7 +99,7 @@ def test_two_pipelines_do_not_meet(pipes):
             both["b"] = render(b, seed=2)
         return values
 
-    both["a"] = render(a, seed=1, callback=between)
+    both["a"] = render(a, seed=1, callback_on_step_end=between)
     assert torch.equal(both["a"], alone[0])
     assert torch.equal(both["b"], alone[1])
 
@@ -128,7 +113,7 @@ def test_branches_do_not_mix(pipes):
     texts = [torch.randn(1, 512, 16, generator=generator) * 30 for _ in range(2)]
 
     def run(branches):
-        handle = fastdit.accelerate(model, config(store="float32"))
+        handle = fastdit.accelerate(model, windows_reusing(store="float32"))
         found = []
         with torch.no_grad():
             for sigma in (900.0, 800.0, 700.0, 600.0):
@@ -150,7 +135,7 @@ def test_both_branches_in_one_batch(pipes):
     text = torch.randn(2, 512, 16, generator=generator) * 30
     found = []
     for batches in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
-        fastdit.accelerate(model, config(store="float32"))
+        fastdit.accelerate(model, windows_reusing(store="float32"))
         with torch.no_grad():
             for sigma in (900.0, 800.0, 700.0):
                 parts = [model(x[part], torch.full((len(x[part]),), sigma), text[part])[0] for part in batches]
@@ -168,12 +153,12 @@ def test_a_dynamic_map_serves_as_long_as_it_should(pipes, monkeypatch, policy):
     counts = {}
     for maps in (1, 2, 6):
         chosen.clear()
-        fastdit.accelerate(pipe, config("none", policy, maps=maps))
+        fastdit.accelerate(pipe, windows_reusing("none", policy, maps=maps))
         render(pipe)
         counts[maps] = len(chosen)
     assert counts == {1: 6 * 2 * 2, 2: 3 * 2 * 2, 6: 1 * 2 * 2}  # steps, branches, layers
     chosen.clear()
-    fastdit.accelerate(pipe, config("retention", policy))
+    fastdit.accelerate(pipe, windows_reusing("retention", policy))
     render(pipe)
     assert len(chosen) == 2 * 2 * 2  # a map a refresh, each third step
 
@@ -198,7 +183,7 @@ def test_what_a_step_cache_skips_ages_nothing(pipes, monkeypatch, cache):
     """Statistics are refreshed every third time that a layer runs in a branch, however many steps its block was skipped."""
     pipe, _ = pipes
     pipe.transformer.enable_cache(STEP_CACHES[cache](pipe))
-    handle = fastdit.accelerate(pipe, config())
+    handle = fastdit.accelerate(pipe, windows_reusing())
     seen = {}
     record = SiteCall.record
 
@@ -232,14 +217,14 @@ def test_another_batch_starts_anew_and_a_phase_that_ends_leaves_nothing(pipes):
 
 def test_copy_remembers_nothing_and_two_denoisers_have_their_own(pipes):
     pipe, _ = pipes
-    fastdit.accelerate(pipe, config())
+    fastdit.accelerate(pipe, windows_reusing())
     render(pipe)
     twin = copy.deepcopy(pipe.transformer)
     assert fastdit.report(twin).memory == 0
     assert fastdit.report(pipe).memory > 0
     pipe.transformer_2 = tiny_wan_pipeline().transformer
     pipe.register_to_config(boundary_ratio=0.5)
-    fastdit.accelerate(pipe, config())
+    fastdit.accelerate(pipe, windows_reusing())
     out = render(pipe)
     sites = fastdit.report(pipe).sites
     assert len(sites) == 4
@@ -257,7 +242,7 @@ def test_rows_with_other_padding_have_statistics_of_their_own(pipes):
     shown[0, ..., 50:52] = shown[1, ..., 54:56] = False
 
     def answers(rows):
-        handle = fastdit.accelerate(model, config("residual"))
+        handle = fastdit.accelerate(model, windows_reusing("residual"))
         found = []
         for i, hidden in enumerate(steps):
             forward = enter(handle.denoisers[0], (3, 4, 4), 0.9 - 0.1 * i, after=8)
@@ -276,7 +261,7 @@ def test_rows_with_other_padding_have_statistics_of_their_own(pipes):
 def test_density_is_that_of_what_ran(pipes, kind):
     """All pairs in a refresh, the window's in a sparse step, none where the last output serves again."""
     pipe, _ = pipes
-    fastdit.accelerate(pipe, config(kind))
+    fastdit.accelerate(pipe, windows_reusing(kind))
     render(pipe)
     window = 1 / 12 if kind == "residual" else 0.0
     assert fastdit.report(pipe).density == pytest.approx((2 + 4 * window) / 6)
@@ -284,7 +269,7 @@ def test_density_is_that_of_what_ran(pipes, kind):
 
 def test_memory_is_counted(pipes):
     pipe, _ = pipes
-    fastdit.accelerate(pipe, config(store="bfloat16"))
+    fastdit.accelerate(pipe, windows_reusing(store="bfloat16"))
     render(pipe)
     tokens, channels, heads = 3 * 4 * 4, 128, 2
     a_branch = tokens * channels * 2 + tokens * heads * 4

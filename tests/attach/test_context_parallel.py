@@ -1,17 +1,16 @@
 """`enable_parallelism` on two real processes (gloo): split over heads or in a ring, attention is what one process computes."""
 
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from chequer import SPARSE
 from diffusers import ContextParallelConfig, ParallelConfig
-from ranks import BY_NAME, CASES, call
-from test_families import SPARSE, run
-from util import environment
+from families import BY_NAME, run
+from ranks import CASES, call
+from util import ROOT, environment
 
 import fastdit
 from fastdit import ops
@@ -25,24 +24,16 @@ from fastdit.planning.adapter import Facts
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def both(tmp_path_factory):
     """What both processes saw, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    here = Path(__file__).parents[1]
-    path = os.pathsep.join(map(str, (here, here / "pipelines")))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(here / "ranks.py"), str(rank), str(port), str(folder / f"{rank}.pt")],
-            env=environment(PYTHONPATH=path, OMP_NUM_THREADS="1"), stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    tests = ROOT / "tests"
+    seen = environment(PYTHONPATH=os.pathsep.join((str(tests), str(ROOT))))
+    programs = [[sys.executable, str(tests / "ranks.py"), str(rank), str(folder)] for rank in range(2)]
+    processes = [subprocess.Popen(program, env=seen, stderr=subprocess.PIPE, text=True) for program in programs]
     try:
         for process in processes:
-            _, said = process.communicate(timeout=400)
+            _, said = process.communicate(timeout=900)
             assert process.returncode == 0, said[-3000:]
     finally:
         for process in processes:
@@ -51,7 +42,7 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("pair", CASES, ids=" ".join)
-def test_two_processes_are_one(found, pair):
+def test_two_processes_are_one(both, pair):
     family, split = pair
     case, changed = BY_NAME[family], call(*pair)
     model = case.model()
@@ -60,7 +51,7 @@ def test_two_processes_are_one(found, pair):
         with fastdit.accelerate(model, SPARSE):
             sparse = run(model, case, **changed)
     assert relative_error(sparse, stock) > 2e-5
-    for rank in found:
+    for rank in both:
         result = rank[pair]
         if split.startswith("ulysses"):
             assert relative_error(result["stock"], stock) < 1e-5  # diffusers itself
@@ -77,7 +68,7 @@ def test_two_processes_are_one(found, pair):
     [
         ({"ring_degree": 2, "ulysses_degree": 2}, None, 0, "by ring and Ulysses at once"),
         ({"ring_degree": 2}, torch.ones(1, 1, 1, 8, dtype=torch.bool), 0, "by a ring, with a mask"),
-        ({"ulysses_degree": 2}, None, 5, "not text and picture apart"),
+        ({"ulysses_degree": 2}, None, 5, "text and picture in one piece"),
     ],
 )
 def test_what_stays_with_diffusers(split, mask, text, why):

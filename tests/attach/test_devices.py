@@ -16,8 +16,6 @@ from fastdit.planning.forward_plan import complete
 from fastdit.policies import Antidiagonal, TopMass, scores
 from fastdit.runs.clock import Stopwatch
 
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-
 SMALL = Layout((2, 9, 10), (1, 4, 5), text_len=7)
 LARGE = Layout((8, 32, 32), (1, 8, 16))
 """Enough tiles of 128 tokens to fill a GPU without splitting lists: Hopper's own kernel, where there is one."""
@@ -42,7 +40,7 @@ def same_on_both(compute):
         assert torch.equal(x.cpu(), y.cpu())
 
 
-@two_gpus
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize("layout", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("quant", QUANTS, ids=str)
 def test_every_format(quant, layout):
@@ -57,7 +55,7 @@ def test_every_format(quant, layout):
     same_on_both(answers)
 
 
-@two_gpus
+@pytest.mark.gpu(2)
 def test_float32_and_biases():
     def answers(device):
         q, k, v = (x.to(device) for x in inputs(SMALL, torch.float32))
@@ -67,7 +65,7 @@ def test_float32_and_biases():
     same_on_both(answers)
 
 
-@two_gpus
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize("layout", [SMALL, LARGE], ids=["small", "large"])
 def test_tile_scores(layout):
     def answers(device):
@@ -78,7 +76,7 @@ def test_tile_scores(layout):
     same_on_both(answers)
 
 
-@two_gpus
+@pytest.mark.gpu(2)
 def test_stopwatch():
     """Its events are of the device that works: they say how long that took."""
     x = torch.randn(4096, 4096, device="cuda:1")
@@ -103,7 +101,7 @@ CONFIGS = {
 }
 
 
-@two_gpus
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize("placed", ["cuda:1", "both"])
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()

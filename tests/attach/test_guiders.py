@@ -4,8 +4,7 @@ import diffusers.guiders as guiders
 import pytest
 import torch
 from diffusers import LayerSkipConfig
-from diffusers.modular_pipelines import WanBlocks
-from util import tiny_wan_pipeline
+from util import modular, render_modular
 
 import fastdit
 from fastdit import Config, Phase, Window
@@ -36,48 +35,31 @@ GUIDERS = {
 }  # fmt: skip
 
 
-def modular(guider):
-    pipe = tiny_wan_pipeline()
-    found = WanBlocks().init_pipeline()
-    parts = {name: getattr(pipe, name) for name in ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")}
-    found.update_components(**parts, guider=guider)
-    found.set_progress_bar_config(disable=True)
-    return found
-
-
-def render(pipe, steps=10):
-    torch.manual_seed(7)  # of the dropout of auto guidance
-    return pipe(
-        prompt="a b c", negative_prompt="d e", num_frames=9, height=64, width=64, num_inference_steps=steps, output="latents",
-        output_type="pt", generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("name", GUIDERS)
 def test_guiders(name):
     make, calls = GUIDERS[name], []
     pipe = modular(make())
     pipe.transformer.blocks[0].attn1.register_forward_hook(lambda *_: calls.append(1))
-    stock = render(pipe)
+    stock = render_modular(pipe)
     pipe = modular(make())
     fastdit.accelerate(pipe, "exact")
-    assert torch.equal(render(pipe), stock)
+    assert torch.equal(render_modular(pipe), stock)
     ran = [ran for site, ran in fastdit.report(pipe).calls if site == 0]
     assert len(ran) == len(calls) > 10
 
     pipe = modular(make())  # anew each time: a guider remembers where it ended
     fastdit.accelerate(pipe, WHOLE)
-    assert relative_error(render(pipe), stock) < 1e-5
+    assert relative_error(render_modular(pipe), stock) < 1e-5
 
     pipe = modular(make())
     handle = fastdit.accelerate(pipe, RESIDUAL)
     held, decode = [], pipe.vae.decode
     pipe.vae.decode = lambda *a, **k: held.append(handle.bytes()) or decode(*a, **k)
-    found = render(pipe)
+    found = render_modular(pipe)
     assert held == [0]
     hows = [ran.how for site, ran in fastdit.report(pipe).calls if site == 0]
     assert len(calls) / 3 <= hows.count("refresh") <= len(calls) / 3 + 2, hows  # each branch every third of its calls
     assert set(hows) == {"refresh", "reuse"}
     twin = modular(make())
     fastdit.accelerate(twin, RESIDUAL)
-    assert torch.equal(render(twin), found)
+    assert torch.equal(render_modular(twin), found)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from families import CASES
-from test_step_cache_runs import config, render
-from util import tiny_wan_pipeline
+from util import render, tiny_wan_pipeline, windows_reusing
 
 import fastdit
 from fastdit import Config, Phase, Window
@@ -29,14 +28,14 @@ def held(pipe):
 @pytest.mark.parametrize("broken", [True, False])
 def test_a_pipeline_that_nobody_holds_is_freed(restored, broken):
     pipe = tiny_wan_pipeline()
-    handle = fastdit.accelerate(pipe, config())
+    handle = fastdit.accelerate(pipe, windows_reusing())
 
     def stop(pipe, step, timestep, values):
         raise InterruptedError
 
     if broken:
         with pytest.raises(InterruptedError):
-            render(pipe, callback=stop)
+            render(pipe, callback_on_step_end=stop)
     else:
         render(pipe)
     if restored:
@@ -54,7 +53,7 @@ def test_statistics_go_at_once_with_the_acceleration():
     pipe = tiny_wan_pipeline()
     gc.disable()
     try:
-        with fastdit.accelerate(pipe, config()) as handle:
+        with fastdit.accelerate(pipe, windows_reusing()) as handle:
             with torch.no_grad():
                 pipe.transformer(torch.randn(1, 4, 3, 16, 16), torch.tensor([900.0]), torch.randn(1, 512, 16))
             assert held(pipe) > 0
@@ -67,18 +66,18 @@ def test_statistics_go_at_once_with_the_acceleration():
 def test_nothing_is_held_after_the_last_step(kind):
     """Decoding needs the room; the report still says how much it was."""
     pipe = tiny_wan_pipeline()
-    fastdit.accelerate(pipe, config(kind))
+    fastdit.accelerate(pipe, windows_reusing(kind))
     most = []
 
     def look(pipe, step, timestep, values):
         most.append(held(pipe))
         return values
 
-    render(pipe, callback=look)
+    render(pipe, callback_on_step_end=look)
     assert held(pipe) == 0
     assert all(size > 0 for size in most)
     assert fastdit.report(pipe).memory == max(most)
-    render(pipe, steps=4, callback=look)
+    render(pipe, steps=4, callback_on_step_end=look)
     assert fastdit.report(pipe).phases[0].reused > 0
 
 
@@ -108,12 +107,12 @@ def test_every_sample_has_statistics_of_its_own_beside_a_step_cache():
 
 
 def test_a_bare_model_at_one_noise_level_does_not_remember_without_end(monkeypatch):
-    monkeypatch.setattr(run, "MOST_CALLS", 64)
+    monkeypatch.setattr(run, "MOST_CALLS", 8)
     case = next(case for case in CASES if case.cls == "WanTransformer3DModel")
     model, call = case.model(), case.call()
-    handle = fastdit.accelerate(model, config())
+    handle = fastdit.accelerate(model, windows_reusing())
     with torch.no_grad():
-        for _ in range(64 + 6):
+        for _ in range(8 + 6):
             model(**call)
     site = handle.sites[0]
     assert len(site.memories) == len(site.calls) == 6
@@ -127,7 +126,7 @@ def test_a_bare_model_at_one_noise_level_does_not_remember_without_end(monkeypat
 def test_ids_stay_on_the_cpu_whatever_the_default_device_is():
     pipe = tiny_wan_pipeline()
     with torch.device("meta"):
-        fastdit.accelerate(pipe, config())
+        fastdit.accelerate(pipe, windows_reusing())
     render(pipe)
     assert fastdit.report(pipe).phases[0].reused > 0
 
@@ -135,7 +134,7 @@ def test_ids_stay_on_the_cpu_whatever_the_default_device_is():
 def test_a_model_that_is_deleted_takes_statistics_and_masks_along_at_once():
     """Without `restore`, and without Python's collector."""
     pipe = tiny_wan_pipeline()
-    handle = fastdit.accelerate(pipe, config())
+    handle = fastdit.accelerate(pipe, windows_reusing())
     with torch.no_grad():
         pipe.transformer(torch.randn(1, 4, 3, 16, 16), torch.tensor([900.0]), torch.randn(1, 512, 16))
     gc.collect()
@@ -151,7 +150,7 @@ def test_a_model_that_is_deleted_takes_statistics_and_masks_along_at_once():
 
 def test_threads_that_end_take_their_statistics_along_at_once():
     pipe = tiny_wan_pipeline()
-    handle = fastdit.accelerate(pipe, config())
+    handle = fastdit.accelerate(pipe, windows_reusing())
 
     @torch.no_grad()
     def work():
@@ -173,7 +172,7 @@ def test_threads_that_end_take_their_statistics_along_at_once():
 
 def test_reset_forgets_what_ran():
     pipe = tiny_wan_pipeline()
-    handle = fastdit.accelerate(pipe, config())
+    handle = fastdit.accelerate(pipe, windows_reusing())
     render(pipe)
     assert len(fastdit.report(pipe).calls) > 0
     handle.reset()

@@ -11,6 +11,7 @@ import inspect
 import diffusers
 import pytest
 import torch
+from chequer import SPARSE, masked
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -18,14 +19,12 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
-from families import CASES
-from test_families import SPARSE, masked, name, run
+from families import BY_NAME, run
 
 import fastdit
 from fastdit.attach.processor import BoundProcessor
 from fastdit.core.reference import relative_error
 
-BY_NAME = {name(case): case for case in CASES}
 DITS = ("Wan", "Flux", "HunyuanVideo", "CogVideoX", "LTXVideo", "QwenImage", "SD3", "PixArt", "UNet2DCondition")
 needs_accelerator = pytest.mark.skipif(
     diffusers.__version__.startswith("0.37"), reason="diffusers 0.37 offloads groups only where there is an accelerator"

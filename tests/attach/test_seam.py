@@ -14,9 +14,8 @@ from diffusers.hooks import apply_layer_skip
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import CROSS_ATTENTION_PROCESSORS, AttnProcessor, AttnProcessor2_0
-from families import CASES
+from families import BY_NAME, CASES, each_family, name, run
 from models import wan, wan_inputs
-from test_families import name, run
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -32,15 +31,13 @@ from fastdit.planning.adapter import Facts
 SPARSE = Config((Phase(policy=Window(size=(1, 1, 1))),), (1, 2, 2), min_tokens=0, max_density=1)
 WHOLE = Config((Phase(policy=Window(size=(99, 99, 99))),), (1, 2, 2), min_tokens=0, max_density=1)
 STRICT = Config(SPARSE.phases, SPARSE.tile, min_tokens=0, max_density=1, strict=True)
-BY_NAME = {name(case): case for case in CASES}
 UNET = BY_NAME["UNet2DCondition"]
-families = pytest.mark.parametrize("case", CASES, ids=name)
 
 
 # Lookups by class ------------------------------------------------------------------------------------------------------------
 
 
-@families
+@each_family
 def test_a_bound_class_answers_as_its_original(case):
     model = case.model()
     before = {place: type(module.processor) for place, module in model.named_modules() if hasattr(module, "processor")}
@@ -107,7 +104,7 @@ def stack(model):
 
 
 @pytest.mark.parametrize("what", SKIPS)
-@families
+@each_family
 @torch.no_grad()
 def test_layers_skipped_by_guidance(case, what):
     """As on the stock model, in whichever order both were installed; where diffusers itself cannot, the same error."""
@@ -167,8 +164,12 @@ def test_any_mode_around_attention_acts_and_is_reported():
 # Autocast and dtypes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@families
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.bfloat16) for case in CASES]
+    + [(BY_NAME[each], torch.float16) for each in ("Wan", "Flux", "UNet2DCondition")],
+    ids=lambda each: str(each) if isinstance(each, torch.dtype) else name(each),
+)
 @torch.no_grad()
 def test_autocast(case, dtype):
     def answer(config=None):

@@ -119,7 +119,7 @@ def test_errors_on_normal_data_are_the_known_ones(quant, expected):
 def test_p_uses_the_whole_range_of_fp8():
     """Unscaled, P of flat rows falls into E4M3's subnormals: 448 gains more than five-fold (papers: SageAttention2)."""
     q, k, v = qkv(4096, heads=1)
-    q = q / 4
+    q = q[:, :, :256] / 4  # each row is as flat as any
     v = v + 1
     exact = attention(q, k, v)[0]
     scaled = relative_error(rounded_attention(q, k, v, 0.125, "fp8")[0], exact)

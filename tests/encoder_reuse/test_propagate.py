@@ -7,9 +7,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
-from families import CASES, r
-from models import wan
-from test_families import name
+from families import BY_NAME, r
+from models import state, wan
 
 import fastdit
 from fastdit.core.reference import relative_error
@@ -21,7 +20,6 @@ UNETS = (
     pytest.param("UNet3DCondition", marks=pytest.mark.slow),  # as long as all others
 )  # fmt: skip
 DITS = ("DiT", "PixArt")
-BY_NAME = {name(case): case for case in CASES}
 TIMES = (900, 800, 700, 600, 500)
 
 
@@ -68,11 +66,6 @@ def expected(model, call, keys, times=TIMES, **more):
     for handle in handles:
         handle.remove()
     return found
-
-
-def state(model):
-    """Everything an installation could leave behind."""
-    return [(key, sorted(vars(module)), vars(module).get("forward")) for key, module in model.named_modules()]
 
 
 @pytest.mark.parametrize("family", UNETS + DITS)
@@ -459,7 +452,7 @@ def test_threads_that_share_a_model_do_not_meet():
     """Two pipelines on one UNet, of different steps and schedulers: to the bit what each gives alone."""
     import threading
 
-    case = next(case for case in CASES if case.cls == "UNet2DConditionModel")
+    case = BY_NAME["UNet2DCondition"]
     model = case.model()
     texts = [torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
 

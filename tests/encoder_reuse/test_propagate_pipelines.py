@@ -22,17 +22,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     StableVideoDiffusionPipeline,
 )
-from families import CASES, r
+from families import BY_NAME, r
+from models import state
 from PIL import Image
-from test_families import name
-from test_propagate import state
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import fastdit
 from fastdit.core.reference import relative_error
 from fastdit.encoder_reuse.propagate import propagation_of
-
-BY_NAME = {name(case): case for case in CASES}
 
 
 def finish(pipe):

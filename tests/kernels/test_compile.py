@@ -8,20 +8,20 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from util import ROOT
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from fastdit.core.quant import Quant
 from fastdit.kernels import launch
 
-HERE = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Bytes of shared memory one block may have, from NVIDIA's tables."""
 KEY = ("triton", "arch", "dim", "quant")
-TABLE = {tuple(row[k] for k in KEY): row for row in map(json.loads, (HERE / "compile_table.json").read_text().splitlines())}
+TABLE = {tuple(row[k] for k in KEY): row for row in map(json.loads, (TESTS / "compile_table.json").read_text().splitlines())}
 MEANT = {
     (80, "none"): "HMMA", (80, "int8"): "IMMA", (86, "none"): "HMMA", (86, "int8"): "IMMA", (89, "none"): "HMMA",
     (89, "int8"): "IMMA", (89, "fp8"): "QMMA", (90, "none"): "HGMMA", (90, "int8"): "IGMMA", (90, "fp8"): "QGMMA",
@@ -34,9 +34,9 @@ MEANT = {
 def run(*arguments, path=""):
     """Rows that `compile_kernels.py` prints, with a Triton from `path`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, str(HERE.parent), environment.get("PYTHONPATH"))))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, str(ROOT), environment.get("PYTHONPATH"))))
     command = [sys.executable, "compile_kernels.py", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -175,7 +175,7 @@ sass._facts = lambda *kernel: (sass._compile(*kernel)[0].asm["cubin"] and {}, []
 sass.compile_forward(90, 128, Quant())
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(HERE.parent)))
+    environment["PYTHONPATH"] = os.pathsep.join((str(tmp_path), str(ROOT)))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith(f"Triton {version}: ")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_extras import LAYOUT, SCALE, attend, check, draw, exact
+from oracle import LAYOUT, SCALE, attend, check, draw, exact
 
 from fastdit import ops
 from fastdit.core.block_mask import BlockMask

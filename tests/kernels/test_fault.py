@@ -4,7 +4,7 @@ or on a GPU, against float64."""
 import pytest
 import torch
 from device import DEVICE, moved
-from test_triton import ROUNDING, hurtful
+from oracle import ROUNDING, hurtful
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 

@@ -6,23 +6,23 @@ through the interpreter's repair (`interpreter.py`): what is tested of it is the
 
 import pytest
 import torch
-from device import DEVICE, there
+from device import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import hurtful
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+from triton_check import block_sparse_attention, check, dense_attention
 
 from fastdit.core.block_mask import BlockMask
 from fastdit.core.layout import Layout
 from fastdit.core.quant import Quant
-from fastdit.core.reference import attention, relative_error, token_mask
+from fastdit.core.reference import relative_error
 from fastdit.kernels import cpu
-from fastdit.kernels import cuda as kernels
 from fastdit.kernels.cuda import unsupported
 from fastdit.kernels.pack import Rows
 
-block_sparse_attention, dense_attention = there(kernels.block_sparse_attention), there(kernels.dense_attention)
-ROUNDING = {torch.float32: 2**-20, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 FORMATS = [
     Quant(),
     Quant("fp8", "fp8"),
@@ -34,43 +34,6 @@ FORMATS = [
     Quant("none", "fp8"),
     Quant("int8", "int8", smooth_k=True, smooth_v=True),
 ]
-
-
-def hurtful(batch, heads, tokens, dim, dtype, seed=0):
-    """Channel-biased K, a spike, V with a mean; in diffusers' strides, inside a buffer of NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(batch, tokens, heads, dim, generator=generator) for _ in range(3))
-    k = k + 3 * torch.randn(dim, generator=generator)
-    q[0, tokens // 2] *= 4
-    v = v + 1
-    poisoned = [torch.full((batch, tokens, heads, dim + 8), float("nan"), dtype=dtype) for _ in range(3)]
-    for buffer, x in zip(poisoned, (q, k, v), strict=True):
-        buffer[..., :dim] = x.to(dtype)
-    return [buffer[..., :dim].transpose(1, 2) for buffer in poisoned]
-
-
-def check(layout, tile_map, q, k, v, quant, scale=None, splits=None):
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    m = BlockMask.from_tile_map(tile_map, layout)
-    masks = (m.kv_num_blocks, m.kv_indices, m.q_order, m.k_order)
-    exact, exact_lse = attention(q.double(), k.double(), v.double(), token_mask(layout, tile_map), scale)
-    emulated, emulated_lse = cpu.block_sparse_attention(q.float(), k.float(), v.float(), *masks, scale, quant)
-    rounding = ROUNDING[q.dtype]
-    budget = 2 * relative_error(emulated, exact) + rounding
-    seen = ~exact_lse.isneginf()
-    worst = (emulated_lse - exact_lse)[seen].abs().max() if seen.any() else 0
-    # On a GPU short sequences are cut into parts: whole lists are another kernel.
-    for parts in {splits, 1} if DEVICE == "cuda" else {splits}:
-        out, lse = block_sparse_attention(q, k, v, *masks, scale, quant, splits=parts)
-        assert out.dtype == q.dtype
-        assert out.stride() == torch.empty_like(q).stride()
-        assert out.isfinite().all()
-        assert relative_error(out, exact) <= budget
-        if exact.norm() > 0:
-            assert abs(float(out.double().norm() / exact.norm()) - 1) <= budget
-        assert torch.equal(lse.isneginf(), ~seen)
-        assert not seen.any() or (lse - exact_lse)[seen].abs().max() <= 2 * worst + 8 * rounding
-        assert (out[~seen] == 0).all()
 
 
 @pytest.mark.parametrize("quant", FORMATS, ids=str)

@@ -11,9 +11,11 @@ from families import CASES
 
 import fastdit
 from fastdit import Config, Phase, Quant, Reuse, Window, ops
-from fastdit.approx import step_cache
+from fastdit.approx import residual_store, step_cache
 from fastdit.approx.remainder import REMAINDERS, attention
+from fastdit.approx.residual_store import FORMS
 from fastdit.approx.step_cache import Memory
+from fastdit.config import AUTO
 from fastdit.core.block_mask import BlockMask
 from fastdit.core.layout import Layout
 from fastdit.pipelines.family import noise_level
@@ -99,7 +101,7 @@ def test_attention_with_every_remainder(other, quant):
 
 
 @defaults
-@pytest.mark.parametrize("store", step_cache.STORES)
+@pytest.mark.parametrize("store", [*FORMS, AUTO])
 @pytest.mark.parametrize("kind", ["retention", "residual", "ratio", "broadcast"])
 def test_statistics(other, store, kind):
     layout, (q, k, v) = inputs(other, 2)
@@ -109,8 +111,8 @@ def test_statistics(other, store, kind):
         mask = BlockMask.from_tile_map(complete(Window(size=(1, 1, 1)).select(layout), layout), layout)
         plan, held = CallPlan(0, density=mask.density(), block_mask=mask, reuse=reuse), Memory()
         found = [step_cache.attention(q * level, k, v, plan, reuse, held, None, lambda: q + v)[0] for level in (1.0, 0.9, 0.8)]
-        scale = None if held.kept is None else held.kept.scale
-        assert scale is None or scale.dtype == torch.float32
+        if (kept := held.kept) is not None:
+            assert [x.dtype for x in kept.tensors] == [dtype for _, dtype in residual_store.layout(kept.shape, kept.form)]
         return found
 
     assert equal(*twice(other, steps))
@@ -147,7 +149,7 @@ def test_timesteps_of_unets(other, timestep):
 
 
 @pytest.mark.parametrize("other", ["bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("store", step_cache.STORES)
+@pytest.mark.parametrize("store", [*FORMS, AUTO])
 @torch.no_grad()
 def test_a_whole_denoiser(other, store):
     """Whose own answer does not depend on the default."""

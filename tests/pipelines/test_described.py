@@ -2,49 +2,14 @@
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
-from models import wan, wan_inputs
-from test_families import SPARSE, Chequer, token_mask
+from chequer import SPARSE, Chequer, token_mask
+from models import GRID, TEXT, given, layout, wan, wan_inputs
 from torch import nn
 
 import fastdit
-from fastdit import Config, Facts, Phase
+from fastdit import Config, Phase
 from fastdit.attach.processor import BoundProcessor, installed
 from fastdit.core.reference import relative_error
-
-GRID, TEXT = (3, 8, 8), 5
-
-
-class Mine(nn.Module):
-    """A denoiser of nobody's but ours: clips [B, T, H, W, C], text in front, noise in percent, and a look at the text."""
-
-    def __init__(self):
-        super().__init__()
-        self.mix = nn.ModuleList(Attention(query_dim=64, heads=2, dim_head=32) for _ in range(2))
-        self.look = Attention(query_dim=64, cross_attention_dim=64, heads=2, dim_head=32)
-
-    def forward(self, clip, words, percent):
-        x = torch.cat([words, clip.flatten(1, 3)], 1) * (1 + percent / 100)
-        for layer in self.mix:
-            x = x + layer(x)
-        x = x + self.look(x, encoder_hidden_states=words)
-        return x[:, words.shape[1] :].reshape(clip.shape)
-
-
-def layout(call):
-    return Facts(tuple(call["clip"].shape[1:4]), sigma=call["percent"] / 100, before=call["words"].shape[1])
-
-
-@pytest.fixture
-def mine():
-    torch.manual_seed(0)
-    return Mine().eval().requires_grad_(False)
-
-
-def given(percent=50.0):
-    generator = torch.Generator().manual_seed(0)
-    clip, words = torch.randn(2, *GRID, 64, generator=generator), torch.randn(2, TEXT, 64, generator=generator)
-    return clip, words, torch.tensor(percent)
 
 
 def test_an_own_denoiser(mine, monkeypatch):

@@ -6,9 +6,9 @@ import inspect
 import diffusers
 import pytest
 import torch
-from families import CASES, ltx2_coords, ltx_coords
-from test_described import GRID, SPARSE, given, mine  # noqa: F401
-from test_families import families
+from chequer import SPARSE
+from families import CASES, each_family, ltx2_coords, ltx_coords
+from models import GRID, given
 
 import fastdit
 from fastdit import Facts
@@ -35,7 +35,7 @@ def test_names_are_the_forward_s_own(cls):
     assert tuple(inspect.signature(getattr(diffusers, cls).forward).parameters)[1 : len(names) + 1] == names
 
 
-@families
+@each_family
 def test_arguments_by_position_or_by_name(case):
     model, call = case.model(), case.call()
     adapter = ADAPTERS[case.cls]
@@ -45,7 +45,7 @@ def test_arguments_by_position_or_by_name(case):
     assert same(adapter.facts(model, args, {}), facts)
 
 
-@families
+@each_family
 @torch.no_grad()
 def test_optional_arguments_left_out(case):
     """One by one, and None given for them: nothing is raised, and what stock answers without them, we answer."""
@@ -71,7 +71,7 @@ def answer(model, call):
     return torch.stack(list(out)) if isinstance(out, (list, tuple)) else out
 
 
-@families
+@each_family
 def test_every_argument_left_out(case):
     """Required ones as well: what reads them must not be what complains."""
     model, adapter = case.model(), ADAPTERS[case.cls]
@@ -179,7 +179,7 @@ def broken(call):
         (lambda call: Facts(GRID[1:], call["percent"] / 100), "TypeError: it must give Facts"),
     ],
 )
-def test_an_own_layout_that_fails(mine, how, why):  # noqa: F811
+def test_an_own_layout_that_fails(mine, how, why):
     stock = mine(*given())
     fastdit.install(mine, how, SPARSE)
     assert torch.equal(mine(*given()), stock)

@@ -1,87 +1,19 @@
 """Every family on its real class: exact is stock, sparse is masked dense attention, and the tokens sit where the facts say."""
 
-import contextlib
+import inspect
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+import re
 
 import diffusers
 import pytest
 import torch
-import torch.nn.functional as F
-from families import CASES
+from chequer import SPARSE, TILE, Chequer, masked, token_mask
+from families import CASES, each_family, name, run
 
 import fastdit
-from fastdit import Config, Phase
 from fastdit.core.layout import Layout
 from fastdit.core.reference import relative_error
 from fastdit.pipelines.registry import ADAPTERS, HOPELESS
-from fastdit.policies import Policy
-
-TILE = (1, 4, 4)
-
-
-@dataclass(frozen=True)
-class Chequer(Policy):
-    """Tiles whose coordinates together are even: easy to write down for tokens as well."""
-
-    name: ClassVar[str] = "chequer"
-    reads: ClassVar[str] = ""
-
-    def select(self, layout, q=None, k=None, v=None):
-        at = torch.cartesian_prod(*(torch.arange(n) for n in layout.tile_grid)).sum(-1)
-        return ((at[:, None] + at) % 2 == 0)[None, None]
-
-
-SPARSE = Config((Phase(policy=Chequer()),), TILE, min_tokens=0, max_density=1)
-
-
-def token_mask(grid, before, after):
-    """The same by tokens: written without `Layout`."""
-    t, h, w = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    at = torch.stack([t // TILE[0], h // min(TILE[1], grid[1]), w // min(TILE[2], grid[2])], -1).flatten(0, 2)
-    video = ((at.sum(-1)[:, None] + at.sum(-1)) % 2 == 0) | (at[:, None] == at).all(-1)
-    n = len(at)
-    kept = torch.ones(before + n + after, before + n + after, dtype=torch.bool)
-    kept[before : before + n, before : before + n] = video
-    return kept
-
-
-@contextlib.contextmanager
-def masked(case, seen=None):
-    """Stock attention with the token mask added to every self-attention of a known length."""
-    stock = F.scaled_dot_product_attention
-
-    def core(query, key, value, attn_mask=None, *args, **kwargs):
-        q, k, v = query, key, value
-        if q.shape[-2] == k.shape[-2] and q.shape[-2] in case.places:
-            if seen is not None:
-                seen.append(k)
-            kept = token_mask(*case.places[q.shape[-2]])
-            if attn_mask is None:
-                attn_mask = kept
-            else:
-                attn_mask = attn_mask & kept if attn_mask.dtype == torch.bool else attn_mask.masked_fill(~kept, float("-inf"))
-        return stock(q, k, v, attn_mask, *args, **kwargs)
-
-    F.scaled_dot_product_attention = core
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = stock
-
-
-def run(model, case, **changed):
-    out = model(**case.call() | changed, return_dict=False)[0]
-    return torch.stack(list(out)) if isinstance(out, (list, tuple)) else out
-
-
-def name(case):
-    extra = "-image" if "image_dim" in case.config else ""
-    return case.cls.removesuffix("Model").removesuffix("Transformer3D").removesuffix("Transformer2D") + extra
-
-
-families = pytest.mark.parametrize("case", CASES, ids=name)
 
 
 def test_every_family_has_a_case():
@@ -89,7 +21,32 @@ def test_every_family_has_a_case():
     assert {case.cls for case in CASES} == there - {"ConsisIDTransformer3DModel"}  # CogVideoX's twin
 
 
-@families
+def denoisers():
+    """Classes of diffusers whose forward is told how noisy its input is. ControlNets are told as well, and denoise nothing."""
+    for each in dir(diffusers):
+        cls = getattr(diffusers, each)
+        if (
+            inspect.isclass(cls)
+            and issubclass(cls, diffusers.ModelMixin)
+            and not re.search("ControlNet(Union)?Model|MultiControl", each)
+        ):
+            names = inspect.signature(cls.forward).parameters
+            if any(name == "t" or re.search("time(step|_|$)", name) for name in names):
+                yield cls
+
+
+def test_every_denoiser_of_diffusers_is_known():
+    """A class that a new release of diffusers brings is named here, until it is accelerated, or hopeless with the reason."""
+    known = ADAPTERS.keys() | HOPELESS.keys()
+    unknown = [cls.__name__ for cls in denoisers() if not known & {base.__name__ for base in cls.__mro__}]
+    assert not unknown, unknown
+    assert not ADAPTERS.keys() & HOPELESS.keys()
+    assert {"WanTransformer3DModel", "UNet2DConditionModel", "HiDreamImageTransformer2DModel"} <= {
+        cls.__name__ for cls in denoisers()
+    }
+
+
+@each_family
 @torch.no_grad()
 def test_exact_is_stock_and_sparse_is_the_masked_model(case):
     model = case.model()
@@ -145,11 +102,11 @@ def test_tokens_sit_where_the_latents_are(case):
     assert moved == [before + (at[0] * grid[1] + at[1]) * grid[2] + at[2]]
 
 
-DATA_DEPENDENT = ("HunyuanVideo15", "Lumina2", "HiDreamImage", "ZImage")
+DATA_DEPENDENT = ("HunyuanVideo15", "Lumina2", "HiDreamImage", "ZImage", "BriaFibo2")
 """Families whose own forward is no one graph: it asks tensors for lengths, or makes them on a device of its own."""
 
 
-@families
+@each_family
 def test_compiled_whole_without_recompiling(case):
     torch._dynamo.reset()
     model = case.model()

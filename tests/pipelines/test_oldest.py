@@ -4,13 +4,11 @@ import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
-from util import environment
+from util import ROOT, environment
 
-ROOT = Path(__file__).parents[2]
 TESTS = (
     "pipelines/test_families.py",
     "attach/test_interplay.py",

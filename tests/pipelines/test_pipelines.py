@@ -11,8 +11,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from families import CASES, padded, r
-from test_families import SPARSE, name
+from chequer import SPARSE
+from families import BY_NAME, padded, r
 
 import fastdit
 from fastdit import FastAttnProcessor
@@ -20,7 +20,6 @@ from fastdit.core.reference import relative_error
 from fastdit.pipelines.videos import Cosmos
 from fastdit.runs.clock import Clock
 
-BY_NAME = {name(case): case for case in CASES}
 STEPS = 4
 WEIGHTS = "pytorch_lora_weights.safetensors"
 

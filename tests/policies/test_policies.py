@@ -34,7 +34,7 @@ from fastdit.policies import (
     policy_from_dict,
 )  # fmt: skip
 from fastdit.policies.lsh import buckets
-from fastdit.policies.scores import antidiagonal, keep, places, pooled
+from fastdit.policies.scores import antidiagonal, pooled, select_tiles, tile_coordinates
 from fastdit.policies.spatial_temporal import permute
 from fastdit.policies.top_mass import self_similarity
 
@@ -212,7 +212,7 @@ def test_temporal_map_is_the_spatial_one_on_permuted_tiles():
     spatial, temporal = SpatialTemporal(density=0.3).maps(LAYOUT)
     rank = permute(LAYOUT)
     order = rank.argsort()
-    t, h, w = places(LAYOUT)
+    t, h, w = tile_coordinates(LAYOUT)
     assert [(int(h[i]), int(w[i]), int(t[i])) for i in order] == sorted(zip(h.tolist(), w.tolist(), t.tolist(), strict=True))
     assert torch.equal(temporal[order[:, None], order], spatial)
     assert spatial.float().mean() == pytest.approx(0.3, abs=0.06)
@@ -303,7 +303,7 @@ def test_antidiagonal_sees_a_slash_that_means_miss():
 @settings(deadline=None, max_examples=60)
 def test_prefix_is_minimal(tau, tiles, seed):
     mass = torch.rand(3, 2, 5, tiles, generator=torch.Generator().manual_seed(seed)).softmax(-1)
-    kept = keep(mass, tau, None)
+    kept = select_tiles(mass, tau, None)
     inside = torch.where(kept, mass, 0.0)
     assert (inside.double().sum(-1) >= tau * mass.double().sum(-1) - 1e-6).all()
     if tau < 1:
@@ -346,7 +346,7 @@ def test_tiles_that_a_mean_cannot_stand_for_are_kept():
 def test_stripe_token_by_token(layout, window):
     q, k, v = (x.double() for x in video(layout))
     real = layout.order()[: layout.video_tiles] >= 0
-    t, _, _ = places(layout)
+    t, _, _ = tile_coordinates(layout)
     near = Window(size=window).select(layout)[0, 0] | (t == 0)
     found = Stripe(theta=1.5, window=window).select(layout, q.float(), k.float(), v.float())
     for b, h, i in itertools.product(range(2), range(2), range(0, layout.video_tiles, 3)):
@@ -362,7 +362,7 @@ def test_stripe_token_by_token(layout, window):
 def test_stripe_limits_and_planted_column():
     q, k, v = video(LAYOUT)
     policy = Stripe(theta=-math.inf)
-    t, _, _ = places(LAYOUT)
+    t, _, _ = tile_coordinates(LAYOUT)
     near = Window(size=policy.window).select(LAYOUT)[0, 0] | (t == 0)
     assert torch.equal(policy.select(LAYOUT, q, k, v), near.expand(2, 2, -1, -1))
     assert Stripe(theta=math.inf).select(LAYOUT, q, k, v).all()

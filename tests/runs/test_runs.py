@@ -15,9 +15,9 @@ from diffusers import (
     WanPipeline,
 )
 from families import CASES
-from test_noise_level import Pipe
+from models import Pipe
 from torch.overrides import TorchFunctionMode
-from util import tiny_wan_pipeline
+from util import render, tiny_wan_pipeline
 
 import fastdit
 from fastdit import Config, Phase, Window
@@ -44,28 +44,15 @@ def beside(pipe):
     return other
 
 
-def render(pipe, prompt="a b c", seed=0, steps=6, size=64, **more):
-    call = {"num_frames": 9, "height": size, "width": size, "num_inference_steps": steps, "output_type": "latent"}
-    return pipe(prompt, negative_prompt="d e", generator=torch.Generator().manual_seed(seed), **call | more).frames
-
-
-@pytest.fixture
-def one_thread_each():
-    """Sums of a CPU kernel are in the order of the OpenMP threads it is given, which on a busy machine is not always the same:
-    a test to the bit gives each Python thread one. Called in every thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield lambda: torch.set_num_threads(1)
-    torch.set_num_threads(before)
-
-
 def hows(report, layer=0):
     return [ran.how for site, ran in report.calls if site == layer]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_eight_threads_on_one_model(name, one_thread_each):
-    """Of different prompts, sizes, steps and schedulers: to the bit what each gives alone."""
+def test_eight_threads_on_one_model(name):
+    """Of different prompts, sizes, steps and schedulers: what each gives alone. State of another run would be a percent off. In
+    some processes that have run much else, matrix products of a thread differ from those of the main one by a rounding, with
+    `exact` too, where nothing of ours reaches a number: so it is not to the bit."""
     jobs = [{"prompt": p, "seed": i, "steps": 4 + i % 3, "size": 64 if i % 2 else 96} for i, p in enumerate("abcdefgh")]
     first = tiny_wan_pipeline()
     pipes = [first, *(beside(first) for _ in jobs[1:])]
@@ -75,7 +62,6 @@ def test_eight_threads_on_one_model(name, one_thread_each):
     found, errors = {}, []
 
     def work(i):
-        one_thread_each()
         try:
             found[i] = render(pipes[i], **jobs[i])
         except BaseException as error:
@@ -87,7 +73,8 @@ def test_eight_threads_on_one_model(name, one_thread_each):
     for thread in threads:
         thread.join()
     assert not errors
-    assert {i: relative_error(found[i], each) for i, each in enumerate(expected) if not torch.equal(found[i], each)} == {}
+    wrong = {i: relative_error(found[i], each) for i, each in enumerate(expected)}
+    assert max(wrong.values()) < 1e-5, wrong
     for pipe, job, density in zip(pipes, jobs, densities, strict=True):  # of its own run, whichever was the last of all
         report = fastdit.report(pipe)
         assert len(report.calls) == job["steps"] * 2 * 2

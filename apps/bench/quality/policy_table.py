@@ -25,7 +25,7 @@ from fastdit.core.layout import Layout
 from fastdit.core.reference import relative_error
 from fastdit.pipelines import embedded
 from fastdit.policies import LSH, Antidiagonal, Policy, PowerOfTwo, Radial, SpatialTemporal, Stripe, TopMass
-from fastdit.policies.scores import keep
+from fastdit.policies.scores import select_tiles
 from fastdit.reporting.head_profile import Seen, choose, retained, tile_mass
 
 SIGMAS = (0.9, 0.6, 0.3)
@@ -43,7 +43,7 @@ class Oracle(Policy):
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         assert q is not None
         assert k is not None
-        return keep(tile_mass(q, k, layout), None, self.density)
+        return select_tiles(tile_mass(q, k, layout), None, self.density)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Random(Policy):
 
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         n = layout.video_tiles
-        return keep(torch.rand(1, 1, n, n, generator=torch.Generator().manual_seed(0)), None, self.density)
+        return select_tiles(torch.rand(1, 1, n, n, generator=torch.Generator().manual_seed(0)), None, self.density)
 
 
 @dataclass

