@@ -25,7 +25,7 @@ FLOORS |= dict.fromkeys(FORMER, 4)
 HEAVY = {
     "torch", "diffusers", "transformers", "numpy", "PIL", "gradio", "ray", "triton", "triton.experimental", "imageio",
     "imageio_ffmpeg", "torchmetrics", "torchvision", "peft", "tokenizers", "safetensors", "sageattention", "playwright",
-    "uvicorn", "fastapi", "starlette",
+    "uvicorn", "fastapi", "starlette", "tqdm",
 }  # fmt: skip
 """Libraries that take long to import, or may be missing; triton.experimental (Gluon) is missing in some versions of Triton."""
 OUTSIDE = {"diffusers": 3, "transformers": 4, "triton": 1, "gradio": 5, "typer": 5, "ray": 5}

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from tqdm import tqdm
 
 from fastdit import Config
 from fastdit.apps.cli.options import with_settings
@@ -132,6 +131,8 @@ class Console:
         self.bar: Any = None
 
     def begin(self, jobs: int) -> None:
+        from tqdm import tqdm
+
         hidden = self.quiet or self.as_json or self.single or not jobs
         self.bar = tqdm(total=jobs, desc="clips", unit="clip", file=sys.stderr, disable=hidden)
 

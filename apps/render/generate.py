@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.load import denoisers
 from fastdit.apps.render.paths import local
@@ -51,6 +49,7 @@ def generate(
     scheduler), "decode" until the frames are there.
     """
     import torch
+    from tqdm import tqdm
 
     call = arguments(pipe, settings)
     marks: list[float] = []
