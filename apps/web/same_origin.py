@@ -1,7 +1,8 @@
-"""Keep other sites' pages, open in the same browser, away from this server."""
+"""Keep other sites' pages, open in the same browser, away from this server, and serve only what the page needs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -9,10 +10,19 @@ from urllib.parse import urlsplit
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 HEADERS = [
     (b"content-security-policy", b"frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
 ]
+SERVED = re.compile(
+    r"/|/(config|theme\.css|favicon\.ico|robots\.txt|login|logout)/?"
+    r"|/(assets|static|svelte)/.*"
+    r"|/gradio_api/(info|user|token|app_id|login_check|theme\.css|startup-events|upload|upload_progress|cancel|reset)/?"
+    r"|/gradio_api/(queue/(join|data)|heartbeat/\w+|call/\w+(/\w+)?|file=.*)"
+)
+"""What the page, its scripts and `gradio_client` ask for. The rest of Gradio (a proxy to other hosts, an OpenAPI schema, run
+history, monitoring, deep links, streams, editing by a model) is not served."""
 
 
 class SameOrigin:
@@ -22,19 +32,21 @@ class SameOrigin:
     it comes from. A link to the page itself may be followed from anywhere. Programs send neither header and are let in.
     """
 
-    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if foreign(scope):
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
-                return
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain"), *HEADERS]})
-            await send({"type": "http.response.body", "body": b"refused: asked for by another site's page"})
+        outside, unknown = foreign(scope), SERVED.fullmatch(scope["path"]) is None
+        if scope["type"] == "websocket":  # the page opens none
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        if outside or unknown:
+            await (
+                refuse(send, 403, "refused: asked for by another site's page") if outside else refuse(send, 404, "not found")
+            )
             return
 
         async def guarded(message: Message) -> None:
@@ -43,6 +55,11 @@ class SameOrigin:
             await send(message)
 
         await self.app(scope, receive, guarded)
+
+
+async def refuse(send: Send, status: int, sentence: str) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain"), *HEADERS]})
+    await send({"type": "http.response.body", "body": sentence.encode()})
 
 
 def foreign(scope: Message) -> bool:
