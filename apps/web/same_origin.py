@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+import secrets
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from http.cookies import Morsel, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,10 +21,14 @@ SERVED = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|login|logout)/?"
     r"|/(assets|static|svelte)/.*"
     r"|/gradio_api/(info|user|token|app_id|login_check|theme\.css|startup-events|upload|upload_progress|cancel|reset)/?"
-    r"|/gradio_api/(queue/(join|data)|heartbeat/\w+|call/\w+(/\w+)?|file=.*)"
+    r"|/gradio_api/(run/predict|queue/(join|data)|heartbeat/\w+|call/\w+(/\w+)?|file=.*)"
 )
 """What the page, its scripts and `gradio_client` ask for. The rest of Gradio (a proxy to other hosts, an OpenAPI schema, run
 history, monitoring, deep links, streams, editing by a model) is not served."""
+
+
+COOKIE = b"fastdit_browser=%b; Path=/; HttpOnly; SameSite=Strict; Max-Age=31536000"
+"""A random name of the browser, by which it finds its clips again. It is sent to no script and to no other site."""
 
 
 class SameOrigin:
@@ -52,9 +58,19 @@ class SameOrigin:
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
+                sent = SimpleCookie(dict(scope["headers"]).get(b"cookie", b"").decode("latin-1"))
+                if scope["path"] == "/" and browser(sent) is None:
+                    message["headers"].append((b"set-cookie", COOKIE % secrets.token_hex(16).encode()))
             await send(message)
 
         await self.app(scope, receive, guarded)
+
+
+def browser(cookies: Mapping[str, Any]) -> str | None:
+    """The name that the browser was given; None for a program, or a name that was made up."""
+    given = cookies.get("fastdit_browser")
+    name = given.value if isinstance(given, Morsel) else given
+    return name if name is not None and re.fullmatch("[0-9a-f]{32}", name) else None
 
 
 async def refuse(send: Send, status: int, sentence: str) -> None:

@@ -122,7 +122,6 @@ def serve(
         app.mount("/assets", StaticFiles(directory=scripts))
     gr.mount_gradio_app(
         app, tabs.build(page), "/", auth=None if users is None else PasswordGate(users).opens, run_history=False,
-        footer_links=["settings"],
         max_file_size=f"{limits['upload_mb']}mb", show_error=False, ssr_mode=False, server_name=host, server_port=port,
         **tabs.looks(),
     )  # fmt: skip
