@@ -90,6 +90,7 @@ def test_without_a_command_there_is_help(arguments, monkeypatch, capsys):
         (["a", "--prompts", "b.txt"], 2, "a prompt, or --prompts FILE, not both"),
         (["a", "--device", "abacus"], 2, "--device must be auto, cpu or cuda"),
         (["a", "--dtype", "int3"], 2, "--dtype auto, float32"),
+        (["a", "--config", "x.toml", "--preset", "fast"], 2, "give --config or --preset, not both"),
         (["a", "--compare", "--repeats", 1], 2, "--repeats must be at least 2"),
         (
             ["a", "--height", 40, "--width", 32],
