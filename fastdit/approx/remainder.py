@@ -110,11 +110,11 @@ def stripes(
     length, order = k.shape[2], block_mask.q_order
     real, q_slots = order >= 0, order.clamp(min=0)
     count = real.sum(-1).clamp(min=1)
-    tokens, own_tile = order[real], torch.arange(len(order), device=order.device)[:, None].expand_as(order)[real]
-    ends = [0, *real.sum(-1).cumsum(0).tolist()]  # of each tile's tokens: asked once, as the GPU is waited for
+    places = order.masked_fill(~real, q.shape[2])  # padding is written to a row behind the others: its number need not be known
+    own_tile = torch.arange(len(order), device=order.device)[:, None].expand_as(order)
     k_tile = tile_of(block_mask.k_order, length)
     kept = block_mask.to_tile_map().expand(B, H, -1, -1)
-    out, found = torch.zeros_like(q), torch.full_like(lse, float("-inf"))
+    out, found = q.new_zeros(B, H, q.shape[2] + 1, D), lse.new_full((B, H, q.shape[2] + 1), float("-inf"))
     scaling = D**-0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
     for part, key, value in some_heads(H, k, v, WIDE_BYTES):
@@ -127,11 +127,11 @@ def stripes(
             over = over.masked_fill(near[:, :, first:last].index_select(3, k_tile), float("-inf")).amax(2)
             heaviest, index = over.topk(min(limit, length), -1)
             keys, values = (x.gather(2, index[..., None].expand(-1, -1, -1, D)) for x in (key, value))
-            slots, of_query = (x[ends[first] : ends[last]] for x in (tokens, own_tile))
+            slots, to, of_query = (x[first:last].flatten() for x in (q_slots, places, own_tile))
             seen = near[:, :, of_query].gather(3, k_tile[index][:, :, None].expand(-1, -1, len(slots), -1))
             mask = ~seen & (heaviest > -theta)[:, :, None]
-            out[:, part, slots], found[:, part, slots] = exact(q[:, part, slots], keys, values, mask, scale)
-    return out, found
+            out[:, part, to], found[:, part, to] = exact(q[:, part, slots], keys, values, mask, scale)
+    return out[:, :, :-1], found[:, :, :-1]
 
 
 def some_heads(heads: int, k: Tensor, v: Tensor, most: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -210,21 +210,18 @@ def complete(video: Tensor, layout: Layout, first_frame: bool = False) -> Tensor
 
 
 def _static(policy: Policy, layout: Layout, first_frame: bool, device: str) -> tuple[BlockMask, float]:
-    block_mask, share = _listed(complete(sent(policy.select(layout), device), layout, first_frame), layout)
-    return block_mask, float(share)
+    kept = complete(policy.select(layout), layout, first_frame)  # on the CPU, whose density is known without a wait
+    order = layout.order(kept.device)
+    return BlockMask.from_tile_map(sent(kept, device), layout), float(density(kept, order, order))
 
 
 def _select(policy: Policy, layout: Layout, first_frame: bool, *qkv: Tensor) -> tuple[BlockMask, float | Tensor]:
     video = (layout.to_tiles(x)[:, :, : layout.video_tiles] for _, x in zip(policy.reads, qkv, strict=False))
-    block_mask, share = _listed(complete(policy.select(layout, *video), layout, first_frame), layout)
-    return block_mask, on_host(share)
+    kept = complete(policy.select(layout, *video), layout, first_frame)
+    block_mask = BlockMask.from_tile_map(kept, layout)
+    return block_mask, on_host(density(kept, block_mask.q_order, block_mask.k_order))
 
 
 def on_host(share: Tensor) -> float | Tensor:
     """A float, or the tensor itself on a GPU, where reading it would block."""
     return share if share.is_cuda else float(share)
-
-
-def _listed(kept: Tensor, layout: Layout) -> tuple[BlockMask, Tensor]:
-    block_mask = BlockMask.from_tile_map(kept, layout)
-    return block_mask, density(kept, block_mask.q_order, block_mask.k_order)

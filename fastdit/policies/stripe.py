@@ -22,7 +22,7 @@ from torch import Tensor
 from fastdit.core.byte_cache import byte_cache, sent
 from fastdit.core.layout import Grid, Layout
 from fastdit.policies.base import Policy
-from fastdit.policies.scores import ROWS_BYTES, means, tile_coordinates
+from fastdit.policies.scores import ROWS_BYTES, means
 from fastdit.policies.window import Window
 
 
@@ -45,19 +45,20 @@ class Stripe(Policy):
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         if q is None or k is None:
             raise ValueError("stripe needs q and k")
-        near, first, local = _ready(self.window, layout, str(q.device))
+        near, local = _ready(self.window, layout, str(q.device))
+        first = layout.video_tiles // layout.tile_grid[0]  # tiles of the first frame: they lead
         real = layout.order(q.device)[: layout.video_tiles] >= 0
         # Added to logits: −∞ hides padding.
         minus = torch.zeros(real.shape, dtype=torch.float32, device=q.device).masked_fill(~real, float("-inf"))
         queries, keys = q.float() * q.shape[-1] ** -0.5, k.float()
-        pooled, start = means(queries, layout), keys[:, :, first].flatten(2, 3).mT
+        pooled, start = means(queries, layout), keys[:, :, :first].flatten(2, 3).mT
         outside = minus[local].masked_fill(~near.gather(1, local)[..., None], float("-inf"))
         B, H, tiles, slots, _ = k.shape
         rows = max(1, ROWS_BYTES // (4 * B * H * tiles * slots))
         kept = []
         for part in torch.arange(tiles, device=q.device).split(rows):
             mine = queries[:, :, part]
-            top = (mine.flatten(2, 3) @ start + minus[first].flatten()).amax(-1).unflatten(-1, (-1, slots))
+            top = (mine.flatten(2, 3) @ start + minus[:first].flatten()).amax(-1).unflatten(-1, (-1, slots))
             for each in range(local.shape[1]):
                 logits = mine @ keys[:, :, local[part, each]].mT
                 top = top.maximum((logits + outside[part, each, None]).amax(-1))
@@ -69,13 +70,15 @@ class Stripe(Policy):
         if self.group > 1:
             groups = found.split(self.group, 2)
             found = torch.cat([x.any(2, keepdim=True).expand_as(x) for x in groups], 2)
-        return found | near | first
+        found |= near
+        found[..., :first] = True
+        return found
 
 
 @byte_cache(64 << 20)
-def _ready(window: Grid, layout: Layout, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """bool [tiles, tiles]: tiles in each tile's window; bool [tiles]: tiles of the first frame; int64 [tiles, largest window]:
-    the windows as indices, filled up with tiles outside of them."""
+def _ready(window: Grid, layout: Layout, device: str) -> tuple[Tensor, Tensor]:
+    """bool [tiles, tiles]: tiles in each tile's window; int64 [tiles, largest window]: the windows as indices, filled up with
+    tiles outside of them."""
     near = Window(size=window).select(layout)[0, 0]
     local = near.int().argsort(dim=-1, descending=True, stable=True)[:, : int(near.sum(-1).max())]
-    return sent(near, device), sent(tile_coordinates(layout)[0] == 0, device), sent(local, device)
+    return sent(near, device), sent(local, device)

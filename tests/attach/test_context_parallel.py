@@ -28,7 +28,7 @@ def both(tmp_path_factory):
     """What both processes saw, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     tests = ROOT / "tests"
-    seen = environment(PYTHONPATH=os.pathsep.join((str(tests), str(ROOT))))
+    seen = environment(PYTHONPATH=os.pathsep.join((str(tests), str(ROOT), os.environ.get("PYTHONPATH", ""))))
     programs = [[sys.executable, str(tests / "ranks.py"), str(rank), str(folder)] for rank in range(2)]
     processes = [subprocess.Popen(program, env=seen, stderr=subprocess.PIPE, text=True) for program in programs]
     try:

@@ -48,7 +48,7 @@ def faults(row, longest):
     if row["triton"] < "3.9" and row["arch"] == 100 and "int" in qk:
         meant = {"IMMA" if name == "UTCIMMA" else name for name in meant}  # that version has no tcgen05 for INT8
     found = {
-        f"spills {row['spills']} bytes": row["spills"] > 16,  # a scalar or two around the loop: ptxas, not the kernel
+        f"spills {row['spills']} bytes": row["spills"] > 32,  # a few scalars around the loop: ptxas, not the kernel
         "spills in the loop": row["mix"]["spill"] > 0,
         "wgmma serialized": row["serialized"],
         f"shared memory {row['shared']}": row["shared"] > SHARED[row["arch"]],
