@@ -2,20 +2,15 @@
 `set_attn_processor(FastAttnProcessor())`.
 
 diffusers has `set_attn_processor` on models; importing fastdit adds it to pipelines, and teaches the models' own to take a
-`FastAttnProcessor`. Every other processor goes where it always went.
+`FastAttnProcessor` (`diffusers_hooks.py`). Every other processor goes where it always went.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline
-from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
-from diffusers.modular_pipelines.modular_pipeline import LoopSequentialPipelineBlocks, ModularPipeline
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,12 +19,11 @@ from fastdit.attach.processor import install as install_model
 from fastdit.attach.processor import installed, replace, uninstall, without_others
 from fastdit.config import Config
 from fastdit.encoder_reuse.propagate import KEY_STEPS, Propagation, propagation_of
-from fastdit.pipelines import described, modular
+from fastdit.pipelines import described
 from fastdit.pipelines.encoder import encoder_of
 from fastdit.pipelines.registry import adapter_for, is_hopeless, is_known
 from fastdit.presets import DEFAULT, preset
 from fastdit.reporting.report import Report
-from fastdit.runs import loops
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 """Names under which pipelines keep a denoiser, whatever its class; under others it is one if its class is known."""
@@ -229,35 +223,20 @@ def _denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
             yield name, inner
 
 
-_set_on_model = AttentionMixin.set_attn_processor
-
-
-@functools.wraps(_set_on_model)
-def _model_set_attn_processor(self: Any, processor: Any) -> None:
+def set_on_model(model: Any, processor: Any, original: Callable[[Any], None]) -> None:
+    """What a model's `set_attn_processor` does; original: the bound method that diffusers gave it."""
     if isinstance(processor, FastAttnProcessor):
-        accelerate(self, processor.config)
-    elif installed(self) is None:
-        _set_on_model(self, without_others(processor, None))
+        accelerate(model, processor.config)
+    elif installed(model) is None:
+        original(without_others(processor, None))
     else:
-        replace(self, processor, functools.partial(_set_on_model, self))
+        replace(model, processor, original)
 
 
-def _pipeline_set_attn_processor(self: Any, processor: Any) -> None:
-    """Set the attention processor of every denoiser of the pipeline (added by fastdit)."""
+def set_on_pipeline(pipeline: Any, processor: Any) -> None:
+    """What a pipeline's `set_attn_processor` does."""
     if isinstance(processor, FastAttnProcessor):
-        accelerate(self, processor.config)
+        accelerate(pipeline, processor.config)
         return
-    for _, model in _denoisers(self):
+    for _, model in _denoisers(pipeline):
         model.set_attn_processor(processor)  # type: ignore[operator]
-
-
-def patch_diffusers() -> None:
-    """Make `set_attn_processor` of models and pipelines take a `FastAttnProcessor`, and pipelines tell where their denoising
-    loops begin and end, and what they call their models for. Done once, when fastdit is imported."""
-    AttentionMixin.set_attn_processor = _model_set_attn_processor  # type: ignore[method-assign]
-    classes: tuple[Any, ...] = (DiffusionPipeline, ModularPipeline)
-    for cls in classes:
-        cls.set_attn_processor = _pipeline_set_attn_processor
-    loops.watch_loops(DiffusionPipeline)
-    modular.watch(ModularPipeline, LoopSequentialPipelineBlocks)
-    loops.watch_names(CacheMixin)

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastdit.approx.remainder import REMAINDERS
-from fastdit.approx.residual_store import FORMS
-from fastdit.core.layout import Grid
-from fastdit.core.quant import Quant
+from fastdit.core.number_format import Quant
 from fastdit.policies import Dense, Policy, Window, policy_from_dict
+
+if TYPE_CHECKING:
+    from fastdit.core.layout import Grid
 
 KINDS = ("none", "retention", "ratio", "residual", "broadcast")
 AUTO = "auto"
-STORES = (*FORMS, AUTO)
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,11 @@ class Reuse:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"reuse: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.store not in STORES:
-            raise ValueError(f"reuse: store must be one of {', '.join(STORES)}, got {self.store!r}")
+        if self.store != AUTO:
+            from fastdit.approx.residual_store import FORMS
+
+            if self.store not in FORMS:
+                raise ValueError(f"reuse: store must be one of {', '.join((*FORMS, AUTO))}, got {self.store!r}")
         if self.refresh < 1 or self.maps < 1 or not 0 <= self.ramp <= 1:
             raise ValueError(
                 f"reuse: refresh >= 1, maps >= 1 and ramp in [0, 1] must hold, got {self.refresh}, {self.maps} and {self.ramp}"
@@ -78,7 +80,8 @@ class Phase:
 
     sigma: (high, low), in the order of a run. layers: (first, last), half-open, over the self-attention sites of one
     denoiser, negative from the end as in a slice; None: all. remainder: what replaces the tiles that the policy drops, one of
-    `REMAINDERS`. reuse: which statistics of earlier steps are reused. `Dense()` drops nothing, so both have no effect with it.
+    `approx.remainder.REMAINDERS`. reuse: which statistics of earlier steps are reused. `Dense()` drops nothing, so both have
+    no effect with it.
     """
 
     sigma: tuple[float, float] = (1.0, 0.0)
@@ -99,8 +102,11 @@ class Phase:
         for name, kind in (("quant", Quant), ("reuse", Reuse)):
             if not isinstance(found := getattr(self, name), kind):
                 raise ValueError(f"phase: {name} must be a {kind.__name__}(...), got {found!r}")
-        if self.remainder not in REMAINDERS:
-            raise ValueError(f"phase: remainder must be one of {', '.join(REMAINDERS)}, got {self.remainder!r}")
+        if self.remainder != "none":
+            from fastdit.approx.remainder import REMAINDERS
+
+            if self.remainder not in REMAINDERS:
+                raise ValueError(f"phase: remainder must be one of {', '.join(REMAINDERS)}, got {self.remainder!r}")
         if not isinstance(self.policy, Policy):
             raise ValueError(f"phase: policy must be a policy such as Window(...), got {self.policy!r}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastdit.config import BALANCED, TILE, Config, Phase, Reuse
-from fastdit.core.quant import Quant
+from fastdit.core.number_format import Quant
 from fastdit.policies import Dense, Window
 
 PRESETS: dict[str, Config] = {

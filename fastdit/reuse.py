@@ -1,3 +1,3 @@
 """`fastdit.config.Reuse` under its former name."""
 
-from fastdit.config import KINDS, STORES, Reuse  # noqa: F401
+from fastdit.config import KINDS, Reuse  # noqa: F401

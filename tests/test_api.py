@@ -1,4 +1,6 @@
 import gc
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 
@@ -214,3 +216,64 @@ def test_a_failed_call_leaves_the_pipeline_as_it_was():
 def test_our_processor_alone_is_no_processor():
     with pytest.raises(RuntimeError, match="set_attn_processor"):
         FastAttnProcessor()(None, None)
+
+
+LATE = """
+import sys
+{imports}
+from fastdit.pipelines import embedded
+from fastdit.runs import loops
+
+pipe = embedded.load()
+assert "fastdit.api" not in sys.modules
+
+def in_the_loop(pipe, step, time, kwargs):
+    if step == 0:
+        {accelerate}
+        assert loops.loop().pipeline is pipe
+    return kwargs
+
+pipe("a red ball", num_frames=5, height=32, width=32, num_inference_steps=3, callback_on_step_end=in_the_loop)
+assert fastdit.report(pipe).calls
+assert loops.loop() is None
+fastdit.restore(pipe)
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "accelerate"),
+    [
+        ("import fastdit, diffusers", "pipe.set_attn_processor(fastdit.FastAttnProcessor())"),
+        ("from diffusers import DiffusionPipeline; import fastdit", "fastdit.accelerate(pipe)"),
+        ("import fastdit", "pipe.transformer.set_attn_processor(fastdit.FastAttnProcessor())"),
+    ],
+)
+def test_diffusers_knows_fastdit_before_any_of_its_names_is_used(imports, accelerate):
+    """In whichever order they are imported, and also about a loop that began before the first use."""
+    code = LATE.format(imports=imports, accelerate=accelerate)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("imports", ["import fastdit, diffusers", "import diffusers, fastdit"])
+def test_pipelines_have_the_method_before_any_name_of_fastdit_is_used(imports):
+    code = (
+        f"{imports}\n"
+        "for name in ('DiffusionPipeline', 'WanPipeline', 'ModularPipeline', 'WanModularPipeline'):\n"
+        "    print(getattr(diffusers, name).set_attn_processor.__module__)\n"
+        "print(diffusers.WanTransformer3DModel.set_attn_processor.__wrapped__.__module__)\n"
+        "import sys; print('fastdit.api' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["fastdit.diffusers_hooks"] * 4 + ["diffusers.models.attention", "False"], done.stderr
+
+
+def test_importing_fastdit_is_light():
+    code = (
+        "import sys, fastdit; assert 'FastAttnProcessor' in dir(fastdit); assert not hasattr(fastdit, 'nothing')\n"
+        "fastdit.preset('fps'), repr(fastdit.PRESETS)\n"
+        "print([m for m in ('torch', 'diffusers', 'numpy') if m in sys.modules])\n"
+        "fastdit.ops.attention, fastdit.pipelines, fastdit.Report"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -5,6 +5,7 @@ import functools
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ FLOORS = {
     "ops": 1, "kernels": 1,
     "policies": 2, "planning": 2, "approx": 2, "config": 2, "presets": 2, "schedule": 2,
     "runs": 3, "attach": 3, "encoder_reuse": 3, "reporting": 3,
-    "api": 4, "pipelines": 4, "": 4,
+    "api": 4, "diffusers_hooks": 4, "pipelines": 4, "": 4,
     "apps": 5, "__main__": 5,
 }  # fmt: skip
 FORMER = {"quant", "layout", "facts", "reuse", "profile", "memory", "remainder", "report"}
@@ -24,7 +25,7 @@ FLOORS |= dict.fromkeys(FORMER, 4)
 HEAVY = {
     "torch", "diffusers", "transformers", "numpy", "PIL", "gradio", "ray", "triton", "triton.experimental", "imageio",
     "imageio_ffmpeg", "torchmetrics", "torchvision", "peft", "tokenizers", "safetensors", "sageattention", "playwright",
-    "uvicorn", "fastapi", "starlette",
+    "uvicorn", "fastapi", "starlette", "tqdm",
 }  # fmt: skip
 """Libraries that take long to import, or may be missing; triton.experimental (Gluon) is missing in some versions of Triton."""
 OUTSIDE = {"diffusers": 3, "transformers": 4, "triton": 1, "gradio": 5, "typer": 5, "ray": 5}
@@ -103,6 +104,33 @@ def module_name(parts):
 MODULES = {module_name(parts): path for path, parts in sources()}
 
 
+def for_annotations(name):
+    """{name: module} of what a module imports for type checkers alone: of a package that loads late, what it exports."""
+    blocks = [n for n in ast.parse(MODULES[name].read_text()).body if isinstance(n, ast.If)]
+    imports = [n for block in blocks for n in block.body if isinstance(n, ast.ImportFrom)]
+    return {alias.name: node.module for node in imports for alias in node.names}
+
+
+LATE = {name: for_annotations(name) for name in ("fastdit", "fastdit.policies")}
+"""Packages whose exports are imported when they are first used, and the module of each export."""
+LATE["fastdit.policies"]["POLICIES"] = "fastdit.policies.top_mass"  # imports them all; this one stands for them
+
+
+@pytest.mark.parametrize("package", LATE)
+def test_late_exports_are_declared_once(package):
+    """What type checkers, `dir` and `from fastdit import X` see is the same, and each name is the one of its module."""
+    found = import_module(package)
+    declared = LATE[package]
+    assert declared.keys() <= set(found.__all__) <= set(dir(found))
+    assert sorted(found.__all__) == sorted(set(found.__all__))
+    for name in found.__all__:
+        value = getattr(found, name)
+        if name in declared and name != "POLICIES":
+            assert value is getattr(import_module(declared[name]), name)
+    assert not hasattr(found, "nothing")
+    assert not hasattr(found, "__wrapped__")
+
+
 @functools.cache
 def imported(name):
     """([modules imported at the top of a module], [(line, modules) of each import in its functions]); not for annotations."""
@@ -115,7 +143,9 @@ def imported(name):
             if isinstance(child, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in child.names]
                 if isinstance(child, ast.ImportFrom):
-                    names = [full if (full := f"{child.module}.{each}") in MODULES else child.module for each in names]
+                    late = LATE.get(child.module, {})
+                    of = child.module
+                    names = [full if (full := f"{of}.{each}") in MODULES else late.get(each, of) for each in names]
                 inside.append((child.lineno, names)) if in_function else top.extend(names)
             visit(child, in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
 

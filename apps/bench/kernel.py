@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import fastdit
 from fastdit.apps.bench import roofline
 from fastdit.apps.bench.markdown import cpu_name
 from fastdit.apps.errors import UserError
@@ -59,7 +60,6 @@ def run(
     """Check, measure and print; returns the content of the file. Raises UserError for a wrong or missing kernel."""
     import torch
 
-    import fastdit
     from fastdit.apps.bench.attention import INCLUDES, measure, wrong
     from fastdit.core.layout import Layout
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+import fastdit
 from fastdit.apps.bench.markdown import cpu_name, write_block
 from fastdit.apps.compare.measure import measure
 from fastdit.apps.errors import UserError
@@ -115,8 +116,6 @@ def _machine(pipe: Any) -> dict[str, Any]:
     """The date, the kind of processor, and the versions; not the machine's name."""
     import diffusers
     import torch
-
-    import fastdit
 
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+import fastdit
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.media import ffmpeg
 
@@ -56,8 +57,6 @@ def doctor(
 def software() -> list[Finding]:
     """Installed libraries, and missing ones that would add something."""
     import torch
-
-    import fastdit
 
     found = [Finding("fastdit", fastdit.__version__), Finding("Python", f"{platform.python_version()}, {platform.platform()}")]
     found += [Finding(name, metadata.version(name)) for name in ("torch", "diffusers", "transformers")]

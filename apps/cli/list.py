@@ -14,18 +14,17 @@ from typing import Annotated, Any
 
 import typer
 
+from fastdit import PRESETS
 from fastdit.apps.bench.markdown import write_block
 from fastdit.apps.cli import options
 from fastdit.apps.render.settings import DEFAULTS, SETTINGS
+from fastdit.config import PAYS
 
 BEGIN, END = "<!-- families -->", "<!-- /families -->"
 
 
 def show_presets() -> None:
     """List the presets: where attention is exact, in which number format, at which noise level."""
-    from fastdit import PRESETS
-    from fastdit.config import PAYS
-
     for name, config in PRESETS.items():
         typer.echo(name)
         if not config.phases:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+import fastdit
 from fastdit.apps.errors import UserError
 
 COMMANDS = {
@@ -74,8 +75,6 @@ _add_commands()
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import fastdit
-
         typer.echo(f"fastdit {fastdit.__version__}")
         raise typer.Exit
 

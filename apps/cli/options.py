@@ -28,8 +28,11 @@ def with_settings(command: Callable[..., int]) -> Callable[..., int]:
     for name, about in SETTINGS.items():
         if name != "prompt":
             kind: Any = KINDS[name] | None if about.own else KINDS[name]
-            annotation = Annotated[kind, typer.Option(*names(name), help=about.help)]
             default = None if about.own else DEFAULTS[name]
+            option = typer.Option(*names(name), help=about.help)
+            if name == "preset":  # None, to tell whether it was given beside --config
+                kind, default, option.show_default = kind | None, None, DEFAULTS[name]
+            annotation = Annotated[kind, option]
             made.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     given = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
     first = [each for each in given if each.kind is not inspect.Parameter.KEYWORD_ONLY]

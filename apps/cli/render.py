@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from tqdm import tqdm
 
+from fastdit import Config
 from fastdit.apps.cli.options import with_settings
 from fastdit.apps.errors import UserError
-from fastdit.apps.render import jobs
+from fastdit.apps.render import index, jobs
 from fastdit.apps.render.settings import SETTINGS, Settings
 from fastdit.apps.render.text import decode
 
@@ -59,6 +59,8 @@ def render(
     Each is a video, a JSON file and a contact sheet. The folder keeps a manifest: an interrupted command goes on when it is run
     again.
     """
+    if config is not None and settings["preset"] is not None:
+        raise UserError("--config replaces the preset: give --config or --preset, not both", 2)
     base: dict[str, Any] = settings | {"custom": None if config is None else read_config(config)}
     base = {key: value for key, value in base.items() if value is not None}
     if (prompt is None) == (prompts is None):
@@ -104,8 +106,10 @@ def _run(batch: Any, out: Path, pool: Any, console: Console, again: bool, overwr
     if console.single:
         for record in summary.skipped:
             raise UserError(f"{out / record['file']} exists already, made with these settings (--overwrite makes it again)", 0)
-    elif not console.as_json and not console.quiet:
-        typer.echo(summary)
+    else:
+        index.write(out)
+        if not console.as_json and not console.quiet:
+            typer.echo(summary)
     if stop():
         raise KeyboardInterrupt
     return 1 if summary.failed else 0
@@ -124,18 +128,32 @@ def _dry_run(batch: Any, as_json: bool) -> int:
 
 
 class Console:
-    """What `render` prints while it runs: a progress bar of clips, a line of JSON for each, or only errors."""
+    """What `render` prints while it runs: a progress bar of clips, a line of JSON for each, or only errors.
+
+    Bars are for a terminal; a log has a line for each clip of a batch.
+    """
 
     def __init__(self, quiet: bool, as_json: bool, single: bool, out: Path) -> None:
         self.quiet, self.as_json, self.single, self.out = quiet, as_json, single, out
         self.bar: Any = None
+        self.lines = not (quiet or as_json or single or sys.stderr.isatty())
+        self.count = self.total = 0
 
     def begin(self, jobs: int) -> None:
+        from tqdm import tqdm
+
         hidden = self.quiet or self.as_json or self.single or not jobs
-        self.bar = tqdm(total=jobs, desc="clips", unit="clip", file=sys.stderr, disable=hidden)
+        self.bar = tqdm(
+            total=jobs, desc="clips", unit="clip", file=sys.stderr, disable=hidden or None
+        )  # None: hidden where there is no terminal
+        self.total = jobs
 
     def done(self, record: dict[str, Any], text: str) -> None:
         self.bar.update()
+        self.count += 1
+        if self.lines:
+            seconds = sum(record["seconds"].values())
+            print(f"fastdit: {self.count} of {self.total}: {record['file']}, {seconds:.1f} s", file=sys.stderr)
         if self.as_json:
             typer.echo(json.dumps(record))
         elif self.single and not self.quiet:
@@ -145,6 +163,7 @@ class Console:
 
     def failed(self, record: dict[str, Any]) -> None:
         self.bar.update()
+        self.count += 1
         if self.as_json:
             typer.echo(json.dumps(record))
         self.bar.write(f"fastdit: {record['where']}: {record['error']}", file=sys.stderr)
@@ -191,8 +210,6 @@ def choose_pool(
 
 def read_config(path: Path) -> Any:
     """Read a `Config` from a toml, yaml or json file. Raises UserError."""
-    from fastdit import Config
-
     try:
         text = decode(path.read_bytes())
         if path.suffix == ".toml":

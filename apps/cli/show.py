@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastdit import Config, preset
 from fastdit.apps.bench.markdown import around_block, write_block
 from fastdit.apps.cli.list import about
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.text import decode
 from fastdit.apps.sizes import parse_size
 from fastdit.pipelines import embedded
+from fastdit.policies import policy_from_dict as from_dict
+from fastdit.schedule import noise_levels, schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,9 +65,7 @@ def show_schedule(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="PNG: step by layer, a colour for each phase.")] = None,
 ) -> None:
     """Print what runs at each step: dense, sparse, or sparse with statistics."""
-    from fastdit import Config, preset
     from fastdit.reporting import heatmap
-    from fastdit.schedule import noise_levels, schedule
 
     try:
         file = Path(name)
@@ -122,7 +123,6 @@ def make(name: str, options: list[str]) -> Policy:
     Raises ValueError for an unknown name or field, or a value that does not fit.
     """
     from fastdit.policies import POLICIES, HeadProfile, Intersect, Radial, SpatialTemporal, TopMass, Union, Window
-    from fastdit.policies import policy_from_dict as from_dict
 
     given: dict[str, Any] = {}
     for option in options:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import fastdit
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import Clip, generate
 from fastdit.apps.render.load import denoisers
@@ -111,7 +112,6 @@ def measure(
     """
     import torch
 
-    import fastdit
     from fastdit.apps.compare.metrics import psnr, ssim
 
     if repeats < 1:
@@ -203,7 +203,6 @@ def velocity_error(
     """Teacher-forced relative error in each phase that the run passed: {"sigma", "policy", "error", "steps"}."""
     import torch
 
-    import fastdit
     from fastdit.core.reference import relative_error
 
     rows = []

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.load import denoisers
 from fastdit.apps.render.paths import local
@@ -51,6 +49,7 @@ def generate(
     scheduler), "decode" until the frames are there.
     """
     import torch
+    from tqdm import tqdm
 
     call = arguments(pipe, settings)
     marks: list[float] = []
@@ -80,9 +79,10 @@ def generate(
         return tensors
 
     hooks = [model.register_forward_pre_hook(first_call, prepend=True) for model in denoisers(pipe)]
+    hidden = None if show else True  # None: hidden where there is no terminal
     start = time.perf_counter()
     try:
-        with tqdm(total=settings.steps, desc=label, unit="step", file=sys.stderr, disable=not show, leave=None) as bar:
+        with tqdm(total=settings.steps, desc=label, unit="step", file=sys.stderr, disable=hidden, leave=None) as bar:
             made = pipe(**call, callback_on_step_end=step_end, output_type="np")
             frames = made.frames[0] if hasattr(made, "frames") else made.images[:1]
             end = time.perf_counter()

@@ -95,12 +95,16 @@ def to_json(content: Any) -> bytes:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all; a missing folder is created. Raises UserError if it cannot be written."""
-    text = to_json(content)
+    write_bytes(path, to_json(content))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; a missing folder is created. Raises UserError if it cannot be written."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            part.write_bytes(text)
+            part.write_bytes(content)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import fastdit
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.generate import Clip, generate
 from fastdit.apps.render.jobs import Job
@@ -40,8 +41,6 @@ def record(settings: Settings, pipe: Any) -> dict[str, Any]:
     import diffusers
     import torch
     import transformers
-
-    import fastdit
 
     device = str(next(denoisers(pipe)).device)
     versions = {m.__name__: m.__version__ for m in (fastdit, torch, diffusers, transformers)}
@@ -76,8 +75,6 @@ class Renderer:
 
     def accelerate(self, settings: Settings) -> None:
         """Install the settings' configuration, unless the job before had the same: a compiled denoiser then stays compiled."""
-        import fastdit
-
         if self._handle is None or self._handle.config != settings.config():
             self._handle = fastdit.accelerate(self.pipe, settings.config())
 
@@ -111,8 +108,6 @@ class Renderer:
 
     def render(self, job: Job, on_step: Callable[[int, Tensor], None] = lambda step, latents: None) -> Result:
         """Render one job by its configuration. Raises UserError for a mistake of the user, and Stopped if `on_step` does."""
-        import fastdit
-
         settings, facts = self.prepare(job)
         self.accelerate(settings)
         clip = generate(self.pipe, settings, show=self.show, on_step=on_step)

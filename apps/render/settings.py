@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastdit import Config, preset
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.paths import local
 from fastdit.apps.render.text import blank, control, half_pair
-
-if TYPE_CHECKING:
-    from fastdit import Config
 
 LONGEST_PROMPT = 4000  # characters; no text encoder in diffusers reads half as many
 OFFLOADS = ("none", "model", "group")
@@ -120,8 +118,6 @@ class Settings:
 
     def config(self) -> Config:
         """The preset's configuration. Raises UserError listing the presets."""
-        from fastdit import preset
-
         if self.custom is not None:
             return self.custom
         try:

@@ -11,6 +11,7 @@ from gradio.processing_utils import save_file_to_cache
 
 from fastdit.apps.web import html
 from fastdit.apps.web.queue import Studio, Ticket
+from fastdit.apps.web.same_origin import browser
 
 SERVED = ".served"
 """Folder inside the output folder for copies of shown files, under names that cannot be guessed."""
@@ -30,6 +31,7 @@ class Page:
     def __init__(self, studio: Studio, users: bool) -> None:
         self.studio, self.users = studio, users
         self.latest: dict[str, Ticket] = {}
+        self.watched: dict[tuple[str, str], Ticket] = {}  # by session and place on the page
         self.inputs: dict[str, Any] = {}
         self.knobs: list[Any] = []
         self.blocks = gr.Blocks(title="fastdit", analytics_enabled=False, delete_cache=(HOUR, DAY), fill_width=True)
@@ -38,20 +40,28 @@ class Page:
         self.blocks.temp_file_sets.append(self.copies)
 
     def key(self, request: gr.Request) -> str:
-        """Whose clips are whose: the name somebody logged in with, or the browser tab."""
-        return request.username or str(request.session_hash)
+        """Whose clips are whose: the name somebody logged in with, the browser, or a program's session."""
+        return request.username or browser(getattr(request, "cookies", None) or {}) or str(request.session_hash)
 
     def folder(self, request: gr.Request) -> Path:
         return self.studio.out / request.username if self.users and request.username else self.studio.out
 
-    def stop(self, request: gr.Request) -> None:
-        self.studio.stop(self.key(request))
-
     def gone(self, request: gr.Request) -> None:
-        """A tab was closed."""
-        self.latest.pop(str(request.session_hash), None)
-        if not request.username:
-            self.studio.stop(self.key(request))
+        """A tab was closed, or a program has ended; a program's clips end with it."""
+        tab = str(request.session_hash)
+        self.latest.pop(tab, None)
+        self.watched = {key: ticket for key, ticket in self.watched.items() if key[0] != tab}
+        if self.key(request) == tab:
+            self.studio.stop(tab)
+
+    def ticket(self, request: gr.Request, key: str) -> Ticket | None:
+        """One of this user's clips."""
+        return next((ticket for ticket in self.studio.tickets_of(self.key(request)) if ticket.key == key), None)
+
+    def stop(self, request: gr.Request, place: str) -> None:
+        """Stop the clip that is watched in one place of a tab."""
+        if (ticket := self.watched.get((str(request.session_hash), place))) is not None:
+            self.studio.halt(ticket)
 
     def remember(self, request: gr.Request, ticket: Ticket) -> None:
         """Keep the latest ticket of a browser tab for the tab that looks inside."""

@@ -7,7 +7,9 @@ the command line does, so files and manifest are the same. Nothing here knows Gr
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import secrets
 import threading
 import time
 import traceback
@@ -28,24 +30,30 @@ from fastdit.apps.workers.pool import attempt
 
 EMBEDDED = "embedded model"
 HEARTBEAT = 1.0  # seconds until a closed tab is noticed
+KEPT, KEPT_IN_ALL = 20, 500  # clips that are over and still listed: of one user, of all
 KEYS = tuple(name for name, about in SETTINGS.items() if about.page)
 """The settings that a visitor may give; the operator decides the others."""
 
 
 @dataclass
 class Turn:
-    """stop: set when it is no longer wanted; notify: called when something about it has changed."""
+    """stop: set when it is no longer wanted; listeners: called when something about it has changed."""
 
     user: str
     stop: threading.Event = field(default_factory=threading.Event, kw_only=True)
-    notify: Callable[[], Any] = field(default=lambda: None, kw_only=True)
+    listeners: set[Callable[[], Any]] = field(default_factory=set, kw_only=True)
+
+    def notify(self) -> None:
+        for call in list(self.listeners):
+            call()
 
 
 @dataclass
 class Ticket(Turn):
     """state: waiting, starting, denoising, finishing, then done, stopped or failed. steps: total number of steps.
 
-    latents: after the last step; record: the manifest's; report: the run's; error: a sentence.
+    latents: after the last step; record: the manifest's; report: the run's; error: a sentence; key: its name on the
+    page; said: what the visitor gave.
     """
 
     job: jobs.Job
@@ -58,6 +66,9 @@ class Ticket(Turn):
     record: dict[str, Any] | None = None
     report: Any = None
     error: str = ""
+    key: str = field(default_factory=lambda: secrets.token_hex(8))
+    future: Future[None] | None = None
+    said: dict[str, Any] = field(default_factory=dict)
 
     def become(self, state: str) -> None:
         self.state = state
@@ -105,6 +116,7 @@ class Studio:
         self.renderer = Renderer(show=False)
         self.facts: dict[str | None, estimate.PipelineFacts] = {}
         self.queue: list[Turn] = []
+        self.tickets: list[Ticket] = []
         self.lock = threading.Lock()
         self.warm = self.worker.submit(self._load, Settings(prompt="x", model=next(iter(models.values())), **self.fixed))
 
@@ -150,19 +162,45 @@ class Studio:
     def stop(self, user: str) -> None:
         """Stop this user's clips, within one denoising step."""
         with self.lock:
-            for ticket in self.queue:
-                if ticket.user == user:
-                    ticket.stop.set()
-                    ticket.notify()
+            turns = [turn for turn in self.queue if turn.user == user]
+        for turn in turns:
+            self.halt(turn)
 
-    async def follow(self, user: str, job: jobs.Job, folder: Path) -> AsyncGenerator[Ticket, None]:
-        """Draw; yield the ticket at every change, and at least every `HEARTBEAT` seconds. Closing this stops the clip."""
-        settings = job.settings()
-        ticket = Ticket(user, job, folder, settings.steps * max(1, 2 * job.repeats))
+    def halt(self, turn: Turn) -> None:
+        """Stop one turn: before it begins, or within one denoising step."""
+        turn.stop.set()
+        if isinstance(turn, Ticket) and turn.future is not None and turn.future.cancel():
+            self._leave(turn)
+            turn.become("stopped")
+
+    def submit(self, user: str, job: jobs.Job, folder: Path, said: dict[str, Any] | None = None) -> Ticket:
+        """Draw, whoever watches. said: what the visitor gave. Raises as `enter`."""
+        ticket = Ticket(user, job, folder, job.settings().steps * max(1, 2 * job.repeats), said=said or {})
         self.enter(ticket)
+        with self.lock:
+            over = [old for old in self.tickets if old.over]
+            mine = [old for old in over if old.user == user]
+            gone = {old.key for old in [*over[: len(over) + 1 - KEPT_IN_ALL], *mine[: len(mine) + 1 - KEPT]]}
+            self.tickets = [*(old for old in self.tickets if old.key not in gone), ticket]
+            ticket.future = self.worker.submit(self._draw, ticket)
+        return ticket
+
+    def tickets_of(self, user: str) -> list[Ticket]:
+        """The clips that this user asked for since the server started, newest first; of old ones that are over, the last."""
+        with self.lock:
+            return [ticket for ticket in reversed(self.tickets) if ticket.user == user]
+
+    def remove(self, ticket: Ticket) -> None:
+        """Stop a clip if it is not over, and forget it. Files of a finished one stay."""
+        self.halt(ticket)
+        with self.lock:
+            self.tickets = [other for other in self.tickets if other is not ticket]
+
+    async def watch(self, ticket: Ticket) -> AsyncGenerator[Ticket, None]:
+        """Yield the ticket at every change, and at least every `HEARTBEAT` seconds, until it is over."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
-        ticket.notify = functools.partial(loop.call_soon_threadsafe, changed.set)
-        future = self.worker.submit(self._draw, ticket)
+        listener = functools.partial(loop.call_soon_threadsafe, changed.set)
+        ticket.listeners.add(listener)
         try:
             while True:
                 changed.clear()
@@ -171,13 +209,18 @@ class Studio:
                 if over:
                     return
                 await _either(changed, HEARTBEAT)
-                if ticket.stop.is_set() and future.cancel():  # before its turn
-                    ticket.state = "stopped"
         finally:
-            ticket.stop.set()
-            ticket.notify = lambda: None
-            if future.cancel() or future.done():
-                self._leave(ticket)
+            ticket.listeners.discard(listener)
+
+    async def follow(self, user: str, job: jobs.Job, folder: Path) -> AsyncGenerator[Ticket, None]:
+        """`submit` and `watch`. Closing this stops the clip."""
+        ticket = self.submit(user, job, folder)
+        try:
+            async with contextlib.aclosing(self.watch(ticket)) as states:
+                async for each in states:
+                    yield each
+        finally:
+            self.remove(ticket)
 
     def _leave(self, ticket: Turn) -> None:
         with self.lock:
@@ -196,6 +239,7 @@ class Studio:
             ticket.become("failed")
             raise
         finally:
+            ticket.latents = None
             self._leave(ticket)
 
     def _drawn(self, ticket: Ticket) -> str:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import hmac
 import ipaddress
 import os
-import re
 import socket
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,12 +12,10 @@ import typer
 
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.settings import Settings
-from fastdit.apps.render.text import decode
 from fastdit.apps.web.limits import Limits
-
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-PAUSE = 1.0
-"""Seconds of delay after a wrong password. Attempts for one name wait for each other, so parallel guessing is no faster."""
+from fastdit.apps.web.passwords import PasswordGate, hashed, read_users
+from fastdit.apps.web.same_origin import SameOrigin
+from fastdit.apps.web.uploads import Uploads
 
 
 def web(
@@ -34,8 +28,12 @@ def web(
     host: Annotated[str, typer.Option(help="Address to listen on; needs --auth if others can reach it.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 7860,
     auth: Annotated[
-        Path | None, typer.Option(help="File of name:password lines. Each user then has a folder of their own under --out.")
+        Path | None,
+        typer.Option(help="File of name:password or name:hash lines. Each user then has a folder of their own under --out."),
     ] = None,
+    make_hash: Annotated[
+        bool, typer.Option("--hash", help="Ask for a password, print its hash for --auth, and exit.", show_default=False)
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_frames: Annotated[int, typer.Option(help="Most frames of a clip.")] = 241,
@@ -44,10 +42,14 @@ def web(
     max_each: Annotated[int, typer.Option(help="Most clips that one user may have waiting.")] = 4,
     max_queue: Annotated[int, typer.Option(help="Most clips of all users that may be waiting.")] = 100,
     max_upload: Annotated[int, typer.Option(help="Largest picture to start from, in MB.")] = 20,
+    max_uploads: Annotated[int, typer.Option(help="Most MB of uploaded pictures kept at once, of all users.")] = 1000,
 ) -> None:
     """Open a page in the browser: text to video, dense and fast side by side."""
+    if make_hash:
+        typer.echo(hashed(typer.prompt("password", hide_input=True, confirmation_prompt=True, err=True)))
+        return
     sizes = {"frames": max_frames, "pixels": max_pixels, "steps": max_steps, "each": max_each, "queue": max_queue}
-    for name, most in (sizes | {"upload": max_upload}).items():
+    for name, most in (sizes | {"upload": max_upload, "uploads": max_uploads}).items():
         if most < 1:
             raise UserError(f"--max-{name} must be at least 1, got {most}", 2)
     if not 0 <= port < 65536:
@@ -56,7 +58,16 @@ def web(
     if users is None and not loopback(host):
         raise UserError(f"--host {host} can be reached by others: list the users who may log in, with --auth FILE", 2)
     Settings(prompt="x", device=device, dtype=dtype).check()
-    serve(out.resolve(), model or [], host, port, users, {"device": device, "dtype": dtype}, sizes | {"upload_mb": max_upload})
+    serve(
+        out.resolve(),
+        model or [],
+        host,
+        port,
+        users,
+        {"device": device, "dtype": dtype},
+        sizes | {"upload_mb": max_upload},
+        max_uploads,
+    )
 
 
 def serve(
@@ -67,6 +78,7 @@ def serve(
     users: dict[str, str] | None,
     fixed: dict[str, Any],
     limits: dict[str, int],
+    uploads_mb: int,
 ) -> None:
     """Serve until interrupted. Raises UserError if Gradio is missing, or the port or folder cannot be used."""
     try:
@@ -100,6 +112,8 @@ def serve(
     page = Page(studio, users is not None)
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Uploads, each=limits["upload_mb"] << 20, most=uploads_mb << 20)
+    app.add_middleware(SameOrigin)  # the last one added comes first
     if users is None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", host])
     # Gradio compresses its scripts again for every visitor, which takes longer on two cores than sending them
@@ -108,7 +122,6 @@ def serve(
         app.mount("/assets", StaticFiles(directory=scripts))
     gr.mount_gradio_app(
         app, tabs.build(page), "/", auth=None if users is None else PasswordGate(users).opens, run_history=False,
-        footer_links=["settings"],
         max_file_size=f"{limits['upload_mb']}mb", show_error=False, ssr_mode=False, server_name=host, server_port=port,
         **tabs.looks(),
     )  # fmt: skip
@@ -121,44 +134,9 @@ def serve(
         studio.close()
 
 
-class PasswordGate:
-    """Checks passwords, and slows down guessing. users: {name: password}."""
-
-    def __init__(self, users: dict[str, str]) -> None:
-        self.users = users
-        self.turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-
-    async def opens(self, name: str, password: str) -> bool:
-        """Whether the password is right. Gradio awaits this in the server's event loop, so the delay must not block it."""
-        async with self.turns[name if name in self.users else ""]:  # unknown names share one lock, and take no memory
-            right = hmac.compare_digest(self.users.get(name, "").encode(), password.encode()) and name in self.users
-            if not right:
-                await asyncio.sleep(PAUSE)
-            return right
-
-
 def loopback(host: str) -> bool:
     """Whether an address can be reached only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def read_users(path: Path) -> dict[str, str]:
-    """Read {name: password} from a file. Raises UserError, whose message never contains a password."""
-    try:
-        lines = [line.strip() for line in decode(path.read_bytes()).split("\n")]
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"--auth: cannot read {path} ({getattr(error, 'strerror', None) or 'not UTF-8'})", 2) from None
-    users: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        if not line or line.startswith("#"):
-            continue
-        name, colon, password = line.partition(":")
-        if not colon or not password or not NAME.fullmatch(name):
-            raise UserError(f"--auth: line {number} of {path.name} is not name:password (letters, digits, - and _)", 2)
-        users[name] = password
-    if not users:
-        raise UserError(f"--auth: {path} lists no user", 2)
-    return users

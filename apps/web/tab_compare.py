@@ -53,5 +53,9 @@ def build(page: Page) -> list[Any]:
         compare, [*inputs, *knobs], shown, trigger_mode="once", show_progress="hidden", concurrency_limit=None,
         api_visibility="private",
     )  # fmt: skip
-    stop.click(page.stop, None, None, queue=False, api_visibility="private")
+
+    def stopped(request: gr.Request) -> None:
+        page.stop(request, "compared")
+
+    stop.click(stopped, None, None, queue=False, api_visibility="private")
     return knobs

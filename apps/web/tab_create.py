@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import random
 from collections.abc import AsyncGenerator
@@ -14,9 +13,9 @@ from fastdit import PRESETS, preset
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.paths import local
 from fastdit.apps.render.settings import Settings
-from fastdit.apps.web import estimate, html
+from fastdit.apps.web import estimate, html, job_list
 from fastdit.apps.web.page import Page
-from fastdit.apps.web.preview import preview
+from fastdit.apps.web.watching import watch
 from fastdit.pipelines import embedded
 
 EXAMPLES = [
@@ -27,7 +26,6 @@ DESCRIPTIONS = {
     "exact": "exact: dense, the model's own result", "balanced": "balanced: faster, close to dense",
     "fast": "fast: faster still, less close", "fps": "fps: for models trained with it",
 }  # fmt: skip
-EVERY = 3  # steps between two previews
 
 
 def build(page: Page) -> dict[str, Any]:
@@ -61,6 +59,7 @@ def build(page: Page) -> dict[str, Any]:
                 )  # fmt: skip
         with gr.Column(scale=3, min_width=300):
             shown = gr.HTML(html.note("Say what to draw and press Generate."), elem_id="result")
+            jobs = gr.Column()
     inputs = {
         "prompt": prompt, "negative": negative, "model": model, "preset": speed, "frames": frames, "height": height,
         "width": width, "steps": steps, "guidance": guidance, "seed": seed, "image": image,
@@ -72,8 +71,14 @@ def build(page: Page) -> dict[str, Any]:
                 yield state
 
     event = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    gr.on([go.click, prompt.submit], clicked, list(inputs.values()), shown, trigger_mode="once", **event)
-    stop.click(page.stop, None, None, queue=False, api_visibility="private")
+    gr.on([go.click, prompt.submit], clicked, list(inputs.values()), shown, trigger_mode="multiple", **event)
+
+    def stopped(request: gr.Request) -> None:
+        page.stop(request, "result")
+
+    stop.click(stopped, None, None, queue=False, api_visibility="private")
+    with jobs:
+        job_list.build(page, shown, inputs)
     die.click(lambda: random.randrange(2**31), None, seed, queue=False, api_visibility="private")
 
     def tell(*values: Any) -> str:
@@ -90,29 +95,16 @@ def build(page: Page) -> dict[str, Any]:
 async def draw(
     page: Page, said: dict[str, Any], request: gr.Request, custom: Any = None, repeats: int = 0
 ) -> AsyncGenerator[Any, None]:
-    """Draw a clip and yield HTML: the progress, then the clip, or an error."""
+    """Draw a clip and yield HTML: the progress, then the clip, or an error. The clip goes on if nobody reads this."""
     try:
         job = page.studio.job(said, custom, repeats)
-        async with contextlib.aclosing(page.studio.follow(page.key(request), job, page.folder(request))) as tickets:
-            picture, last = "", ""
-            async for ticket in tickets:
-                if ticket.state == "denoising" and ticket.step % EVERY == 1 and ticket.latents is not None:
-                    picture = await asyncio.to_thread(preview, ticket.latents) or picture
-                if ticket.state == "failed":
-                    now = html.error(ticket.error)
-                elif ticket.state == "done" and ticket.record is not None:
-                    page.remember(request, ticket)
-                    # in a thread: it hashes and copies files, and others wait for their progress
-                    now = await asyncio.to_thread(page.result, ticket.folder, ticket.record, again=not ticket.marks)
-                else:
-                    now = html.progress(ticket, page.studio.ahead(ticket), picture)
-                if now != last:
-                    yield now
-                else:
-                    yield gr.skip()
-                last = now
+        ticket = page.studio.submit(page.key(request), job, page.folder(request), said)
     except UserError as problem:
         yield html.error(str(problem))
+        return
+    async with contextlib.aclosing(watch(page, ticket, request, "compared" if repeats else "result")) as states:
+        async for state in states:
+            yield state
 
 
 def estimate_line(page: Page, prompt: str, model: str, name: str, frames: int, height: int, width: int, steps: int) -> str:

@@ -32,8 +32,8 @@ from fastdit.runs.forward import Forward
 from fastdit.runs.site_state import CallRecord
 
 _current = threading.local()
-"""`.site`: the bound processor that is running in this thread; `.reached`: whether it has called the core attention. Set here for
-the main thread: torch.compile compiles once more when an attribute appears."""
+"""`.site`: the bound processor that is running in this thread; `.reached`: whether it has called the core attention. Set here
+for the main thread: torch.compile compiles once more when an attribute appears."""
 _current.site, _current.reached = None, True
 
 

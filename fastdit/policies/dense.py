@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from fastdit.core.layout import Layout
 from fastdit.policies.base import Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastdit.core.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -20,4 +21,6 @@ class Dense(Policy):
     reads: ClassVar[str] = ""
 
     def select(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        import torch
+
         return torch.ones(1, 1, layout.video_tiles, layout.video_tiles, dtype=torch.bool, device="cpu")

@@ -18,13 +18,14 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from fastdit.core.layout import Grid, Layout
 from fastdit.policies.base import Policy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastdit.core.layout import Grid, Layout
 
 TIME_SHARE = 3
 """A window fitted to a density covers this many times more of height and width than of time."""
@@ -66,6 +67,8 @@ class Window(Policy):
 
 def axis_window(tiles: int, window: int, border: str) -> Tensor:
     """One axis: bool [tiles, tiles], True where query tile (row) attends key tile (column)."""
+    import torch
+
     i = torch.arange(tiles, device="cpu")
     if border == "truncate":
         return (i[:, None] - i).abs() <= window // 2

@@ -13,8 +13,9 @@ import fastdit
 from fastdit import Config, Phase, Quant, Reuse, Window, ops
 from fastdit.approx import residual_store, step_cache
 from fastdit.approx.remainder import REMAINDERS, attention
+from fastdit.approx.residual_store import FORMS
 from fastdit.approx.step_cache import Memory
-from fastdit.config import STORES
+from fastdit.config import AUTO
 from fastdit.core.block_mask import BlockMask
 from fastdit.core.layout import Layout
 from fastdit.pipelines.family import noise_level
@@ -100,7 +101,7 @@ def test_attention_with_every_remainder(other, quant):
 
 
 @defaults
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", [*FORMS, AUTO])
 @pytest.mark.parametrize("kind", ["retention", "residual", "ratio", "broadcast"])
 def test_statistics(other, store, kind):
     layout, (q, k, v) = inputs(other, 2)
@@ -148,7 +149,7 @@ def test_timesteps_of_unets(other, timestep):
 
 
 @pytest.mark.parametrize("other", ["bfloat16", "float16", "float64"])
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", [*FORMS, AUTO])
 @torch.no_grad()
 def test_a_whole_denoiser(other, store):
     """Whose own answer does not depend on the default."""

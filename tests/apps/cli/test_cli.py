@@ -12,6 +12,8 @@ from util import call, environment, fastdit
 
 import fastdit as package
 
+HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "gradio", "ray")
+
 GOOD = ["--frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
 
 
@@ -41,19 +43,27 @@ def test_presets(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert [line for line in said.splitlines() if not line.startswith(" ")] == list(package.PRESETS)
 
 
-def test_nothing_heavy_is_imported_for_help() -> None:
-    """The package's own `__init__` aside: it stands in here as an empty one."""
-    code = (
-        "import sys, types; p = sys.modules['fastdit'] = types.ModuleType('fastdit'); p.__path__ = [sys.argv[1]]\n"
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["render", "--help"], 0),
+        (["--version"], 0),
+        (["show", "presets"], 0),
+        (["rendr"], 2),
+        (["render", "a", "--steps", "0"], 2),
+    ],
+)
+def test_nothing_heavy_is_imported_for_a_short_answer(arguments: list[str], code: int) -> None:
+    script = (
+        "import sys\n"
         "from fastdit.apps.cli import main as cli\n"
-        "sys.argv[1:] = ['render', '--help']\n"
         "try: cli.main()\n"
-        "except SystemExit: pass\n"
-        "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'gradio') if m in sys.modules])"
+        "except SystemExit as end: code = end.code\n"
+        f"print(code, [m for m in {HEAVY} if m in sys.modules])"
     )
-    folder = Path(package.__file__).parent
-    run = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, env=environment())
-    assert run.stdout.splitlines()[-1] == "[]", run.stderr
+    run = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment())
+    assert run.stdout.splitlines()[-1] == f"{code} []", run.stderr
 
 
 @pytest.mark.parametrize("arguments", [[], ["show"]])
@@ -80,6 +90,7 @@ def test_without_a_command_there_is_help(arguments, monkeypatch, capsys):
         (["a", "--prompts", "b.txt"], 2, "a prompt, or --prompts FILE, not both"),
         (["a", "--device", "abacus"], 2, "--device must be auto, cpu or cuda"),
         (["a", "--dtype", "int3"], 2, "--dtype auto, float32"),
+        (["a", "--config", "x.toml", "--preset", "fast"], 2, "give --config or --preset, not both"),
         (["a", "--compare", "--repeats", 0], 2, "--repeats must be at least 1"),
         (
             ["a", "--height", 40, "--width", 32],

@@ -201,6 +201,27 @@ def test_one_failing_job_does_not_stop_the_others(tmp_path: Path) -> None:
     assert len(quiet.stderr.splitlines()) == 2
 
 
+def test_a_batch_has_a_page_and_a_log_has_a_line_a_clip(tmp_path: Path) -> None:
+    prompts = ["a <b>red</b> circle", "a blue square"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts))
+    out = tmp_path / "out"
+    run = fastdit("render", "--prompts", tmp_path / "p.txt", *TINY, "-o", out)
+    assert run.returncode == 0, run.stderr
+    records = list(read(out).values())
+    lines = [line for line in run.stderr.splitlines() if line.startswith("fastdit: ")]
+    assert [line.split(", ")[0] for line in lines] == [f"fastdit: {i + 1} of 2: {r['file']}" for i, r in enumerate(records)]
+    assert "it/s" not in run.stderr
+    assert "\r" not in run.stderr
+    page = (out / "index.html").read_text()
+    assert page.count("<figure>") == 2
+    assert "a &lt;b&gt;red&lt;/b&gt; circle" in page
+    assert "<b>" not in page
+    assert [name for record in records if (name := record["file"]) not in page] == []
+    (out / "index.html").write_text("somebody's own")
+    assert fastdit("render", "--prompts", tmp_path / "p.txt", *TINY, "-o", out).returncode == 0
+    assert (out / "index.html").read_text() == "somebody's own"
+
+
 def test_dry_run_and_standard_input(tmp_path: Path) -> None:
     run = subprocess.run(
         command("render", "--prompts", "-", "--dry-run", "--json", "--repeat", 2, "-o", tmp_path / "out"),

@@ -69,7 +69,7 @@ def test_the_options_of_render_stay() -> None:
     }
     assert found == {
         "prompt": None, "--prompts": None, "--out -o": Path("."), "--name": "{index:04d}-{slug}-s{seed}",
-        "--model -m": None, "--preset": "balanced", "--config": None, "--negative --negative-prompt": None, "--seed": 0,
+        "--model -m": None, "--preset": None, "--config": None, "--negative --negative-prompt": None, "--seed": 0,
         "--repeat": 1, "--frames --num-frames": None, "--height": None, "--width": None, "--num-inference-steps --steps": None,
         "--guidance --guidance-scale": None, "--image": None, "--lora": None, "--fps": None, "--format": None, "--crf": 18,
         "--compare": False, "--repeats": 2, "--device": "auto", "--dtype": "auto", "--cpu-offload": "none", "--compile": False,

@@ -134,6 +134,34 @@ def test_uploads_that_are_too_large_are_refused(server: Server) -> None:
     assert refused.value.code == 413
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}],
+)
+def test_another_sites_page_is_refused(server: Server, headers: dict[str, str]) -> None:
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nfull\r\n--x--\r\n'
+    sent = urllib.request.Request(
+        f"{server.url}/gradio_api/upload", form, {"Content-Type": "multipart/form-data; boundary=x"} | headers
+    )
+    before = sorted((server.out / ".served").rglob("*"))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(sent, timeout=60)
+    assert refused.value.code == 403
+    assert sorted((server.out / ".served").rglob("*")) == before
+    assert get(f"{server.url}/config", **headers)[0] == 403
+
+
+def test_a_link_may_lead_here_and_no_frame_shows_the_page(server: Server) -> None:
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert get(server.url, **link)[0] == 200
+    assert get(server.url, **link | {"Sec-Fetch-Dest": "iframe"})[0] == 403
+    assert get(f"{server.url}/config", Origin=server.url)[0] == 200
+    assert get(f"{server.url}/config", **{"Sec-Fetch-Site": "same-origin", "Origin": server.url})[0] == 200
+    with urllib.request.urlopen(server.url, timeout=60) as answer:
+        assert answer.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
 def test_a_client_that_vanishes_frees_its_place(server: Server) -> None:
     code = (
         "import sys; from gradio_client import Client\n"

@@ -24,9 +24,10 @@ from fastdit.apps.render import manifest
 from fastdit.apps.web import compare_options, html, tab_create, tab_inspect
 from fastdit.apps.web.limits import Limits
 from fastdit.apps.web.page import Page
+from fastdit.apps.web.passwords import matches, read_users
 from fastdit.apps.web.preview import preview
 from fastdit.apps.web.queue import Studio, Ticket
-from fastdit.apps.web.server import loopback, read_users
+from fastdit.apps.web.server import loopback
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 2}
 
@@ -236,10 +237,21 @@ def test_who_may_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "--auth" in capsys.readouterr().err
     users = tmp_path / "users"
     users.write_text("# who\nada:pass:word\n\ncy:x\n")
-    assert read_users(users) == {"ada": "pass:word", "cy": "x"}
+    found = read_users(users)
+    assert found.keys() == {"ada", "cy"}
+    assert matches("pass:word", found["ada"])
     users.write_bytes("\ufeffada:pass\u2028word\r\ncy:x\x0cy\r\n".encode())
-    assert read_users(users) == {"ada": "pass\u2028word", "cy": "x\x0cy"}
-    for wrong in ("../x:pass", "ada", "ada:", ""):
+    found = read_users(users)
+    assert matches("pass\u2028word", found["ada"])
+    assert matches("x\x0cy", found["cy"])
+    for wrong in (
+        "../x:pass",
+        "ada",
+        "ada:",
+        "",
+        "ada:scrypt$15$8$1$short$pass",
+        "ada:scrypt$40$8$1$" + "A" * 24 + "$" + "A" * 44,
+    ):
         users.write_text(wrong)
         with pytest.raises(UserError) as refused:
             read_users(users)
