@@ -141,7 +141,7 @@ def make(name: str, options: list[str]) -> Policy:
     if not given and name == "intersect":
         return Intersect((Window(size=(3, 4, 4)), SpatialTemporal(density=0.3)))
     if not given and name == "head_profile":
-        return HeadProfile((Window(density=0.25), Radial(density=0.25), TopMass(density=0.25)), (0, 1, 2))
+        return HeadProfile((Window(density=0.25), Radial(density=0.25), TopMass(density=0.25)), (0, 1, 2, 0))
     if not given and name == "stripe":
         given = {"theta": 0.0}
     return from_dict({"name": name} | given)
