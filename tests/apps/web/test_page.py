@@ -63,18 +63,18 @@ def done(server: Server) -> list[dict[str, Any]]:
 
 def test_first_clip_from_an_empty_page(visit: Any, server: Server) -> None:
     tab = visit()
-    assert "2,304 tokens (9 × 16 × 16)" in tab.page.wait_for_selector("#told:has-text('tokens')").inner_text()
+    assert "9,216 tokens (9 × 32 × 32)" in tab.page.wait_for_selector("#told:has-text('tokens')").inner_text()
     tab.page.click("#die")
     tab.page.wait_for_function("document.querySelector('#seed input').value != '0'")
     seed = int(tab.page.input_value("#seed input"))
-    tab.draw("a red circle moving right", steps=60)  # seconds: a busy browser still sees the previews
+    tab.draw("a red circle moving right", steps=100, frames=33)  # seconds: a busy browser still sees the previews
     tab.page.wait_for_selector("#result [role=progressbar]")
     tab.page.wait_for_selector("#result .preview")
     tab.page.wait_for_selector("#result video")
     tab.page.wait_for_function("document.querySelector('#result video').readyState >= 2")
     shown = tab.page.inner_text("#result")
     assert re.search(rf"Seed\s+{seed}\b", shown)
-    assert re.search(r"Tokens\s+192\b", shown)
+    assert re.search(r"Tokens\s+576\b", shown)
     record = done(server)[-1]
     assert (record["seed"], record["settings"]["prompt"]) == (seed, "a red circle moving right")
     with tab.page.expect_download() as download:
@@ -118,7 +118,7 @@ def test_compare(visit: Any, server: Server) -> None:
     tab.tab("Look inside")
     tab.page.get_by_label("Error", exact=True).check()
     tab.page.wait_for_selector("#ran .map")
-    assert "Error of 24 calls" in tab.page.inner_text("#ran")  # two sparse steps, two branches, six layers
+    assert "Error of 16 calls" in tab.page.inner_text("#ran")  # two sparse steps, eight layers
 
 
 def test_look_inside(visit: Any) -> None:
@@ -131,13 +131,13 @@ def test_look_inside(visit: Any) -> None:
     tab.page.wait_for_selector("#kept .map")
     assert "10² pairs of tiles of 1 × 8 × 8 tokens" in tab.page.inner_text("#kept")
     shares = [float(cell) for cell in tab.page.locator("#kept td").all_inner_texts() if cell]
-    assert len(shares) == 6 * 3
+    assert len(shares) == 8 * 4
     assert all(0 < share <= 1 for share in shares)
 
 
 def test_stop_half_way(visit: Any, server: Server) -> None:
     tab, before = visit(), len(done(server))
-    tab.draw("a green triangle", steps=100, frames=33)
+    tab.draw("a green triangle", steps=100, frames=33, width=96, height=96)
     tab.page.wait_for_selector("#result [role=status]:has-text('step ')")
     tab.page.click("#stop")
     tab.page.wait_for_selector("#result :text('Stopped.')")
@@ -206,7 +206,7 @@ def test_sizes_that_nobody_may_have_are_not_computed(visit: Any) -> None:
 
 def test_two_at_once_take_turns_and_see_their_own(visit: Any) -> None:
     first, second = visit(), visit()
-    first.draw("a large red circle", steps=30, frames=17)
+    first.draw("a large red circle", steps=100, frames=33)
     first.page.wait_for_selector("#result [role=status]:has-text('step ')")
     second.draw("a small blue square")
     second.page.wait_for_selector("#result [role=status]:has-text('You are next')")
