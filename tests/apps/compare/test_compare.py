@@ -112,7 +112,7 @@ def test_not_finite_is_refused(pipe: Any, which: str) -> None:
 
 def test_frames_that_are_not_finite_are_refused(pipe: Any) -> None:
     pipe.vae.post_quant_conv.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="the dense run decoded to NaN or infinity"):
+    with pytest.raises(UserError, match="the exact run decoded to NaN or infinity"):
         measure(pipe, small(steps=1), {"exact": Config()}, show=False)
 
 

@@ -208,7 +208,7 @@ def test_a_batch_has_a_page_and_a_log_has_a_line_a_clip(tmp_path: Path) -> None:
     run = fastdit("render", "--prompts", tmp_path / "p.txt", *TINY, "-o", out)
     assert run.returncode == 0, run.stderr
     records = list(read(out).values())
-    lines = [line for line in run.stderr.splitlines() if line.startswith("fastdit: ")]
+    lines = [line for line in run.stderr.splitlines() if " of 2: " in line]
     assert [line.split(", ")[0] for line in lines] == [f"fastdit: {i + 1} of 2: {r['file']}" for i, r in enumerate(records)]
     assert "it/s" not in run.stderr
     assert "\r" not in run.stderr
