@@ -53,7 +53,7 @@ def states(tab: Watched) -> list[str]:
 
 def test_a_reload_finds_the_clip_its_progress_and_its_settings(browser: Any, server: Server) -> None:
     tab = Watched(browser, server.url)
-    tab.draw("a red circle moving right", frames=33, height=96, width=96, steps=100)
+    tab.draw("a red circle moving right", frames=33, steps=100)
     tab.page.wait_for_selector("#result [role=status]:has-text('step ')")
     tab.page.reload()
     tab.page.wait_for_selector("#generate")
@@ -61,7 +61,7 @@ def test_a_reload_finds_the_clip_its_progress_and_its_settings(browser: Any, ser
     tab.page.wait_for_selector("#result [role=status]:has-text('step ')")
     tab.page.wait_for_function("document.querySelector('#prompt textarea').value == 'a red circle moving right'")
     values = [tab.page.input_value(f"#{name} input[type=number]") for name in ("frames", "height", "width", "steps")]
-    assert values == ["33", "96", "96", "100"]
+    assert values == ["33", "64", "64", "100"]
     tab.page.wait_for_selector("#jobs li[data-state=denoising]")
     picture(tab, "running")
     assert tab.wrong == []
@@ -75,7 +75,7 @@ def test_a_reload_finds_the_clip_its_progress_and_its_settings(browser: Any, ser
 
 def test_a_list_of_clips_to_stop_and_remove(browser: Any, chromium: Any, server: Server) -> None:
     tab = Watched(browser, server.url)
-    tab.draw("a blue square", frames=33, height=96, width=96, steps=100)
+    tab.draw("a blue square", frames=33, steps=100)
     tab.page.wait_for_selector("#jobs li[data-state=denoising]")
     tab.draw("a green triangle", steps=3)
     tab.page.wait_for_selector("#result [role=status]:has-text('You are next')")

@@ -137,7 +137,7 @@ def test_look_inside(visit: Any) -> None:
 
 def test_stop_half_way(visit: Any, server: Server) -> None:
     tab, before = visit(), len(done(server))
-    tab.draw("a green triangle", steps=100, frames=33, width=96, height=96)
+    tab.draw("a green triangle", steps=100, frames=33)
     tab.page.wait_for_selector("#result [role=status]:has-text('step ')")
     tab.page.click("#stop")
     tab.page.wait_for_selector("#result :text('Stopped.')")
