@@ -1,8 +1,8 @@
 """Fixtures, markers and who shares a process. Triton kernels run interpreted where there is no GPU.
 
-Under `pytest -n N` tests go to any worker, one by one, but for those of a file with a fixture for all of it: they stay
-together, so that it is made once. Every process has one thread for sums, unless OMP_NUM_THREADS says otherwise: N workers then
-do not fight for N cores, and no answer depends on how many threads added it up.
+Under `pytest -n N` tests go to any worker, one by one. Those of a file with a fixture for all of it stay together, and so do
+all that look at the page in a browser. Every process has one thread for sums, unless OMP_NUM_THREADS says otherwise: N workers
+then do not fight for N cores, and no answer depends on how many threads added it up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if find_spec("triton") and DEVICE == "cpu":  # before any test module imports Tr
     import interpreter  # noqa: F401
 
 TELLING = {
-    "browser": {"browser"},
+    "browser": {"chromium"},
     "process": {"subprocess", "Popen", "Processes", "serve", "server", "cluster", "both", "test_compile"},
     "compile": {"compile", "compile_repeated_blocks"},
 }
@@ -43,9 +43,15 @@ def names(item: pytest.Function) -> set[str]:
 
 
 @functools.cache
-def shares(file: str) -> bool:
-    """Whether tests of a file share a fixture that is made once for all."""
-    return 'scope="module"' in (ROOT / file).read_text(encoding="utf-8")
+def together(file: str) -> str | None:
+    """A name for the tests that share a process with those of a file, or None.
+
+    One for all browsers: two at once leave no time to see what happens in them. A file's own, if a fixture is made once for it.
+    """
+    text = (ROOT / file).read_text(encoding="utf-8")
+    if "playwright" in text:
+        return "browser"
+    return file if 'scope="module"' in text else None
 
 
 @pytest.hookimpl(optionalhook=True)  # xdist's, for whom it is `--dist loadgroup`, which pytest 9.2 and xdist 3.8 do not follow
@@ -54,8 +60,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Shared(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return file if shares(file) else nodeid
+            return together(nodeid.partition("::")[0]) or nodeid
 
     return Shared(config, log)
 

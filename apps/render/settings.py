@@ -11,7 +11,9 @@ from fastdit import Config, preset
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.paths import local
 from fastdit.apps.render.text import blank, control, half_pair
+from fastdit.pipelines.embedded import GUIDANCE, SIZE, STEPS
 
+FRAMES, HEIGHT, WIDTH = SIZE
 LONGEST_PROMPT = 4000  # characters; no text encoder in diffusers reads half as many
 OFFLOADS = ("none", "model", "group")
 FORMATS = ("mp4", "webp", "gif", "png")
@@ -67,22 +69,30 @@ class Settings:
         metadata=_about("How attention is accelerated; `fastdit show presets` lists them.", hashed=False, page=True),
     )
     frames: int = field(
-        default=33,
-        metadata=_about("Number of frames. [embedded model: 33]", alias="num_frames", own=True, argument=True, page=True),
+        default=FRAMES,
+        metadata=_about(
+            f"Number of frames. [embedded model: {FRAMES}]", alias="num_frames", own=True, argument=True, page=True
+        ),
     )
     height: int = field(
-        default=256,
-        metadata=_about("Pixels. [embedded model: 256; others: their own]", own=True, argument=True, page=True),
+        default=HEIGHT,
+        metadata=_about(f"Pixels. [embedded model: {HEIGHT}; others: their own]", own=True, argument=True, page=True),
     )
-    width: int = field(default=256, metadata=_about("Pixels, as for the height.", own=True, argument=True, page=True))
+    width: int = field(default=WIDTH, metadata=_about("Pixels, as for the height.", own=True, argument=True, page=True))
     steps: int = field(
-        default=8,
-        metadata=_about("Denoising steps. [embedded: 8]", alias="num_inference_steps", own=True, argument=True, page=True),
+        default=STEPS,
+        metadata=_about(
+            f"Denoising steps. [embedded: {STEPS}]", alias="num_inference_steps", own=True, argument=True, page=True
+        ),
     )
     guidance: float = field(
-        default=1.0,
+        default=GUIDANCE,
         metadata=_about(
-            "Classifier-free guidance; 1: off. [embedded: 1]", alias="guidance_scale", own=True, argument=True, page=True
+            f"Classifier-free guidance; 1: off. [embedded: {GUIDANCE:g}]",
+            alias="guidance_scale",
+            own=True,
+            argument=True,
+            page=True,
         ),
     )
     fps: int = field(default=8, metadata=_about("Frames a second. [embedded model: 8; others: 16]", own=True))

@@ -9,8 +9,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_TOKENS = 32  # of a caption, `</s>` and one pad included; the pipeline itself takes 512
-
 
 def make_tokenizer(texts: Sequence[str]) -> Any:
     """Byte-pair tokenizer trained on captions: lower case, every known word one token, other words letter by letter."""
@@ -35,7 +33,7 @@ def make_tokenizer(texts: Sequence[str]) -> Any:
     )
 
 
-def tokenize(tokenizer: Any, captions: Sequence[str], length: int = MAX_TOKENS) -> tuple[Tensor, Tensor]:
+def tokenize(tokenizer: Any, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """int64 ids and attention mask, both [B, length]; the last place stays padding."""
     out = tokenizer(list(captions), padding="max_length", max_length=length - 1, truncation=True, return_tensors="pt")
     return F.pad(out.input_ids, (0, 1)), F.pad(out.attention_mask, (0, 1))

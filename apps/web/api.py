@@ -13,12 +13,8 @@ from typing import Any
 import gradio as gr
 
 from fastdit.apps.errors import UserError
-from fastdit.apps.render.paths import local
+from fastdit.apps.render.settings import DEFAULTS
 from fastdit.apps.web.page import Page
-from fastdit.pipelines import embedded
-from fastdit.pipelines.embedded import GUIDANCE, STEPS
-
-FRAMES, HEIGHT, WIDTH = embedded.SIZE
 
 
 def build(page: Page) -> None:
@@ -30,11 +26,11 @@ def build(page: Page) -> None:
         negative: str = "",
         model: str = first,
         preset: str = "balanced",
-        frames: int = FRAMES,
-        height: int = HEIGHT,
-        width: int = WIDTH,
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
+        frames: int = DEFAULTS["frames"],
+        height: int = DEFAULTS["height"],
+        width: int = DEFAULTS["width"],
+        steps: int = DEFAULTS["steps"],
+        guidance: float = DEFAULTS["guidance"],
         seed: int = 0,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Draw a clip. state, step, steps and ahead (clips that come first) give the progress; clip and record come last.
@@ -47,8 +43,7 @@ def build(page: Page) -> None:
         }  # fmt: skip
         try:
             job = page.studio.job(said)
-            source = page.studio.models.get(model)
-            unknown = embedded.unknown_words(prompt, source if source is None else local(source))
+            unknown = page.studio.unknown_words(model, prompt)
             folder = page.folder(request)
             async with contextlib.aclosing(page.studio.follow(page.key(request), job, folder)) as tickets:
                 async for ticket in tickets:

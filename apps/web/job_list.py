@@ -32,6 +32,9 @@ def build(page: Page, shown: Any, restored: dict[str, Any]) -> None:
     def rows(request: gr.Request) -> str:
         return table(page, page.studio.tickets_of(page.key(request)))
 
+    def newest(request: gr.Request) -> Ticket | None:
+        return next(iter(page.studio.tickets_of(page.key(request))), None)
+
     async def pressed(request: gr.Request, event: gr.SelectData) -> AsyncGenerator[Any, None]:
         act, key = map(str, event.value)
         ticket = page.ticket(request, key)
@@ -47,15 +50,14 @@ def build(page: Page, shown: Any, restored: dict[str, Any]) -> None:
 
     async def resume(request: gr.Request) -> AsyncGenerator[Any, None]:
         yield gr.skip()
-        for ticket in page.studio.tickets_of(page.key(request))[:1]:
+        if (ticket := newest(request)) is not None:
             async with contextlib.aclosing(watch(page, ticket, request, "result")) as states:
                 async for state in states:
                     yield state
 
     def settings(request: gr.Request) -> list[Any]:
-        for ticket in page.studio.tickets_of(page.key(request))[:1]:
-            return [ticket.said.get(name, gr.skip()) if name != "image" else gr.skip() for name in restored]
-        return [gr.skip()] * len(restored)
+        said = {} if (ticket := newest(request)) is None else ticket.said
+        return [said.get(name, gr.skip()) if name != "image" else gr.skip() for name in restored]
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gr.on([page.blocks.load, timer.tick], rows, None, listed, queue=False, **quiet)

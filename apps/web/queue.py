@@ -22,11 +22,13 @@ from typing import Any
 from fastdit.apps.errors import UserError
 from fastdit.apps.render import batch, jobs
 from fastdit.apps.render.generate import Stopped
+from fastdit.apps.render.paths import local
 from fastdit.apps.render.renderer import Renderer
 from fastdit.apps.render.settings import SETTINGS, Settings
 from fastdit.apps.web import estimate
 from fastdit.apps.web.limits import Limits
 from fastdit.apps.workers.pool import attempt
+from fastdit.pipelines import embedded
 
 EMBEDDED = "embedded model"
 HEARTBEAT = 1.0  # seconds until a closed tab is noticed
@@ -122,6 +124,11 @@ class Studio:
 
     def _load(self, settings: Settings) -> None:
         self.facts[settings.model] = estimate.facts(self.renderer.load(settings))
+
+    def unknown_words(self, model: str, prompt: str) -> list[str]:
+        """The words of a prompt that a model on the page says it does not know."""
+        source = self.models.get(model)
+        return embedded.unknown_words(prompt, source if source is None else local(source))
 
     def job(self, said: dict[str, Any], custom: Any = None, repeats: int = 0) -> jobs.Job:
         """Make a job of what a visitor gave, with the checks of the command line. Raises UserError."""

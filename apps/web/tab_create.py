@@ -11,12 +11,10 @@ import gradio as gr
 
 from fastdit import PRESETS, preset
 from fastdit.apps.errors import UserError
-from fastdit.apps.render.paths import local
 from fastdit.apps.render.settings import Settings
 from fastdit.apps.web import estimate, html, job_list
 from fastdit.apps.web.page import Page
 from fastdit.apps.web.watching import watch
-from fastdit.pipelines import embedded
 
 EXAMPLES = [
     ["a red ball moving right on a checkered floor"], ["a blue cube spinning on a striped floor before a wall"],
@@ -109,10 +107,9 @@ async def draw(
 
 def estimate_line(page: Page, prompt: str, model: str, name: str, frames: int, height: int, width: int, steps: int) -> str:
     """Words of the prompt that the model does not know, the number of tokens, and about how much faster the preset is."""
-    source = page.studio.models.get(model)
-    unknown = embedded.unknown_words(prompt or "", source if source is None else local(source))
+    unknown = page.studio.unknown_words(model, prompt or "")
     told = html.error(f"not understood: {', '.join(unknown)}") if unknown else ""
-    return told + _size_line(page, source, name, frames, height, width, steps)
+    return told + _size_line(page, page.studio.models.get(model), name, frames, height, width, steps)
 
 
 def _size_line(page: Page, source: str | None, name: str, frames: int, height: int, width: int, steps: int) -> str:

@@ -58,6 +58,11 @@ class Layout:
         return math.prod(self.tile_grid)
 
     @property
+    def frame_tiles(self) -> int:
+        """Tiles of the first frame, which lead the order: all with the least coordinate along T."""
+        return self.video_tiles // self.tile_grid[0]
+
+    @property
     def text_tiles(self) -> int:
         return math.ceil(self.text_len / self.tile_tokens)
 

@@ -205,7 +205,7 @@ def complete(video: Tensor, layout: Layout, first_frame: bool = False) -> Tensor
     kept = torch.ones(*video.shape[:2], tiles, tiles, dtype=torch.bool, device=video.device)
     kept[:, :, :n, :n] = video | torch.eye(n, dtype=torch.bool, device=video.device)
     if first_frame:
-        kept[..., : n // layout.tile_grid[0]] = True
+        kept[..., : layout.frame_tiles] = True
     return kept
 
 

@@ -46,7 +46,7 @@ class Stripe(Policy):
         if q is None or k is None:
             raise ValueError("stripe needs q and k")
         near, local = _ready(self.window, layout, str(q.device))
-        first = layout.video_tiles // layout.tile_grid[0]  # tiles of the first frame: they lead
+        first = layout.frame_tiles
         real = layout.order(q.device)[: layout.video_tiles] >= 0
         # Added to logits: −∞ hides padding.
         minus = torch.zeros(real.shape, dtype=torch.float32, device=q.device).masked_fill(~real, float("-inf"))

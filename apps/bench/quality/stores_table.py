@@ -46,10 +46,9 @@ def table(prompts: list[str], out: Path, device: str = "cpu") -> None:
     errors: dict[tuple[str, int], list[float]] = {}
     for done, prompt in enumerate(prompts, 1):
         for steps in STEPS:
-            reuse_table.STEPS = steps
             recorder = reuse_table.Recorder()
             hook = pipe.transformer.register_forward_hook(recorder, with_kwargs=True)
-            reuse_table.draw(pipe, [prompt], done)
+            reuse_table.draw(pipe, [prompt], done, steps, embedded.GUIDANCE)
             hook.remove()
             calls = [call for call in recorder.calls if float(call[1]["timestep"].flatten()[0]) / 1000 <= SIGMA]
             for arm in ARMS:

@@ -156,7 +156,7 @@ def test_attention_is_local(pipe: Any) -> None:
 
 def test_the_training_forward_is_diffusers_own(pipe: Any) -> None:
     words = [embedded.PROMPT, "a small blue cube and a green cone standing still before a wall", ""]
-    ids, mask = tokenizer.tokenize(pipe.tokenizer, words)
+    ids, mask = tokenizer.tokenize(pipe.tokenizer, words, 32)
     x, t = torch.randn(3, 48, 3, 6, 4), torch.tensor([950.0, 500.0, 20.0])
     with torch.no_grad():
         states, bias = model.encode_text(pipe.text_encoder, ids, mask)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from webserver import CHROMIUM, FLAGS, Server, Watched, serve
+from webserver import CHROMIUM, Server, Watched, serve
 
 from fastdit.apps.render import manifest
 
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'fastdit[ui]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'fastdit[test]'")
+pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'fastdit[test]'")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to look at the page: apt-get install chromium")
 
 CONTRAST = (Path(__file__).parent / "contrast.js").read_text()
@@ -24,14 +24,6 @@ SIZES = {"desktop": {"width": 1440, "height": 900}, "phone": {"width": 390, "hei
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with serve(tmp_path_factory.mktemp("jobs") / "out") as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with sync_api.sync_playwright() as play:
-        found = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield found
-        found.close()
 
 
 @pytest.fixture
@@ -53,7 +45,7 @@ def states(tab: Watched) -> list[str]:
 
 def test_a_reload_finds_the_clip_its_progress_and_its_settings(browser: Any, server: Server) -> None:
     tab = Watched(browser, server.url)
-    tab.draw("a red circle moving right", frames=33, steps=100)
+    tab.draw("a red circle moving right", frames=33, width=96, height=96, steps=100)
     tab.page.wait_for_selector("#result [role=status]:has-text('step ')")
     tab.page.reload()
     tab.page.wait_for_selector("#generate")
@@ -61,7 +53,7 @@ def test_a_reload_finds_the_clip_its_progress_and_its_settings(browser: Any, ser
     tab.page.wait_for_selector("#result [role=status]:has-text('step ')")
     tab.page.wait_for_function("document.querySelector('#prompt textarea').value == 'a red circle moving right'")
     values = [tab.page.input_value(f"#{name} input[type=number]") for name in ("frames", "height", "width", "steps")]
-    assert values == ["33", "64", "64", "100"]
+    assert values == ["33", "96", "96", "100"]
     tab.page.wait_for_selector("#jobs li[data-state=denoising]")
     picture(tab, "running")
     assert tab.wrong == []
@@ -75,7 +67,7 @@ def test_a_reload_finds_the_clip_its_progress_and_its_settings(browser: Any, ser
 
 def test_a_list_of_clips_to_stop_and_remove(browser: Any, chromium: Any, server: Server) -> None:
     tab = Watched(browser, server.url)
-    tab.draw("a blue square", frames=33, steps=100)
+    tab.draw("a blue square", frames=33, width=96, height=96, steps=100)
     tab.page.wait_for_selector("#jobs li[data-state=denoising]")
     tab.draw("a green triangle", steps=3)
     tab.page.wait_for_selector("#result [role=status]:has-text('You are next')")

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 from util import fastdit
-from webserver import CHROMIUM, FLAGS, Server, Watched, serve
+from webserver import CHROMIUM, Server, Watched, serve
 
 from fastdit.apps.render import manifest
 
 pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'fastdit[ui]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'fastdit[test]'")
+pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install 'fastdit[test]'")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium to look at the page: apt-get install chromium")
 
 HTML = "a <b>red</b> circle <img src=x onerror=alert(1)> ${1+1} {{prompt}}"
@@ -31,21 +31,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as play:
-        found = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield found
-        found.close()
-
-
 @pytest.fixture
-def visit(browser: Any, server: Server, request: pytest.FixtureRequest) -> Iterator[Any]:
+def visit(chromium: Any, server: Server, request: pytest.FixtureRequest) -> Iterator[Any]:
     """Opens tabs, pictures the last one, and sees that nothing went wrong in any."""
     tabs: list[Watched] = []
 
     def opened(**context: Any) -> Watched:
-        tabs.append(Watched(browser, server.url, **{"viewport": {"width": 1200, "height": 860}} | context))
+        tabs.append(Watched(chromium, server.url, **{"viewport": {"width": 1200, "height": 860}} | context))
         return tabs[-1]
 
     yield opened
@@ -67,14 +59,15 @@ def test_first_clip_from_an_empty_page(visit: Any, server: Server) -> None:
     tab.page.click("#die")
     tab.page.wait_for_function("document.querySelector('#seed input').value != '0'")
     seed = int(tab.page.input_value("#seed input"))
-    tab.draw("a red circle moving right", steps=100, frames=33)  # seconds: a busy browser still sees the previews
+    # seconds of drawing: a busy browser still sees the previews
+    tab.draw("a red circle moving right", steps=100, frames=33, width=96, height=96)
     tab.page.wait_for_selector("#result [role=progressbar]")
     tab.page.wait_for_selector("#result .preview")
     tab.page.wait_for_selector("#result video")
     tab.page.wait_for_function("document.querySelector('#result video').readyState >= 2")
     shown = tab.page.inner_text("#result")
     assert re.search(rf"Seed\s+{seed}\b", shown)
-    assert re.search(r"Tokens\s+576\b", shown)
+    assert re.search(r"Tokens\s+1,296\b", shown)
     record = done(server)[-1]
     assert (record["seed"], record["settings"]["prompt"]) == (seed, "a red circle moving right")
     with tab.page.expect_download() as download:
@@ -206,7 +199,7 @@ def test_sizes_that_nobody_may_have_are_not_computed(visit: Any) -> None:
 
 def test_two_at_once_take_turns_and_see_their_own(visit: Any) -> None:
     first, second = visit(), visit()
-    first.draw("a large red circle", steps=100, frames=33)
+    first.draw("a large red circle", steps=100, frames=33, width=96, height=96)
     first.page.wait_for_selector("#result [role=status]:has-text('step ')")
     second.draw("a small blue square")
     second.page.wait_for_selector("#result [role=status]:has-text('You are next')")
