@@ -16,8 +16,9 @@ from models import wan, wan_inputs
 import fastdit
 from fastdit import Config, Phase
 from fastdit.approx import error_guard, remainder, step_cache
+from fastdit.approx.residual_store import FORMS
 from fastdit.approx.step_cache import Memory
-from fastdit.config import KINDS, STORES, Reuse
+from fastdit.config import AUTO, KINDS, Reuse
 from fastdit.core.quant import Quant
 from fastdit.core.reference import relative_error
 from fastdit.planning.forward_plan import layout_of, plan_call
@@ -196,7 +197,7 @@ def test_statistics_are_what_their_formulas_say(examples):
         st.sampled_from(KINDS),
         st.integers(2, 4),
         st.floats(0, 1),
-        st.sampled_from(STORES),
+        st.sampled_from((*FORMS, AUTO)),
         st.booleans(),
         st.integers(1, 6),
     )

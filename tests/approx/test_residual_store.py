@@ -9,7 +9,7 @@ from util import Largest
 
 from fastdit.approx import residual_store
 from fastdit.approx.residual_store import FORMS, PCA, Stored, bytes_of, pack, parts, unpacked, widths_of
-from fastdit.config import STORES, Reuse
+from fastdit.config import AUTO, Reuse
 
 SHAPES = [(1, 1, 1, 1), (1, 2, 5, 3), (2, 3, 50, 7), (1, 2, 33, 64), (2, 1, 100, 40), (1, 1, 16, 128)]
 
@@ -259,7 +259,7 @@ def test_codes_are_packed_from_the_lowest_bits(bits, count):
     assert torch.equal(unpacked(byte, count, bits)[0], code)
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", (*FORMS, AUTO))
 def test_names_go_through_a_dictionary(store):
     reuse = Reuse("residual", store=store)
     assert Reuse.from_dict(reuse.to_dict()) == reuse
