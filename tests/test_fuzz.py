@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from models import wan, wan_inputs
 
 import fastdit
+import fastdit.runs.run
 from fastdit import Config, Phase
 from fastdit.approx import error_guard, remainder, step_cache
 from fastdit.approx.residual_store import FORMS

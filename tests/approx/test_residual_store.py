@@ -259,7 +259,7 @@ def test_codes_are_packed_from_the_lowest_bits(bits, count):
     assert torch.equal(unpacked(byte, count, bits)[0], code)
 
 
-@pytest.mark.parametrize("store", (*FORMS, AUTO))
+@pytest.mark.parametrize("store", [*FORMS, AUTO])
 def test_names_go_through_a_dictionary(store):
     reuse = Reuse("residual", store=store)
     assert Reuse.from_dict(reuse.to_dict()) == reuse
