@@ -11,7 +11,7 @@ import torch
 
 from fastdit.apps.compare.measure import Comparison, measure
 from fastdit.apps.compare.metrics import flicker
-from fastdit.apps.render.generate import Clip
+from fastdit.apps.render.draw import Clip
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.media import contact_sheet, encode, png
 from fastdit.apps.render.renderer import Renderer, Result, phases, sha256

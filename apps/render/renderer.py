@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import fastdit
 from fastdit.apps.errors import UserError
-from fastdit.apps.render.generate import Clip, generate
+from fastdit.apps.render.draw import Clip
+from fastdit.apps.render.generate import generate
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.load import check_shape, defaults, denoisers, dropped_tokens, load, tokens, unknown_words
 from fastdit.apps.render.media import contact_sheet, encode, ffmpeg, png, to_uint8

@@ -49,7 +49,7 @@ def test_rows_and_table(measured: dict[str, Any], tmp_path: Path, monkeypatch: p
         assert row["ratio"] == pytest.approx(row["dense_s"] / row["fast_s"])
         assert row["tokens"] == (8 if row["shape"] == "5x32x32" else 48)
     assert rows[2]["psnr_db"] is None  # too short for `balanced`: dense, and equal to it
-    assert "48 tokens: below" in rows[2]["stayed_dense"]
+    assert "48 tokens, this CPU needs" in rows[2]["stayed_dense"]
     assert rows[3]["stayed_dense"] is None
     assert rows[3]["density"] < 1
     readme = tmp_path / "README.md"
