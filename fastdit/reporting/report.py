@@ -166,7 +166,7 @@ class Report:
             notes.append(f"padded text cut: {self.trimmed / len(self.calls):.0f} keys a call")
         if self.memory:
             notes.append(f"statistics held: {self.memory / 2**20:.1f} MB")
-        return "\n".join([self.verdict, *_table(rows), *notes, f"density over all calls: {self.density:.3f}"])
+        return "\n".join([self.verdict, *table(rows), *notes, f"density over all calls: {self.density:.3f}"])
 
     def layers(self) -> str:
         """A table with one row per site; `str` of the report only counts them."""
@@ -178,7 +178,7 @@ class Report:
             )
             for s in self.sites
         ]  # fmt: skip
-        return "\n".join(_table(rows))
+        return "\n".join(table(rows))
 
 
 def _timed(ran: CallRecord) -> CallRecord:
@@ -242,7 +242,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2e}"
 
 
-def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+def table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """The rows as lines, cells below each other."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
