@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fastdit.reporting.heatmap import colour
 from fastdit.reporting.report import short
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 420, 70, 130, 40, 50
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 420, 70, 130, 56, 50
 RADIUS = 5
 
 
@@ -36,7 +36,7 @@ def error_against_speed(points: Sequence[tuple[str, float, float]], title: str) 
     def centred(x: float, y: float, said: str) -> None:
         pen.text((x - pen.textlength(said, font) / 2, y), said, "black", font)
 
-    pen.text((LEFT, 12), title, "black", font)
+    pen.text((8, 8), title, "black", font)
     for value in across:
         x, bottom = place(value, 0)
         pen.line((x, TOP, x, bottom), (225, 225, 225))
@@ -46,7 +46,7 @@ def error_against_speed(points: Sequence[tuple[str, float, float]], title: str) 
         pen.line((left, y, WIDTH - RIGHT, y), (225, 225, 225))
         pen.text((left - 8 - pen.textlength(short(value), font), y - 6), short(value), "black", font)
     centred((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 22, "times as fast as dense (denoising)")
-    pen.text((8, TOP - 16), "velocity error, worst phase", "black", font)
+    pen.text((8, TOP - 26), "velocity error, worst phase", "black", font)
     drawn = [("dense", 1.0, 0.0), *points]
     for index, (name, ratio, error) in enumerate(drawn):
         x, y = place(ratio, error)

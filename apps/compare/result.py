@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from fastdit.apps.bench.markdown import cpu_name
 from fastdit.apps.compare import plot
 from fastdit.apps.compare.machine import BUSY
-from fastdit.apps.compare.measure import Comparison, Timed, Variant, finite
 from fastdit.apps.compare.recorded import worst
+from fastdit.apps.compare.timed import Comparison, Timed, Variant, finite
 from fastdit.apps.render.media import contact_sheet, png
 from fastdit.apps.render.outputs import Outputs, to_json
 from fastdit.config import Config

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdit.apps.compare.measure import Comparison, measure
+from fastdit.apps.compare.measure import measure
 from fastdit.apps.compare.metrics import flicker
+from fastdit.apps.compare.timed import Comparison
 from fastdit.apps.render.draw import Clip
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.media import contact_sheet, encode, png
