@@ -29,7 +29,8 @@ class Reuse:
     ablation over 0 … .04 is within noise). store: form of R, one of `residual_store.FORMS`, or "auto": the best that fits
     (`approx/placement.py`). host: keep R in CPU memory, where it also goes when the GPU is full. maps: steps for which a
     dynamic policy's tile map is reused (including the choice that `SpatialTemporal` makes per head); with statistics, rounded
-    up to whole refreshes: statistics hold for one map only."""
+    up to whole refreshes: statistics hold for one map only. drift: a layer is dense sooner where the relative error of its next
+    answer, foreseen from a few exact rows of this one, is above it; None measures nothing."""
 
     kind: str = "none"
     refresh: int = 5
@@ -37,6 +38,7 @@ class Reuse:
     store: str = AUTO
     host: bool = False
     maps: int = 1
+    drift: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -50,6 +52,8 @@ class Reuse:
             raise ValueError(
                 f"reuse: refresh >= 1, maps >= 1 and ramp in [0, 1] must hold, got {self.refresh}, {self.maps} and {self.ramp}"
             )
+        if self.drift is not None and not self.drift > 0:
+            raise ValueError(f"reuse: drift must be above 0, or None, got {self.drift}")
         if self.kind != "none" and self.refresh == 1:
             raise ValueError("reuse: refresh=1 makes every step dense and reuses nothing: use refresh >= 2 or kind='none'")
 
@@ -71,7 +75,7 @@ class Reuse:
     def __str__(self) -> str:
         if self.kind == "none":
             return f"maps for {self.maps}" if self.maps > 1 else "none"
-        return f"{self.kind}, refresh {self.refresh}"
+        return f"{self.kind}, refresh {self.refresh}" + ("" if self.drift is None else f" or drift {self.drift:g}")
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,13 @@ def runs(draw):
     for span in ((1.0, 0.5), (0.5, 0.0)):
         policy = draw(st.one_of(st.builds(Window, size=boxes), st.builds(TopMass, density=shares), st.just(Dense())))
         quant = draw(st.sampled_from([Quant(), Quant("int8")]))
-        reuse = Reuse(draw(st.sampled_from(KINDS)), draw(st.integers(2, 3)), store="float32", maps=draw(st.integers(1, 3)))
+        reuse = Reuse(
+            draw(st.sampled_from(KINDS)),
+            draw(st.integers(2, 3)),
+            store="float32",
+            maps=draw(st.integers(1, 3)),
+            drift=draw(st.sampled_from([None, 1e-3, 0.2])),
+        )
         phases.append(Phase(span, policy, quant, reuse=reuse, remainder=draw(st.sampled_from(["none", "pooled"]))))
     return Config(tuple(phases), (1, 2, 2), min_tokens=0, max_density=1), draw(st.lists(run, min_size=1, max_size=2))
 

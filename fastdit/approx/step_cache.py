@@ -36,6 +36,8 @@ class Memory:
     ratio: Tensor | None = None
     kept: Stored | None = None
     uses: int = 0
+    due: bool = False
+    """The next step must be a refresh: its tile map is new, or its error would exceed `Reuse.drift`."""
     no_room: str | None = None
     """Why nothing is remembered, though it should be."""
     power: Tensor | None = None
@@ -50,13 +52,19 @@ class Memory:
 
     def with_map(self, plan: CallPlan, q: Tensor, k: Tensor, v: Tensor) -> CallPlan:
         """A dynamic policy's plan with the tiles that it chose, now or, while they serve, in an earlier step."""
-        if self.block_mask is not None and self.map_uses < plan.reuse.map_age:
+        serves = plan.reuse.maps if self.due else plan.reuse.map_age  # a refresh may have a new one, the steps after it not
+        if self.block_mask is not None and self.map_uses < serves:
             self.map_uses += 1
             return plan.with_mask(self.block_mask, self.density, q.shape[1])
         plan = plan.choose(q, k, v)
+        self.due = True
         if plan.reuse.map_age > 1:
             self.block_mask, self.density, self.map_uses = plan.block_mask, plan.density, 1
         return plan
+
+    def heed(self, error: float, drift: float) -> None:
+        """Foresee the next step's error from this one's: it grows in proportion to the steps since the refresh."""
+        self.due |= error * (self.uses + 1) > drift * self.uses
 
     def drop(self) -> None:
         self.block_mask = self.ratio = self.kept = None
@@ -87,7 +95,7 @@ def attention(
         return dense(), "dense"
     if reuse.kind == "none" or plan.block_mask is None:
         return sparse()[0], "sparse"
-    if (memory.ratio is not None or memory.kept is not None) and memory.uses < reuse.refresh - 1:
+    if (memory.ratio is not None or memory.kept is not None) and memory.uses < reuse.refresh - 1 and not memory.due:
         memory.uses += 1
         out = torch.empty_like(q) if reuse.kind == "broadcast" else sparse()[0]
         kept, weight = memory.kept, None
@@ -107,7 +115,7 @@ def attention(
                 torch.addcmul(kept.load(q, heads), part, weight[heads], out=part)
         return out, "reuse"
     room = None if memory.kept is None else placement.Room(memory.kept.data.device, memory.kept.form)
-    memory.uses, memory.ratio, memory.kept = 0, None, None
+    memory.uses, memory.due, memory.ratio, memory.kept = 0, False, None, None
     if reuse.kind != "ratio" and room is None:  # otherwise: what the last refresh leaves, this one takes
         room = placement.find(q, reuse, held, sharers)
         memory.no_room = room.why

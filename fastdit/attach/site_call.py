@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdit import ops
 from fastdit.approx import error_guard, placement, step_cache
+from fastdit.approx.step_cache import Memory
 from fastdit.attach.cuda_graphs import STAYS_OUT, refuse_capture
 from fastdit.config import AUTO
 from fastdit.planning import key_padding
@@ -175,17 +176,21 @@ class SiteCall:
             memory.no_room = None  # so that the next call of this branch tries again
         if forward.run.last:
             memory.drop()  # decoding comes next and needs the memory
-        self.check(query, key, value, out, fault, plan, self.record(plan, how, note, watch, trimmed))
+        self.check(query, key, value, out, fault, plan, memory, self.record(plan, how, note, watch, trimmed))
         return out.transpose(1, 2) if self.at is not None else _roll(out.transpose(1, 2), -roll)
 
-    def check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, fault: Tensor, plan: CallPlan, record: CallRecord) -> None:
+    def check(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, fault: Tensor, plan: CallPlan, memory: Memory, record: CallRecord
+    ) -> None:
         """Replace out [B, H, N, D] by dense attention if it is not finite or its error exceeds the budget; store the record."""
         state, budget = self.state, self.forward.config.error_budget
+        limit = math.inf if budget is None else budget
+        drift = plan.reuse.drift if record.how == "reuse" else None
         error = share = None
         if record.how in ("sparse", "reuse"):
-            if budget is not None:
+            if budget is not None or drift is not None:
                 error = error_guard.probe(q, k, v, out, self.scale)
-                fault |= error > budget
+                fault |= error > limit
             density = 0.0 if record.how == "reuse" and plan.reuse.kind == "broadcast" else plan.density
             if isinstance(density, Tensor):
                 share = density
@@ -193,8 +198,8 @@ class SiteCall:
                 record = record._replace(density=density)
         ops.repair(q, k, v, out, q.shape[-1] ** -0.5 if self.scale is None else self.scale, fault)
         state.calls.append(record)
-        limit = math.inf if budget is None else budget
-        verdict = Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, limit)
+        heeding = (memory, drift) if drift is not None else ()
+        verdict = Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, limit, *heeding)
         if reads_at_once(q.device):
             settle([verdict])
         else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdit.approx.error_guard import DENSE
+from fastdit.approx.step_cache import Memory
 from fastdit.planning.forward_plan import above
 from fastdit.runs.site_state import SiteState
 
@@ -22,8 +23,8 @@ BROKEN = 2
 @dataclass(eq=False)
 class Verdict:
     """The verdict on one call of a site. record: its index in `SiteState.calls`. fault: int32 [1], not 0 if the dense output
-    replaced the sparse one. error: [] relative L2, None without a budget. density: [] of a dynamic policy's tiles, None if the
-    host knows it."""
+    replaced the sparse one. error: [] relative L2, None if not measured. density: [] of a dynamic policy's tiles, None if the
+    host knows it. memory: the statistics used, which are taken anew if the error grows beyond `drift`."""
 
     state: SiteState
     record: int
@@ -32,6 +33,8 @@ class Verdict:
     density: Tensor | None = None
     max_density: float = 1.0
     budget: float = math.inf
+    memory: Memory | None = None
+    drift: float = math.inf
 
     def read(self, fault: float, error: float | None, density: float | None) -> None:
         """Store the values in the record, and raise the site's guard level if the output was faulty."""
@@ -42,6 +45,8 @@ class Verdict:
                 state.too_dense[record.phase] = above(density, self.max_density)
         if error is not None and math.isfinite(error):
             record = record._replace(error=error)
+            if self.memory is not None:
+                self.memory.heed(error, self.drift)
         if fault and not int(fault) & BROKEN:
             over = record.error is not None and record.error > self.budget
             why = f"error {record.error:.3g} over the budget of {self.budget:g}" if over else "not finite"

@@ -1,6 +1,7 @@
 """Statistics in whole pipelines: no branch, run, size or pipeline sees another one's, and a skipped block ages nothing."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -20,6 +21,8 @@ from util import enter, render, tiny_wan_pipeline, windows_reusing
 
 import fastdit
 from fastdit import Config, Phase, Window
+from fastdit.attach import site_call
+from fastdit.attach.processor import installed
 from fastdit.attach.site_call import SiteCall
 from fastdit.config import Reuse
 from fastdit.policies import SpatialTemporal, TopMass
@@ -161,6 +164,49 @@ def test_a_dynamic_map_serves_as_long_as_it_should(pipes, monkeypatch, policy):
     fastdit.accelerate(pipe, windows_reusing("retention", policy))
     render(pipe)
     assert len(chosen) == 2 * 2 * 2  # a map a refresh, each third step
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["read at once", "read at the next forward, as on a GPU"])
+def test_a_layer_is_refreshed_when_its_error_would_exceed_the_drift(pipes, monkeypatch, at_once):
+    pipe, _ = pipes
+    if not at_once:
+        monkeypatch.setattr(site_call, "reads_at_once", lambda device: False)
+
+    def calls(drift):
+        """The picture, and the records by layer and branch."""
+        reuse = Reuse("residual", 9, store="float32", drift=drift)
+        fastdit.accelerate(pipe, Config((Phase(policy=Window(size=(1, 1, 1)), reuse=reuse),), (1, 2, 2), min_tokens=0))
+        out = render(pipe)
+        fastdit.report(pipe)  # reads the last step's verdicts
+        return out, [site.calls[branch::2] for site in installed(pipe.transformer).sites for branch in (0, 1)]
+
+    never, plain = calls(None)
+    assert {call.error for branch in plain for call in branch} == {None}
+    out, found = calls(1e6)
+    assert torch.equal(out, never)
+    assert [[call.how for call in branch] for branch in found] == [["refresh", *["reuse"] * 5]] * 4
+    errors = [call.error for branch in found for call in branch[1:]]
+    assert [[call.how for call in branch] for branch in calls(1e-6)[1]] == [["refresh", "reuse"] * 3] * 4
+    drift, due = (min(errors) + max(errors)) / 2, 0
+    for branch in calls(drift)[1]:
+        age = 0
+        for before, call in itertools.pairwise(branch):
+            age = 0 if before.how == "refresh" else age + 1
+            wanted = age > 0 and before.error * (age + 1) > drift * age
+            assert call.how == ("refresh" if wanted else "reuse")
+            due += wanted
+    assert 0 < due < 4 * 3
+
+
+def test_statistics_and_map_are_renewed_together(pipes, monkeypatch):
+    """A map is chosen anew where the drift makes a refresh, and statistics of the map before are never used with it."""
+    pipe, _ = pipes
+    chosen, select = [], TopMass.select
+    monkeypatch.setattr(TopMass, "select", lambda self, *a, **k: chosen.append(1) or select(self, *a, **k))
+    fastdit.accelerate(pipe, windows_reusing("residual", TopMass(density=0.3), store="float32", drift=1e-6))
+    render(pipe)
+    hows = [call.how for site in installed(pipe.transformer).sites for call in site.calls]
+    assert hows.count("refresh") == len(chosen) == 3 * 2 * 2  # each second step, branches, layers
 
 
 STEP_CACHES = {
