@@ -7,6 +7,7 @@ diffusers has `set_attn_processor` on models; importing fastdit adds it to pipel
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from fastdit.pipelines import described
 from fastdit.pipelines.encoder import encoder_of
 from fastdit.pipelines.registry import adapter_for, is_hopeless, is_known
 from fastdit.planning.adapter import Adapter
-from fastdit.presets import DEFAULT, preset
+from fastdit.presets import DEFAULT, preset, read_profile
 from fastdit.reporting.report import Report
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -31,9 +32,9 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 class FastAttnProcessor:
-    """What to hand to `set_attn_processor` of a pipeline or a model: a preset's name or a `Config`."""
+    """What to hand to `set_attn_processor` of a pipeline or a model: a preset's name, a `Config` or a JSON file with one."""
 
-    def __init__(self, config: str | Config = DEFAULT) -> None:
+    def __init__(self, config: str | os.PathLike[str] | Config = DEFAULT) -> None:
         self.config = config_of(config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -43,14 +44,15 @@ class FastAttnProcessor:
         return f"FastAttnProcessor({self.config!r})"
 
 
-def accelerate(target: Any, config: str | Config = DEFAULT) -> Handle:
+def accelerate(target: Any, config: str | os.PathLike[str] | Config = DEFAULT) -> Handle:
     """Replace the self-attention of every denoiser of a pipeline (or of one model) until `restore`.
 
-    config: "exact", "balanced", "fast", "fps", or a `Config`. An accelerated target takes the new configuration. Returns the
-    handle, which is also a context manager: ``with fastdit.accelerate(pipe): ...`` restores at the end, exception or not.
+    config: "exact", "balanced", "fast", "fps", a `Config`, or a JSON file with one (`tune` writes it). An accelerated target
+    takes the new configuration. Returns the handle, which is also a context manager: ``with fastdit.accelerate(pipe): ...``
+    restores at the end, exception or not.
 
-    Raises ValueError for an unknown preset, a model family fastdit does not know, or a target without a denoiser; the
-    target is unchanged then.
+    Raises ValueError for an unknown preset, a file without a configuration, a model family fastdit does not know, or a target
+    without a denoiser; the target is unchanged then.
     """
     return attach(target, config_of(config), adapters_of(target))
 
@@ -194,11 +196,13 @@ def report(target: Any) -> Report:
     raise ValueError(f"this {type(target).__name__} is not accelerated: call fastdit.accelerate(pipe) first")
 
 
-def config_of(config: str | Config) -> Config:
+def config_of(config: str | os.PathLike[str] | Config) -> Config:
+    if isinstance(config, os.PathLike) or (isinstance(config, str) and config.endswith(".json")):
+        return read_profile(config)
     if isinstance(config, str):
         return preset(config)
     if not isinstance(config, Config):
-        raise ValueError(f"expected a preset's name or a fastdit.Config, got {config!r}")
+        raise ValueError(f"expected a preset's name, a JSON file or a fastdit.Config, got {config!r}")
     return config
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "render": "cli.render",
     "web": "web.server",
     "compare": "cli.compare",
+    "tune": "cli.tune",
     "doctor": "cli.doctor",
     "models": "cli.list",
     "bench": "bench.presets",

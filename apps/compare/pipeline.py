@@ -72,7 +72,7 @@ def compare(
             raise UserError(f"call must be a dictionary of the pipeline's arguments, or a list of such, got {call!r:.80}", 2)
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise UserError(f"repeats must be a whole number from 1 up, got {repeats!r}", 2)
-        before = _installed(pipe)
+        before = installed_config(pipe)
         makers = [fresh(pipe, each, seed) for each in calls]
         folder = None if out is None else writable(Path(out))
         result = ComparisonResult(configs, repeats, machine(pipe), [described(each) | {"seed": seed} for each in calls])
@@ -113,13 +113,13 @@ def add(result: ComparisonResult, comparisons: Iterator[Any]) -> Iterator[None]:
         yield
 
 
-def _installed(pipe: Any) -> Config | None:
+def installed_config(pipe: Any) -> Config | None:
     """The configuration by which a pipeline is accelerated, if it is. Raises ValueError for what cannot be compared."""
     if isinstance(pipe, nn.Module):
-        raise ValueError(f"compare needs the pipeline that draws, got a {type(pipe).__name__}")
+        raise ValueError(f"this needs the pipeline that draws, got a {type(pipe).__name__}")
     models = [model for _, model, _ in adapters_of(pipe)]
     if any(propagation_of(model) is not None for model in models):
-        raise ValueError("the pipeline's encoder is propagated: fastdit.restore(pipe) first, compare knows attention alone")
+        raise ValueError("the pipeline's encoder is propagated: fastdit.restore(pipe) first, only attention is measured")
     return next((found.handle.config for model in models if (found := installed(model)) is not None), None)
 
 
