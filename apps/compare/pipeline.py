@@ -131,7 +131,7 @@ def named(presets: Preset | Iterable[Preset] | Mapping[str, Preset]) -> dict[str
         many = isinstance(presets, Iterable) and not isinstance(presets, str)
         found = {}
         for said in list(presets) if many else [presets]:  # type: ignore[arg-type]
-            name = "custom" if isinstance(said, Config) else Path(said).stem if _is_file(said) else str(said)
+            name = "custom" if isinstance(said, Config) else Path(str(said)).stem if _is_file(said) else str(said)
             count = 2
             while isinstance(said, Config) and name in found:
                 name, count = f"custom {count}", count + 1

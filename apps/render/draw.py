@@ -118,7 +118,7 @@ def draw(
     start = time.perf_counter()
     try:
         with tqdm(total=steps if told else None, desc=label, unit="step", file=sys.stderr, disable=hidden, leave=None) as bar:
-            made = _drawn(pipe(**call | more))
+            made = _drawn(pipe(**{**call, **more}))
             if isinstance(made, torch.Tensor):  # not decoded
                 kept.setdefault("latents", made)
             clips = None if latents else clips_of(made)
