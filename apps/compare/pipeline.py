@@ -158,7 +158,7 @@ def _config(said: Any) -> Config:
 def fresh(pipe: Any, call: Call, seed: int) -> Callable[[], dict[str, Any]]:
     """Makes the arguments of one run, with generators of their own. Raises UserError for arguments that the pipeline lacks."""
     takes = parameters(pipe)
-    if (unknown := set(call) - takes.keys() - set(OURS)) and "kwargs" not in takes:
+    if unknown := set(call) - takes.keys() - set(OURS):
         raise UserError(f"{type(pipe).__name__} takes no {', '.join(sorted(unknown))}: it takes {', '.join(takes)}", 2)
     plain = {name: value for name, value in call.items() if name not in OURS}
     given = plain.pop("generator", None)

@@ -192,6 +192,15 @@ def test_a_described_model_stays_described(pipe: Any) -> None:
     assert found.rows[1]["psnr_db"] == pytest.approx(known["psnr_db"])
 
 
+def test_a_compiled_denoiser(pipe: Any) -> None:
+    """Each run of a configuration is warmed up, since attaching it compiles again."""
+    plain = fastdit.compare(pipe, CALL, [HALF], repeats=1).rows[1]
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    found = fastdit.compare(pipe, CALL, [HALF], repeats=2).rows[1]
+    assert found["velocity_error"] == pytest.approx(plain["velocity_error"], rel=1e-3)
+    assert found["psnr_db"] == pytest.approx(plain["psnr_db"], abs=0.1)
+
+
 def test_interrupted_keeps_what_was_measured(pipe: Any, tmp_path: Path) -> None:
     """By the user's own callback, in the second configuration."""
     seen = 0
