@@ -46,7 +46,7 @@ class Clip:
 
 
 def parameters(pipe: Any) -> dict[str, Any]:
-    """{name: default} of the arguments that a pipeline's call takes, those that a subclass hands on as `**kwargs` included; of a
+    """{name: default} of the arguments that a pipeline's call takes, with those that a subclass hands on as `**kwargs`; of a
     modular pipeline, its blocks' inputs."""
     if (blocks := getattr(pipe, "blocks", None)) is not None and hasattr(blocks, "inputs"):
         return {each.name: each.default for each in blocks.inputs if each.name is not None}
