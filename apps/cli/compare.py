@@ -54,7 +54,7 @@ def compare(
     With --prompt or --prompts: draws densely and by each --preset and --config from equal noise, and says what each wins and
     loses: a verdict, then a table. Ctrl-C keeps what was measured.
 
-    With FIRST and SECOND: numbers and pictures of their difference.
+    With FIRST and SECOND: PSNR, SSIM, MS-SSIM, flicker and pictures of their difference.
     """
     if first is not None:
         if second is None:

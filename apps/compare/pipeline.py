@@ -131,7 +131,7 @@ def named(presets: Preset | Iterable[Preset] | Mapping[str, Preset]) -> dict[str
         many = isinstance(presets, Iterable) and not isinstance(presets, str)
         found = {}
         for said in list(presets) if many else [presets]:  # type: ignore[arg-type]
-            name = "custom" if isinstance(said, Config) else Path(said).stem if _is_file(said) else str(said)
+            name = "custom" if isinstance(said, Config) else Path(str(said)).stem if _is_file(said) else str(said)
             count = 2
             while isinstance(said, Config) and name in found:
                 name, count = f"custom {count}", count + 1
@@ -158,7 +158,7 @@ def _config(said: Any) -> Config:
 def fresh(pipe: Any, call: Call, seed: int) -> Callable[[], dict[str, Any]]:
     """Makes the arguments of one run, with generators of their own. Raises UserError for arguments that the pipeline lacks."""
     takes = parameters(pipe)
-    if (unknown := set(call) - takes.keys() - set(OURS)) and "kwargs" not in takes:
+    if unknown := set(call) - takes.keys() - set(OURS):
         raise UserError(f"{type(pipe).__name__} takes no {', '.join(sorted(unknown))}: it takes {', '.join(takes)}", 2)
     plain = {name: value for name, value in call.items() if name not in OURS}
     given = plain.pop("generator", None)

@@ -92,7 +92,9 @@ class FirstCalls:
         sigma = self._level(facts)
         if not self.calls or sigma != self.calls[-1].sigma:
             leaves, spec = tree_flatten((args, kwargs))
-            kept = [(leaf.device, self._copy(leaf)) if isinstance(leaf, Tensor) else (None, leaf) for leaf in leaves]
+            kept: list[tuple[torch.device | None, Any]] = [
+                (leaf.device, self._copy(leaf)) if isinstance(leaf, Tensor) else (None, leaf) for leaf in leaves
+            ]
             velocity = velocity_of(out)
             self.calls.append(Call(model, kept, spec, sigma, self._copy(velocity), tokens_of(facts)))
         self.seconds += time.perf_counter() - start

@@ -46,10 +46,17 @@ class Clip:
 
 
 def parameters(pipe: Any) -> dict[str, Any]:
-    """{name: default} of the arguments that a pipeline's call takes; of a modular pipeline, its blocks' inputs."""
+    """{name: default} of the arguments that a pipeline's call takes, with those that a subclass hands on as `**kwargs`; of a
+    modular pipeline, its blocks' inputs."""
     if (blocks := getattr(pipe, "blocks", None)) is not None and hasattr(blocks, "inputs"):
         return {each.name: each.default for each in blocks.inputs if each.name is not None}
-    return {name: each.default for name, each in inspect.signature(pipe.__call__).parameters.items()}
+    found: dict[str, Any] = {}
+    for call in (vars(kind)["__call__"] for kind in type(pipe).__mro__ if "__call__" in vars(kind)):
+        named = list(inspect.signature(call).parameters.values())[1:]
+        found = {each.name: each.default for each in named if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)} | found
+        if all(each.kind is not each.VAR_KEYWORD for each in named):
+            break
+    return found
 
 
 def draw(
@@ -118,7 +125,7 @@ def draw(
     start = time.perf_counter()
     try:
         with tqdm(total=steps if told else None, desc=label, unit="step", file=sys.stderr, disable=hidden, leave=None) as bar:
-            made = _drawn(pipe(**call | more))
+            made = _drawn(pipe(**{**call, **more}))
             if isinstance(made, torch.Tensor):  # not decoded
                 kept.setdefault("latents", made)
             clips = None if latents else clips_of(made)
