@@ -29,8 +29,8 @@ class Reuse:
     ablation over 0 … .04 is within noise). store: form of R, one of `residual_store.FORMS`, or "auto": the best that fits
     (`approx/placement.py`). host: keep R in CPU memory, where it also goes when the GPU is full. maps: steps for which a
     dynamic policy's tile map is reused (including the choice that `SpatialTemporal` makes per head); with statistics, rounded
-    up to whole refreshes: statistics hold for one map only. drift: a layer is dense sooner where the relative error of its next
-    answer, foreseen from a few exact rows of this one, is above it; None measures nothing."""
+    up to whole refreshes: statistics hold for one map only. drift: a step is dense sooner where the relative error of the
+    layers' answers, foreseen from a few exact rows in the step before, would be above it; None measures nothing."""
 
     kind: str = "none"
     refresh: int = 5

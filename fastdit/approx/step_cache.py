@@ -37,7 +37,7 @@ class Memory:
     kept: Stored | None = None
     uses: int = 0
     due: bool = False
-    """The next step must be a refresh: its tile map is new, or its error would exceed `Reuse.drift`."""
+    """The next step must be a refresh: its tile map is new, or the errors would exceed `Reuse.drift`."""
     no_room: str | None = None
     """Why nothing is remembered, though it should be."""
     power: Tensor | None = None
@@ -61,10 +61,6 @@ class Memory:
         if plan.reuse.map_age > 1:
             self.block_mask, self.density, self.map_uses = plan.block_mask, plan.density, 1
         return plan
-
-    def heed(self, error: float, drift: float) -> None:
-        """Foresee the next step's error from this one's: it grows in proportion to the steps since the refresh."""
-        self.due |= error * (self.uses + 1) > drift * self.uses
 
     def drop(self) -> None:
         self.block_mask = self.ratio = self.kept = None

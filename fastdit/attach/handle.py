@@ -175,7 +175,9 @@ class Handle:
         levels = tuple(run.sites[site.index].level for site in sites)
         plan = plan_forward(self.config, run.clock.sigma, sequence, levels)
         names = tuple(site.name for site in sites)
-        return Forward(run, branch, plan, self.config, sites[0].index if sites else 0, names, self.masks, self.bytes)
+        return Forward(
+            run, branch, plan, self.config, sites[0].index if sites else 0, names, self.masks, self.bytes, branch.due()
+        )
 
     def bytes(self, device: torch.device | None = None) -> int:
         """Bytes of statistics in all runs, on a device; None: on all."""

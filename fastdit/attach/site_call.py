@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,6 +144,7 @@ class SiteCall:
         plan = forward.call(self.layer, q.transpose(1, 2), keys or k.shape[1], kept)
         # Also in a dense phase: this drops the statistics of other phases.
         memory = state.memory(plan.phase, forward.branch, self.nth, kept, plan.span, q.shape, q.dtype, plan.level)
+        memory.due |= forward.due
         if plan.reason is None and (why := state.too_dense.get(plan.phase)) is not None:
             plan = plan.dense(why)
         if plan.reason is not None:
@@ -198,8 +200,8 @@ class SiteCall:
                 record = record._replace(density=density)
         ops.repair(q, k, v, out, q.shape[-1] ** -0.5 if self.scale is None else self.scale, fault)
         state.calls.append(record)
-        heeding = (memory, drift) if drift is not None else ()
-        verdict = Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, limit, *heeding)
+        foresee = None if drift is None else partial(self.forward.branch.foresee, uses=memory.uses, drift=drift)
+        verdict = Verdict(state, len(state.calls) - 1, fault, error, share, plan.max_density, limit, foresee)
         if reads_at_once(q.device):
             settle([verdict])
         else:

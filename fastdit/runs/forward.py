@@ -33,7 +33,7 @@ class Forward:
     """One call of a denoiser. Sites find it by its `number`, which the token holds.
 
     first: index of the denoiser's first site. names: of its sites. masks: cache of block masks. held: returns the bytes of
-    statistics that the pipeline holds on a device. seen: calls so far, by layer.
+    statistics that the pipeline holds on a device. due: statistics must be taken anew. seen: calls so far, by layer.
     """
 
     run: Run
@@ -44,6 +44,7 @@ class Forward:
     names: tuple[str, ...]
     masks: ByteCache
     held: Callable[[torch.device], int]
+    due: bool = False
     sigma: float = field(init=False)
     step: int = field(init=False)
     number: int = field(default_factory=_numbers.__next__)

@@ -5,14 +5,13 @@ where it waits for the noise level anyway."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastdit.approx.error_guard import DENSE
-from fastdit.approx.step_cache import Memory
 from fastdit.planning.forward_plan import above
 from fastdit.runs.site_state import SiteState
 
@@ -24,7 +23,7 @@ BROKEN = 2
 class Verdict:
     """The verdict on one call of a site. record: its index in `SiteState.calls`. fault: int32 [1], not 0 if the dense output
     replaced the sparse one. error: [] relative L2, None if not measured. density: [] of a dynamic policy's tiles, None if the
-    host knows it. memory: the statistics used, which are taken anew if the error grows beyond `drift`."""
+    host knows it. foresee: gets the error, once known."""
 
     state: SiteState
     record: int
@@ -33,8 +32,7 @@ class Verdict:
     density: Tensor | None = None
     max_density: float = 1.0
     budget: float = math.inf
-    memory: Memory | None = None
-    drift: float = math.inf
+    foresee: Callable[[float], None] | None = None
 
     def read(self, fault: float, error: float | None, density: float | None) -> None:
         """Store the values in the record, and raise the site's guard level if the output was faulty."""
@@ -45,8 +43,8 @@ class Verdict:
                 state.too_dense[record.phase] = above(density, self.max_density)
         if error is not None and math.isfinite(error):
             record = record._replace(error=error)
-            if self.memory is not None:
-                self.memory.heed(error, self.drift)
+            if self.foresee is not None:
+                self.foresee(error)
         if fault and not int(fault) & BROKEN:
             over = record.error is not None and record.error > self.budget
             why = f"error {record.error:.3g} over the budget of {self.budget:g}" if over else "not finite"

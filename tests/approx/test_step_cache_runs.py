@@ -167,7 +167,7 @@ def test_a_dynamic_map_serves_as_long_as_it_should(pipes, monkeypatch, policy):
 
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["read at once", "read at the next forward, as on a GPU"])
-def test_a_layer_is_refreshed_when_its_error_would_exceed_the_drift(pipes, monkeypatch, at_once):
+def test_a_step_is_a_refresh_when_its_errors_would_exceed_the_drift(pipes, monkeypatch, at_once):
     pipe, _ = pipes
     if not at_once:
         monkeypatch.setattr(site_call, "reads_at_once", lambda device: False)
@@ -188,14 +188,16 @@ def test_a_layer_is_refreshed_when_its_error_would_exceed_the_drift(pipes, monke
     errors = [call.error for branch in found for call in branch[1:]]
     assert [[call.how for call in branch] for branch in calls(1e-6)[1]] == [["refresh", "reuse"] * 3] * 4
     drift, due = (min(errors) + max(errors)) / 2, 0
-    for branch in calls(drift)[1]:
+    found = calls(drift)[1]
+    for branch in (found[::2], found[1::2]):  # of each layer
         age = 0
-        for before, call in itertools.pairwise(branch):
-            age = 0 if before.how == "refresh" else age + 1
-            wanted = age > 0 and before.error * (age + 1) > drift * age
-            assert call.how == ("refresh" if wanted else "reuse")
+        for before, now in itertools.pairwise(zip(*branch, strict=True)):
+            age = 0 if before[0].how == "refresh" else age + 1
+            ahead = [call.error * (age + 1) / age for call in before if age]
+            wanted = bool(ahead) and math.hypot(*ahead) / math.sqrt(len(ahead)) > drift
+            assert {call.how for call in now} == {"refresh" if wanted else "reuse"}
             due += wanted
-    assert 0 < due < 4 * 3
+    assert 0 < due < 2 * 3
 
 
 def test_statistics_and_map_are_renewed_together(pipes, monkeypatch):

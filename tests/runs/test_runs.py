@@ -23,6 +23,7 @@ import fastdit
 from fastdit import Config, Phase, Window
 from fastdit.config import Reuse
 from fastdit.core.reference import relative_error
+from fastdit.runs.branches import Branch
 
 WINDOW = Config((Phase(policy=Window(size=(1, 1, 1))),), (1, 2, 2), min_tokens=0, max_density=1)
 RESIDUAL = Config(
@@ -425,3 +426,16 @@ def test_one_model_in_both_places():
     render(twice)
     assert len(fastdit.report(twice).sites) == 2
     assert len(fastdit.report(twice).calls) == 6 * 2 * 2
+
+
+def test_a_branch_is_due_when_its_layers_errors_would_exceed_the_drift():
+    branch = Branch((), torch.zeros(1), 0.5, 0)
+    assert not branch.due()
+    for error in (0.05, 0.09):  # the second step of three: .075 and .135 in the third
+        branch.foresee(error, uses=2, drift=0.1)
+    assert branch.foreseen == pytest.approx([0.75, 1.35])
+    assert branch.due()  # the root mean square is 1.092
+    assert not branch.due()
+    for error in (0.05, 0.078):
+        branch.foresee(error, uses=2, drift=0.1)
+    assert not branch.due()  # .983
