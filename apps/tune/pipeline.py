@@ -186,15 +186,17 @@ def run(
     def measure(config: Config) -> Trial:
         if (trial := known.get(key(config))) is None:
             trial = known[key(config)] = judged(config, clips)
+            found.trials.append(trial)
         return trial
 
     dense = sum(timed(call)[1] for calls in clips for call in calls)
     model: Any = next(denoisers(pipe))
     formats = formats_for(model.device.type)
+    # Whether sparse attention pays at this length is measured here.
+    tokens = min(call.tokens or 0 for calls in clips for call in calls)
+    least = min(tokens, Config().least_tokens(model.device.type))
     best, start, found.why = None, time.monotonic(), "the search was finished"
-    for trial in search(measure, found.budget, formats, dense):
-        if key(trial.config) not in {key(each.config) for each in found.trials}:
-            found.trials.append(trial)
+    for trial in search(measure, found.budget, formats, dense, least):
         best = better(best, trial, found.budget)
         if best is not None and best.seconds < dense:
             found.config, found.error, found.ratio = best.config, best.error, dense / best.seconds

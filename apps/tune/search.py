@@ -1,9 +1,9 @@
 """The search for the fastest configuration within an error.
 
 Candidates differ in how dense the window is, in the number format and in the remainder. Each leaves one number open that
-trades time for error and that the error follows steadily: `Reuse.drift`, the error of a layer's answer from which it takes new
-statistics. So noise levels and layers get as many dense steps as they need, and a search has few numbers to find. For each
-candidate the largest drift is found at which the velocity error stays within the budget.
+trades time for error and that the error follows: `Reuse.drift`, the error of the layers' answers from which a step takes new
+statistics. So noise levels get as many dense steps as they need, and a search has few numbers to find. For each candidate the
+largest drift is found at which the velocity error stays within the budget.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fastdit.policies import Window
 DENSITIES = (0.125, 0.0625, 0.25)
 """In the order of trial: the first is the presets'."""
 REFRESH = 20
-"""The most steps between two refreshes of a layer. By then the residual has aged so far that drift has long asked for one."""
+"""The most steps between two refreshes: the drift asks for one long before."""
 MOST_TRIALS = 5
 """Of one candidate."""
 NEAR = 0.93
 """Share of the budget from which on a candidate's drift is left as it is."""
-FIRST, MOST = 3.5, 2.0
+FIRST, MOST = 4.5, 2.0
 """The first drift, in budgets: a layer's answer is further off than the velocity, to which the block's input adds itself. And
 the largest: twice the answer's own norm."""
 
@@ -50,10 +50,10 @@ class Trial:
 Measure = Callable[[Config], Trial]
 
 
-def configuration(density: float, drift: float, quant: Quant = Quant(), remainder: str = "none") -> Config:  # noqa: B008
-    """One phase from the first step on, which is a refresh and so dense."""
-    reuse = Reuse("residual", REFRESH, drift=drift)
-    return Config((Phase((1.0, 0.0), Window(density=density), quant, remainder=remainder, reuse=reuse),), TILE)
+def configuration(density: float, drift: float, least: int | None = None) -> Config:
+    """One phase from the first step on, which is a refresh and so dense. least: `Config.min_tokens`."""
+    phase = Phase((1.0, 0.0), Window(density=density), reuse=Reuse("residual", REFRESH, drift=drift))
+    return Config((phase,), TILE, min_tokens=least)
 
 
 def with_drift(config: Config, drift: float) -> Config:
@@ -72,23 +72,27 @@ def rounded(drift: float) -> float:
     return float(f"{drift:.3g}")
 
 
-def search(measure: Measure, budget: float, formats: tuple[Quant, ...], dense_seconds: float) -> Iterator[Trial]:
-    """Every trial in turn; the caller keeps the best (`better`), and may stop at any time.
+def search(
+    measure: Measure, budget: float, formats: tuple[Quant, ...], dense_seconds: float, least: int | None = None
+) -> Iterator[Trial]:
+    """Every trial in turn; the caller keeps the best (`better`), and may stop at any time. least: `Config.min_tokens`.
 
     First the densities, then the best of them with each number format, and the best of all with the pooled remainder.
     """
     best: Trial | None = None
-    for config in _candidates(lambda: best, budget, formats):
+    for config in _candidates(lambda: best, budget, formats, least):
         for trial in tuned(measure, config, budget, best.seconds if best is not None else dense_seconds):
             best = better(best, trial, budget)
             yield trial
 
 
-def _candidates(best: Callable[[], Trial | None], budget: float, formats: tuple[Quant, ...]) -> Iterator[Config]:
+def _candidates(
+    best: Callable[[], Trial | None], budget: float, formats: tuple[Quant, ...], least: int | None
+) -> Iterator[Config]:
     drift = rounded(min(MOST, FIRST * budget))
     for density in DENSITIES:
         found = best()
-        yield configuration(density, drift if found is None else drift_of(found.config))
+        yield configuration(density, drift if found is None else drift_of(found.config), least)
     for quant in formats:
         if (found := best()) is not None:
             yield replace(found.config, phases=(replace(found.config.phases[0], quant=quant),))
