@@ -134,7 +134,7 @@ def test_command(
         (tmp_path / "clips").mkdir(exist_ok=True)
         elsewhere = bool({*ELSEWHERE} & {*arguments})
         long = size(arguments, monkeypatch, capsys) > USUAL
-    if arguments[:1] == ["compare"]:
+    if arguments[:1] in (["compare"], ["tune"]):
         elsewhere = bool({*ELSEWHERE} & {*arguments})
     if elsewhere or (long and not slow):
         parse(arguments)
