@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FILES = {"sheet": "compare-sheet.png", "plot": "compare-plot.png", "json": "compare.json"}
+ROUGH = 0.25
+"""Runs whose times differ by more give a rough factor."""
 HEADS = (
     "",
     "best s",
@@ -77,7 +79,7 @@ class ComparisonResult:
         reasons = {row["stayed_dense"] for row in rows}
         if len(reasons) == 1 and None not in reasons:
             return f"nothing was accelerated: {reasons.pop()}"
-        return "; ".join(map(_said, rows))
+        return "; ".join(_said(row, self.rows[0]) for row in rows)
 
     @property
     def busy(self) -> str | None:
@@ -197,11 +199,18 @@ def _phases(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     ]
 
 
-def _said(row: dict[str, Any]) -> str:
+def _said(row: dict[str, Any], dense: dict[str, Any]) -> str:
     name, ratio = f"`{row['name']}`", row["ratio"]
     if row["stayed_dense"] is not None:
         return f"{name} stayed dense: {row['stayed_dense']}"
-    speed = f"{ratio:.1f} × faster" if ratio >= 1.05 else "as fast as dense" if ratio > 0.95 else f"slower ({ratio:.2f} ×)"
+    rough = max(row["spread"] or 0.0, dense["spread"] or 0.0) > ROUGH
+    speed = (
+        f"{'roughly ' * rough}{ratio:.1f} × faster"
+        if ratio >= 1.05
+        else "as fast as dense"
+        if ratio > 0.95
+        else f"slower ({ratio:.2f} ×)"
+    )
     if row["identical"]:
         return f"{name}: {speed}, identical to dense"
     ssim = "" if row["ssim"] is None else f", SSIM {row['ssim']:.3f}".replace(" 0.", " .")

@@ -285,6 +285,8 @@ def test_the_verdict_and_the_sums() -> None:
     assert row["whole_s"] == pytest.approx(3.75 + 2 * (1.0 + 2.0))  # the least of text and of decoding
     assert row["velocity"] == [{"sigma": [1.0, 0.0], "policy": "window", "error": 0.05, "steps": 6}]
     assert found.busy is None
+    found.comparisons[0].dense.stages[0]["denoise"] = 2.6  # beside 2.0: the runs differ by .3
+    assert found.verdict == "`fast`: roughly 1.6 × faster at velocity error .05, SSIM .987"
     found.comparisons[1].others[0] = 0.4
     assert found.busy == "busy machine: other processes took up to 40% of its processors' time"
     assert found.busy in str(found)
