@@ -13,6 +13,8 @@ from fastdit.diffusers_hooks import patch_diffusers
 
 if TYPE_CHECKING:
     from fastdit.api import FastAttnProcessor, accelerate, install, propagate_encoder, report, restore
+    from fastdit.apps.compare.pipeline import compare
+    from fastdit.apps.tune.pipeline import tune
     from fastdit.config import Config, Phase, Reuse
     from fastdit.core.number_format import Quant
     from fastdit.planning.adapter import REST, Facts
@@ -34,14 +36,18 @@ __all__ = [
     "Reuse",
     "Window",
     "accelerate",
+    "compare",
     "install",
     "preset",
     "propagate_encoder",
     "report",
     "restore",
+    "tune",
 ]
 _EXPORTS = {
     "api": ("FastAttnProcessor", "accelerate", "install", "propagate_encoder", "report", "restore"),
+    "apps.compare.pipeline": ("compare",),
+    "apps.tune.pipeline": ("tune",),
     "config": ("Config", "Phase", "Reuse"),
     "core.number_format": ("Quant",),
     "planning.adapter": ("REST", "Facts"),

@@ -7,8 +7,9 @@ diffusers has `set_attn_processor` on models; importing fastdit adds it to pipel
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,8 @@ from fastdit.encoder_reuse.propagate import KEY_STEPS, Propagation, propagation_
 from fastdit.pipelines import described
 from fastdit.pipelines.encoder import encoder_of
 from fastdit.pipelines.registry import adapter_for, is_hopeless, is_known
-from fastdit.presets import DEFAULT, preset
+from fastdit.planning.adapter import Adapter
+from fastdit.presets import DEFAULT, preset, read_profile
 from fastdit.reporting.report import Report
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -30,10 +32,10 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 class FastAttnProcessor:
-    """What to hand to `set_attn_processor` of a pipeline or a model: a preset's name or a `Config`."""
+    """What to hand to `set_attn_processor` of a pipeline or a model: a preset's name, a `Config` or a JSON file with one."""
 
-    def __init__(self, config: str | Config = DEFAULT) -> None:
-        self.config = _config(config)
+    def __init__(self, config: str | os.PathLike[str] | Config = DEFAULT) -> None:
+        self.config = config_of(config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("FastAttnProcessor is not a processor of one module: pass it to pipe.set_attn_processor(...)")
@@ -42,29 +44,45 @@ class FastAttnProcessor:
         return f"FastAttnProcessor({self.config!r})"
 
 
-def accelerate(target: Any, config: str | Config = DEFAULT) -> Handle:
+def accelerate(target: Any, config: str | os.PathLike[str] | Config = DEFAULT) -> Handle:
     """Replace the self-attention of every denoiser of a pipeline (or of one model) until `restore`.
 
-    config: "exact", "balanced", "fast", "fps", or a `Config`. An accelerated target takes the new configuration. Returns the
-    handle, which is also a context manager: ``with fastdit.accelerate(pipe): ...`` restores at the end, exception or not.
+    config: "exact", "balanced", "fast", "fps", a `Config`, or a JSON file with one (`tune` writes it). An accelerated target
+    takes the new configuration. Returns the handle, which is also a context manager: ``with fastdit.accelerate(pipe): ...``
+    restores at the end, exception or not.
 
-    Raises ValueError for an unknown preset, a model family fastdit does not know, or a target without a denoiser; the
-    target is unchanged then.
+    Raises ValueError for an unknown preset, a file without a configuration, a model family fastdit does not know, or a target
+    without a denoiser; the target is unchanged then.
     """
-    resolved = _config(config)
-    models = dict(_denoisers(target))
-    adapters = {  # a model that was described by `install` stays described
-        name: adapter_for(model) if (denoiser := installed(model)) is None else denoiser.adapter
-        for name, model in models.items()
-    }
+    return attach(target, config_of(config), adapters_of(target))
+
+
+def adapters_of(target: Any) -> list[tuple[str, nn.Module, Adapter]]:
+    """(name, model, its adapter) of every denoiser, unwrapped; a model that was described by `install` stays described.
+
+    Raises ValueError as `accelerate` does.
+    """
+    found = []
+    for name, model in _denoisers(target):
+        denoiser = installed(model)
+        found.append((name, model, adapter_for(model) if denoiser is None else denoiser.adapter))
+    return found
+
+
+def attach(target: Any, config: Config, parts: Sequence[tuple[str, nn.Module, Adapter]]) -> Handle:
+    """`accelerate` with what `adapters_of` the target found, perhaps before it was restored."""
     _restore_attention(target)
-    handle = Handle(resolved)
-    for name, model in models.items():
-        install_model(model, name, adapters[name], handle)
-    handle.restore = _restorer(models.values())
+    handle = Handle(config)
+    for name, model, adapter in parts:
+        install_model(model, name, adapter, handle)
+    handle.restore, handle.describe = _restorer([model for _, model, _ in parts]), _describe
     if not isinstance(target, nn.Module):
         handle.pipeline = weakref.ref(target)
     return handle
+
+
+def _describe(handle: Handle) -> str:
+    return str(Report.of(handle, None if handle.pipeline is None else handle.pipeline()))
 
 
 def install(
@@ -81,12 +99,12 @@ def install(
     The model's attention modules must keep their attention in a `processor`, as diffusers' do. Returns the handle, as
     `accelerate` does. Raises ValueError for a layout that describes nothing; the model is unchanged then.
     """
-    resolved, model = _config(config), getattr(model, "_orig_mod", model)
+    resolved, model = config_of(config), getattr(model, "_orig_mod", model)
     adapter = described.adapter_of(model, layout, skip)
     _restore_attention(model)
     handle = Handle(resolved)
     install_model(model, "model", adapter, handle)
-    handle.restore = _restorer([model])
+    handle.restore, handle.describe = _restorer([model]), _describe
     return handle
 
 
@@ -178,11 +196,13 @@ def report(target: Any) -> Report:
     raise ValueError(f"this {type(target).__name__} is not accelerated: call fastdit.accelerate(pipe) first")
 
 
-def _config(config: str | Config) -> Config:
+def config_of(config: str | os.PathLike[str] | Config) -> Config:
+    if isinstance(config, os.PathLike) or (isinstance(config, str) and config.endswith(".json")):
+        return read_profile(config)
     if isinstance(config, str):
         return preset(config)
     if not isinstance(config, Config):
-        raise ValueError(f"expected a preset's name or a fastdit.Config, got {config!r}")
+        raise ValueError(f"expected a preset's name, a JSON file or a fastdit.Config, got {config!r}")
     return config
 
 
@@ -191,8 +211,8 @@ def denoisers_of(pipeline: Any) -> list[tuple[str, nn.Module]]:
     parts = {name: part for name, part in getattr(pipeline, "__dict__", {}).items() if not name.startswith("_")}
     parts |= {name: part for name in DENOISERS if (part := getattr(pipeline, name, None)) is not None}
     models = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    found = {name for name, part in models.items() if name in DENOISERS or _is_denoiser(_unwrapped(part))}
-    found = found or {name for name, part in models.items() if is_hopeless(_unwrapped(part))}  # to say why
+    found = {name for name, part in models.items() if name in DENOISERS or _is_denoiser(unwrapped(part))}
+    found = found or {name for name, part in models.items() if is_hopeless(unwrapped(part))}  # to say why
     return [(name, part) for name, part in models.items() if name in found]
 
 
@@ -201,7 +221,7 @@ def _is_denoiser(model: nn.Module) -> bool:
     return is_known(model) or installed(model) is not None
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Without the wrappers of torch.compile and of data parallelism."""
     inner: nn.Module = getattr(model, "_orig_mod", model)
     return inner.module if isinstance(inner, DistributedDataParallel) else inner
@@ -217,7 +237,7 @@ def _denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
         )
     seen: set[int] = set()
     for name, model in found:
-        inner = _unwrapped(model)
+        inner = unwrapped(model)
         if id(inner) not in seen:  # one model may stand in both places of Wan 2.2
             seen.add(id(inner))
             yield name, inner

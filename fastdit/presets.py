@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 from fastdit.config import BALANCED, TILE, Config, Phase, Reuse
 from fastdit.core.number_format import Quant
 from fastdit.policies import Dense, Window
@@ -38,3 +42,17 @@ def preset(name: str) -> Config:
         return PRESETS[name]
     except KeyError:
         raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}") from None
+
+
+def read_profile(path: str | os.PathLike[str]) -> Config:
+    """The configuration in a JSON file: what `Config.to_dict` gives, or has under "config" (`fastdit.tune` writes such files).
+
+    Raises ValueError for a file that is missing or holds something else.
+    """
+    try:
+        fields = json.loads(Path(path).read_bytes())
+        return Config.from_dict(fields.get("config", fields))
+    except OSError as error:
+        raise ValueError(f"cannot read {os.fspath(path)}: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{os.fspath(path)} is no configuration: {error}") from None

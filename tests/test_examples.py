@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`((?:fastdit|python -m fastdit[\w.]*)(?: [^`]*)?)`", re.DOTALL)
 ELSEWHERE = ("-m", "--model", "--gpus", "--cluster", "--ulysses", "--ring", "--lora", "--cpu-offload")
-"""Options of `render` that need another model, a GPU or a cluster."""
+"""Options of `render` and `compare` that need another model, a GPU or a cluster."""
 LONG = ("bench", "show gallery")
 USUAL = 33 * 128 * 128 * 20
 """Pixels times steps of a clip when nothing is said."""
@@ -134,6 +134,8 @@ def test_command(
         (tmp_path / "clips").mkdir(exist_ok=True)
         elsewhere = bool({*ELSEWHERE} & {*arguments})
         long = size(arguments, monkeypatch, capsys) > USUAL
+    if arguments[:1] in (["compare"], ["tune"]):
+        elsewhere = bool({*ELSEWHERE} & {*arguments})
     if elsewhere or (long and not slow):
         parse(arguments)
     elif slow and not long:
@@ -199,7 +201,7 @@ def test_python(page: Path, body: str, tmp_path: Path, monkeypatch: pytest.Monke
             ["render"],
             ["--prompts", "--compare", "--cluster", "--ulysses", "--gpus", "--resume", "--crf", "--dry-run"],
         ),
-        (["compare"], ["--out", "--json", "flicker"]),
+        (["compare"], ["--out", "--json", "flicker", "--prompt", "--preset", "--config", "--repeats"]),
         (["doctor"], ["--json", "float64"]),
         (["models"], ["--json", "--table"]),
         (["bench"], ["--sizes", "--table", "kernel"]),

@@ -16,7 +16,6 @@ import typer
 
 import fastdit
 from fastdit.apps.bench.markdown import cpu_name, write_block
-from fastdit.apps.compare.measure import measure
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.load import check_shape, denoisers, load
 from fastdit.apps.render.outputs import write_json
@@ -70,6 +69,7 @@ def run(
     model: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the rows that the file lacks; returns all of them. Raises UserError."""
+    from fastdit.apps.compare.measure import measure
     from fastdit.apps.compare.runs import describe
 
     cases = {

@@ -22,7 +22,8 @@ from fastdit.apps.errors import UserError
 COMMANDS = {
     "render": "cli.render",
     "web": "web.server",
-    "compare": "compare.files",
+    "compare": "cli.compare",
+    "tune": "cli.tune",
     "doctor": "cli.doctor",
     "models": "cli.list",
     "bench": "bench.presets",

@@ -1,9 +1,9 @@
-"""Options of `fastdit render` that are made from the table of settings."""
+"""Options of commands that are made from the table of settings."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 import typer
@@ -18,15 +18,16 @@ def names(name: str) -> list[str]:
     return words + ([f"-{about.short}"] if about.short else [])
 
 
-def with_settings(command: Callable[..., int]) -> Callable[..., int]:
-    """Replace the **settings of a command by an option for each setting except the prompt. None means: not given.
+def with_settings(command: Callable[..., int], without: Collection[str] = ()) -> Callable[..., int]:
+    """Replace the **settings of a command by an option for each setting except the prompt and those `without`. None means: not
+    given.
 
     They come before the command's own keyword-only parameters, in the order of the table.
     """
     signature = inspect.signature(command, eval_str=True)
     made = []
     for name, about in SETTINGS.items():
-        if name != "prompt":
+        if name != "prompt" and name not in without:
             kind: Any = KINDS[name] | None if about.own else KINDS[name]
             default = None if about.own else DEFAULTS[name]
             option = typer.Option(*names(name), help=about.help)

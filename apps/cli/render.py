@@ -6,20 +6,17 @@ import functools
 import json
 import os
 import sys
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from fastdit import Config
 from fastdit.apps.cli.options import with_settings
 from fastdit.apps.errors import UserError
 from fastdit.apps.render import index, jobs
+from fastdit.apps.render.config_file import read_config
 from fastdit.apps.render.settings import SETTINGS, Settings
-from fastdit.apps.render.text import decode
 
 Text = str | None
 Whole = int | None
@@ -206,20 +203,3 @@ def choose_pool(
         return pools.here(todo, stop, show)
 
     return pool
-
-
-def read_config(path: Path) -> Any:
-    """Read a `Config` from a toml, yaml or json file. Raises UserError."""
-    try:
-        text = decode(path.read_bytes())
-        if path.suffix == ".toml":
-            fields = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            fields = yaml.safe_load(text)
-        else:
-            fields = json.loads(text)
-        return Config.from_dict(fields.get("config", fields))
-    except OSError as error:
-        raise UserError(f"--config: cannot read {path} ({error.strerror})", 2) from None
-    except Exception as error:  # errors of three parsers, and of values of wrong types
-        raise UserError(f"--config: {path} is no configuration ({' '.join(str(error).split())[:200]})", 2) from None

@@ -1,4 +1,4 @@
-"""`fastdit compare`: compare two files, or the files of two folders by name, in numbers and pictures of the difference."""
+"""`fastdit compare FIRST SECOND`: two files, or the files of two folders by name, in numbers and pictures of the difference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -35,17 +35,8 @@ class Film:
     fps: float
 
 
-def compare(
-    first: Annotated[Path, typer.Argument(help="A clip, or a folder of clips: the reference.", show_default=False)],
-    second: Annotated[Path, typer.Argument(help="A clip, or a folder with clips of the same names.", show_default=False)],
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", help="Folder for a video of both and their difference, a heat map, a sheet, and the JSON."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each pair, and nothing else.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name in --out.")] = False,
-) -> int:
-    """Compare two clips, or two folders of clips.
+def compare_files(first: Path, second: Path, out: Path | None, as_json: bool, overwrite: bool) -> int:
+    """Compare two clips, or two folders of clips; returns the exit status.
 
     Prints PSNR, SSIM, MS-SSIM and flicker (PSNR of the changes from frame to frame), and LPIPS if its weights are here. Two
     clips of one seed drift apart the longer they are denoised: the numbers say how close they are, not which one is better.

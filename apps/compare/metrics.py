@@ -40,6 +40,16 @@ def flicker(a: Tensor, b: Tensor) -> float | None:
     return psnr(a.diff(dim=0), b.diff(dim=0)) if len(a) > 1 else None
 
 
+def flicker_change(a: Tensor, b: Tensor) -> float | None:
+    """How much more a flickers than b: mean |a[f+1] − a[f]| minus mean |b[f+1] − b[f]|, over frames, pixels and channels, for a
+    range of 1. Above 0: a changes more from frame to frame; 0 also for two clips that change alike in other places. None for a
+    single frame."""
+    _same_shape(a, b)
+    if len(a) < 2:
+        return None
+    return (a.double().diff(dim=0).abs().mean() - b.double().diff(dim=0).abs().mean()).item()
+
+
 def ssim(a: Tensor, b: Tensor) -> float:
     """Mean structural similarity of two clips, at most 1. Raises ValueError for frames smaller than the window."""
     _same_shape(a, b)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastdit.apps.compare.measure import Comparison, measure
+from fastdit.apps.compare.measure import measure
 from fastdit.apps.compare.metrics import flicker
-from fastdit.apps.render.generate import Clip
+from fastdit.apps.compare.timed import Comparison
+from fastdit.apps.render.draw import Clip
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.media import contact_sheet, encode, png
 from fastdit.apps.render.renderer import Renderer, Result, phases, sha256
@@ -63,9 +64,9 @@ def both(renderer: Renderer, job: Job, on_step: Callable[[int, Tensor], None] = 
     start = time.perf_counter()
     said = facts["settings"]
     plain = said | {"preset": "dense", "config": None}
-    dense = encode(found.dense.frames, settings.format, settings.fps, settings.crf, plain)
+    dense = encode(found.dense.clip.frames, settings.format, settings.fps, settings.crf, plain)
     fast = encode(variant.clip.frames, settings.format, settings.fps, settings.crf, said)
-    sheet = png(contact_sheet([("dense", found.dense.frames), (name, variant.clip.frames)]), said)
+    sheet = png(contact_sheet([("dense", found.dense.clip.frames), (name, variant.clip.frames)]), said)
     facts |= {
         "kernel": found.kernel,
         "tokens": found.tokens,
@@ -73,11 +74,11 @@ def both(renderer: Renderer, job: Job, on_step: Callable[[int, Tensor], None] = 
         "seconds": facts["seconds"] | variant.clip.seconds | {"encode": time.perf_counter() - start},
         "phases": phases(variant.clip, variant.report),
         "dense_s": found.dense_seconds,
-        "dense_stages": found.dense.seconds,
-        "flicker_db": _flicker(variant.clip, found.dense),
+        "dense_stages": found.dense.clip.seconds,
+        "flicker_db": _flicker(variant.clip, found.dense.clip),
         "error": max((site.error for site in variant.report.sites if site.error is not None), default=None),
         "frames_sha256": sha256(variant.clip),
-        "dense_sha256": sha256(found.dense),
+        "dense_sha256": sha256(found.dense.clip),
     }
     facts |= variant.to_dict(found.dense_seconds)
     files = {"-sheet.png": sheet} | {f"-dense{suffix}": content for suffix, content in dense.items()} | fast

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import fastdit
 from fastdit.apps.errors import UserError
-from fastdit.apps.render.generate import Clip, generate
+from fastdit.apps.render.draw import Clip
+from fastdit.apps.render.generate import generate
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.load import check_shape, defaults, denoisers, dropped_tokens, load, tokens, unknown_words
 from fastdit.apps.render.media import contact_sheet, encode, ffmpeg, png, to_uint8
@@ -36,8 +37,8 @@ class Result:
     text: str
 
 
-def record(settings: Settings, pipe: Any) -> dict[str, Any]:
-    """What every record begins with: settings, versions, and what the pipeline ran on."""
+def machine(pipe: Any) -> dict[str, Any]:
+    """Versions, and what the pipeline runs on."""
     import diffusers
     import torch
     import transformers
@@ -45,7 +46,6 @@ def record(settings: Settings, pipe: Any) -> dict[str, Any]:
     device = str(next(denoisers(pipe)).device)
     versions = {m.__name__: m.__version__ for m in (fastdit, torch, diffusers, transformers)}
     return {
-        "settings": settings.to_dict(),
         "versions": versions | {"python": platform.python_version()},
         "pipeline": type(pipe).__name__,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else device,
@@ -99,7 +99,7 @@ class Renderer:
         settings = job.settings(**defaults(pipe)) if before.model else before
         check_shape(pipe, settings.frames, settings.height, settings.width)
         facts = {"job": job.hash, "state": "done", "index": job.index, "where": job.where, "seed": settings.seed}
-        facts |= record(settings, pipe) | {"dropped_tokens": dropped_tokens(pipe, settings.prompt)}
+        facts |= {"settings": settings.to_dict()} | machine(pipe) | {"dropped_tokens": dropped_tokens(pipe, settings.prompt)}
         facts["not_understood"] = unknown_words(pipe, settings.prompt)
         facts["tokens"] = count = tokens(pipe, settings.frames, settings.height, settings.width)
         if count % (parts := settings.ulysses * settings.ring):

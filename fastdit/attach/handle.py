@@ -121,6 +121,8 @@ class Handle:
         self.config = config
         self.denoisers: list[Denoiser] = []
         self.restore: Any = None
+        self.describe: Any = None
+        """What makes the text of a handle: reports stand on handles, so that a handle cannot know them."""
         self.pipeline: weakref.ref[Any] | None = None
         self._begin()
 
@@ -241,11 +243,15 @@ class Handle:
         """A copied pipeline has its own handle and runs."""
         twin = Handle.__new__(Handle)
         memo[id(self)] = twin
-        twin.config, twin.restore, twin.pipeline = self.config, None, None
+        twin.config, twin.restore, twin.pipeline, twin.describe = self.config, None, None, self.describe
         twin._begin()
         twin.denoisers = copy.deepcopy(self.denoisers, memo)
         twin.latest = Run(len(twin.sites))
         return twin
+
+    def __str__(self) -> str:
+        """The report of the latest run, whose first line says what ran."""
+        return repr(self) if self.describe is None else str(self.describe(self))
 
     def __enter__(self) -> Handle:
         return self

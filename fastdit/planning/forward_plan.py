@@ -172,7 +172,8 @@ def _call(site: SitePlan, span: SequenceSpan | str, q: Tensor, masks: ByteCache 
     if site.reason is not None:
         return plan.dense(site.reason)
     if tokens < (least := config.least_tokens(q.device.type)):
-        return plan.dense(f"{tokens} tokens: below {least}, sparse attention does not pay")
+        who = f"this {'CPU' if q.device.type == 'cpu' else 'GPU'}" if config.min_tokens is None else "the configuration"
+        return plan.dense(f"{tokens:,} tokens, {who} needs {least:,}")
     if isinstance(policy, Dense):
         if quant.is_none:
             return plan.dense("the phase is dense")

@@ -35,7 +35,7 @@ def test_sparse():
         (Config(), "the configuration is dense"),
         (windowed(phases=(Phase((1.0, 0.9), Window(size=(1, 1, 1))),)), "no phase for noise level 0.500"),
         (windowed(phases=(Phase(policy=Dense()),)), "the phase is dense"),
-        (windowed(min_tokens=129), "128 tokens: below 129"),
+        (windowed(min_tokens=129), "128 tokens, the configuration needs 129"),
         (windowed(max_density=0.1), "density 0.12 is above 0.1"),
         (windowed(phases=(Phase(policy=Window(size=(1, 1, 1)), layers=(1, None)),)), "no phase"),
     ],

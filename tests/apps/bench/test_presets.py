@@ -9,9 +9,9 @@ import pytest
 from util import call
 
 from fastdit import PRESETS, Config, Dense, Phase, Window
-from fastdit.apps.bench import presets
 from fastdit.apps.bench.markdown import cpu_name
 from fastdit.apps.bench.presets import BEGIN, END, markdown, read_rows, run, write_table
+from fastdit.apps.compare import measure
 from fastdit.apps.errors import UserError
 from fastdit.apps.sizes import FRAMES, parse_size
 
@@ -49,7 +49,7 @@ def test_rows_and_table(measured: dict[str, Any], tmp_path: Path, monkeypatch: p
         assert row["ratio"] == pytest.approx(row["dense_s"] / row["fast_s"])
         assert row["tokens"] == (8 if row["shape"] == "5x32x32" else 48)
     assert rows[2]["psnr_db"] is None  # too short for `balanced`: dense, and equal to it
-    assert "48 tokens: below" in rows[2]["stayed_dense"]
+    assert "48 tokens, this CPU needs" in rows[2]["stayed_dense"]
     assert rows[3]["stayed_dense"] is None
     assert rows[3]["density"] < 1
     readme = tmp_path / "README.md"
@@ -67,7 +67,7 @@ def test_rows_and_table(measured: dict[str, Any], tmp_path: Path, monkeypatch: p
 
 
 def test_goes_on_where_it_stopped(measured: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    real, asked = presets.measure, []
+    real, asked = measure.measure, []
 
     def interrupted(pipe: Any, settings: Any, configs: Any, repeats: int) -> Any:
         if (settings.frames, list(configs)) == (9, ["balanced", "fast"]) and len(asked) == 1:
@@ -76,7 +76,7 @@ def test_goes_on_where_it_stopped(measured: dict[str, Any], monkeypatch: pytest.
         asked.append(f"{settings.frames} {' '.join(configs)}")
         return real(pipe, settings, configs, repeats, show=False)
 
-    monkeypatch.setattr(presets, "measure", interrupted)
+    monkeypatch.setattr(measure, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(**measured)
     first = read_rows(measured["out"])

@@ -107,7 +107,7 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ((path, tmp_path), 2, "two files or two folders"),
         ((tmp_path / "a", tmp_path / "empty"), 1, "have no clip of the same name"),
         ((small, small), 1, "at least 11 x 11 pixels"),
-        ((path,), 2, "Missing argument"),
+        ((path,), 2, "give two clips or two folders, or say what to draw"),
     ]
     for arguments, code, said in cases:
         assert call(monkeypatch, "compare", *arguments) == code

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdit.apps.compare.metrics import flicker, lpips, ms_ssim, psnr, ssim
+from fastdit.apps.compare.metrics import flicker, flicker_change, lpips, ms_ssim, psnr, ssim
 
 
 def clip(seed: int, *shape: int) -> torch.Tensor:
@@ -145,6 +145,16 @@ def test_flicker_sees_changes_and_not_errors_that_stay() -> None:
     shaken[::2] += 0.1
     assert flicker(a, shaken) == pytest.approx(20.0, abs=1e-4)
     assert flicker(a[:1], a[:1]) is None
+
+
+def test_the_change_of_flicker_has_a_sign() -> None:
+    still = torch.full((5, 12, 12, 3), 0.5)
+    shaken = still.clone()
+    shaken[1::2, :6] += 0.2  # half of the picture, in every other frame: a mean change of .1 from frame to frame
+    assert flicker_change(shaken, still) == pytest.approx(0.1)
+    assert flicker_change(still, shaken) == pytest.approx(-0.1)
+    assert flicker_change(shaken, shaken.flip(2)) == 0
+    assert flicker_change(still[:1], still[:1]) is None
 
 
 def test_no_lpips_without_its_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
