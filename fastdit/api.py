@@ -22,6 +22,7 @@ from fastdit.encoder_reuse.propagate import KEY_STEPS, Propagation, propagation_
 from fastdit.pipelines import described
 from fastdit.pipelines.encoder import encoder_of
 from fastdit.pipelines.registry import adapter_for, is_hopeless, is_known
+from fastdit.planning.trainable import untrainable
 from fastdit.presets import DEFAULT, preset
 from fastdit.reporting.report import Report
 
@@ -42,29 +43,47 @@ class FastAttnProcessor:
         return f"FastAttnProcessor({self.config!r})"
 
 
-def accelerate(target: Any, config: str | Config = DEFAULT) -> Handle:
+def accelerate(target: Any, config: str | Config = DEFAULT, *, train: bool = False) -> Handle:
     """Replace the self-attention of every denoiser of a pipeline (or of one model) until `restore`.
 
     config: "exact", "balanced", "fast", "fps", or a `Config`. An accelerated target takes the new configuration. Returns the
     handle, which is also a context manager: ``with fastdit.accelerate(pipe): ...`` restores at the end, exception or not.
 
-    Raises ValueError for an unknown preset, a model family fastdit does not know, or a target without a denoiser; the
-    target is unchanged then.
+    train: gradients pass through the tiles; each forward is planned by itself, and `error_budget` measures nothing. What is
+    dense everywhere, such as "exact", trains as the pipeline does without fastdit, with or without it (docs/training.md).
+
+        fastdit.accelerate(model, Config((Phase(policy=Window(density=0.125)),), tile=(1, 8, 8)), train=True)
+        model.enable_gradient_checkpointing()
+        loss(model(**inputs)).backward()
+
+    Raises ValueError for an unknown preset, a model family fastdit does not know, a target without a denoiser, or with `train`
+    for a configuration that cannot be trained; the target is unchanged then.
     """
     resolved = _config(config)
     models = dict(_denoisers(target))
+    if train:
+        _check_trainable(resolved, models.values())
     adapters = {  # a model that was described by `install` stays described
         name: adapter_for(model) if (denoiser := installed(model)) is None else denoiser.adapter
         for name, model in models.items()
     }
     _restore_attention(target)
-    handle = Handle(resolved)
+    handle = Handle(resolved, train)
     for name, model in models.items():
         install_model(model, name, adapters[name], handle)
     handle.restore = _restorer(models.values())
     if not isinstance(target, nn.Module):
         handle.pipeline = weakref.ref(target)
     return handle
+
+
+def _check_trainable(config: Config, models: Iterable[nn.Module]) -> None:
+    for model in models:
+        if getattr(model, "_parallel_config", None) is not None:
+            raise ValueError("train=True: no gradient passes through attention split over processes by enable_parallelism")
+        for like in {parameter.device: parameter for parameter in model.parameters()}.values():
+            if (why := untrainable(config, like)) is not None:
+                raise ValueError(f"train=True: {why}")
 
 
 def install(

@@ -225,30 +225,48 @@ def _run(
 
 @torch.library.custom_op("fastdit::attention", mutates_args=())
 def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_num_blocks: Tensor | None,
-    kv_indices: Tensor | None,
-    q_order: Tensor | None,
-    k_order: Tensor | None,
-    quant: str,
-    scale: float,
-    pooled: bool = False,
-    bias_q: Tensor | None = None,
-    bias_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    masks = None
-    if not (kv_num_blocks is None or kv_indices is None or q_order is None or k_order is None):
-        masks = (kv_num_blocks, kv_indices, q_order, k_order)
+    q: Tensor, k: Tensor, v: Tensor,
+    kv_num_blocks: Tensor | None, kv_indices: Tensor | None, q_order: Tensor | None, k_order: Tensor | None,
+    quant: str, scale: float, pooled: bool = False, bias_q: Tensor | None = None, bias_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    masks = _masks(kv_num_blocks, kv_indices, q_order, k_order)
     out, lse = _run(q, k, v, masks, Quant.parse(quant), scale, pooled, bias_q, bias_k)
-    expected = torch.empty_like(q)  # the memory layout the fake kernel promised to the compiler
-    return (out if out.stride() == expected.stride() else expected.copy_(out)), lse.contiguous()
+    return _promised(q, out), lse.contiguous()
 
 
 @_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("fastdit::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    kv_num_blocks: Tensor | None, kv_indices: Tensor | None, q_order: Tensor | None, k_order: Tensor | None,
+    quant: str, scale: float, pooled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    fmt, masks = Quant.parse(quant), _masks(kv_num_blocks, kv_indices, q_order, k_order)
+    if (refusal := no_gradient(q, fmt, "pooled" if pooled else "none")) is not None:
+        raise NotImplementedError(f"fastdit.ops.attention: {refusal}")
+    with on_device(q), without_autocast(q):
+        dq, dk, dv = cpu_backward.attention_backward(grad_out, grad_lse, q, k, v, out, lse, masks, scale, fmt, pooled)
+    return _promised(q, dq), _promised(k, dk), _promised(v, dv)
+
+
+@_attention_backward.register_fake
+def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _masks(*masks: Tensor | None) -> Any:
+    """The four tensors of a block mask, or None."""
+    return None if any(mask is None for mask in masks) else masks
+
+
+def _promised(like: Tensor, x: Tensor) -> Tensor:
+    """x in the memory layout that a fake kernel promised to the compiler."""
+    expected = torch.empty_like(like)
+    return x if x.stride() == expected.stride() else expected.copy_(x)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -264,42 +282,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     q, k, v, out, lse, *masks = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    arguments = (grad_out, grad_lse, q, k, v, out, lse, *masks, ctx.quant, ctx.scale, ctx.pooled)
-    return *_attention_backward(*arguments), *(None,) * 9
-
-
-@torch.library.custom_op("fastdit::attention_backward", mutates_args=())
-def _attention_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    kv_num_blocks: Tensor | None,
-    kv_indices: Tensor | None,
-    q_order: Tensor | None,
-    k_order: Tensor | None,
-    quant: str,
-    scale: float,
-    pooled: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    fmt = Quant.parse(quant)
-    if (refusal := no_gradient(q, fmt)) is not None:
-        raise NotImplementedError(f"fastdit.ops.attention: {refusal}")
-    masks = None
-    if not (kv_num_blocks is None or kv_indices is None or q_order is None or k_order is None):
-        masks = (kv_num_blocks, kv_indices, q_order, k_order)
-    with on_device(q), without_autocast(q):
-        found = cpu_backward.attention_backward(grad_out, grad_lse, q, k, v, out, lse, masks, scale, fmt, pooled)
-    dq, dk, dv = (torch.empty_like(x).copy_(grad) for x, grad in zip((q, k, v), found, strict=True))
-    return dq, dk, dv
-
-
-@_attention_backward.register_fake
-def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return *_attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, *masks, ctx.quant, ctx.scale, ctx.pooled
+    ), *(None,) * 9  # fmt: skip
 
 
 torch.library.register_autograd("fastdit::attention", _backward, setup_context=_setup)
