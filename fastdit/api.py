@@ -87,7 +87,12 @@ def _check_trainable(config: Config, models: Iterable[nn.Module]) -> None:
 
 
 def install(
-    model: nn.Module, layout: described.Description, config: str | Config = DEFAULT, *, skip: Mapping[str, str] = described.SKIP
+    model: nn.Module,
+    layout: described.Description,
+    config: str | Config = DEFAULT,
+    *,
+    skip: Mapping[str, str] = described.SKIP,
+    train: bool = False,
 ) -> Handle:
     """`accelerate` for a model that fastdit does not know: an own subclass with other arguments, or a denoiser of one's own.
 
@@ -96,14 +101,17 @@ def install(
     once per forward and traced by torch.compile, so it may use shapes and tensor operations, but not read tensors' values.
     Or the name of a model class that has its tokens in the same places ("WanTransformer3DModel"), or an object like those
     of `fastdit.pipelines`. skip: parts of module names that are no self-attention, each with the reason the report shall give.
+    train: as in `accelerate`.
 
     The model's attention modules must keep their attention in a `processor`, as diffusers' do. Returns the handle, as
     `accelerate` does. Raises ValueError for a layout that describes nothing; the model is unchanged then.
     """
     resolved, model = _config(config), getattr(model, "_orig_mod", model)
+    if train:
+        _check_trainable(resolved, [model])
     adapter = described.adapter_of(model, layout, skip)
     _restore_attention(model)
-    handle = Handle(resolved)
+    handle = Handle(resolved, train)
     install_model(model, "model", adapter, handle)
     handle.restore = _restorer([model])
     return handle

@@ -8,7 +8,7 @@ import pytest
 import torch
 from chequer import SPARSE, masked
 from families import BY_NAME, run
-from models import state, wan, wan_inputs
+from models import Mine, given, layout, state, wan, wan_inputs
 from torch.utils.checkpoint import checkpoint
 from util import tiny_wan_pipeline
 
@@ -259,6 +259,18 @@ def test_lora_of_peft_trains_alone():
     assert grads
     assert all("lora" in name for name in grads)
     assert trained(model, wan_call, recompute=True)[1].keys() == grads.keys()
+
+
+def test_a_described_model_trains():
+    model = Mine().eval()
+    call = lambda model: model(*given())  # noqa: E731
+    fastdit.install(model, layout, "exact")
+    exact = trained(model, call)
+    fastdit.install(model, layout, SPARSE, train=True)
+    sparse = trained(model, call)
+    assert 1e-4 < apart(sparse[1], exact[1]) < 2
+    with pytest.raises(ValueError, match="top_mass"):
+        fastdit.install(model, layout, of(TopMass(density=0.3)), train=True)
 
 
 def test_a_pipeline_draws_while_its_model_is_accelerated_for_training():
