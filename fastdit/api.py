@@ -24,6 +24,7 @@ from fastdit.pipelines import described
 from fastdit.pipelines.encoder import encoder_of
 from fastdit.pipelines.registry import adapter_for, is_hopeless, is_known
 from fastdit.planning.adapter import Adapter
+from fastdit.planning.trainable import untrainable
 from fastdit.presets import DEFAULT, preset, read_profile
 from fastdit.reporting.report import Report
 
@@ -44,17 +45,27 @@ class FastAttnProcessor:
         return f"FastAttnProcessor({self.config!r})"
 
 
-def accelerate(target: Any, config: str | os.PathLike[str] | Config = DEFAULT) -> Handle:
+def accelerate(target: Any, config: str | os.PathLike[str] | Config = DEFAULT, *, train: bool = False) -> Handle:
     """Replace the self-attention of every denoiser of a pipeline (or of one model) until `restore`.
 
     config: "exact", "balanced", "fast", "fps", a `Config`, or a JSON file with one (`tune` writes it). An accelerated target
     takes the new configuration. Returns the handle, which is also a context manager: ``with fastdit.accelerate(pipe): ...``
     restores at the end, exception or not.
 
-    Raises ValueError for an unknown preset, a file without a configuration, a model family fastdit does not know, or a target
-    without a denoiser; the target is unchanged then.
+    train: gradients pass through the tiles; each forward is planned by itself, and `error_budget` measures nothing. What is
+    dense everywhere, such as "exact", trains as the pipeline does without fastdit, with or without it (docs/training.md).
+
+        fastdit.accelerate(model, Config((Phase(policy=Window(density=0.125)),), tile=(1, 8, 8)), train=True)
+        model.enable_gradient_checkpointing()
+        loss(model(**inputs)).backward()
+
+    Raises ValueError for an unknown preset, a file without a configuration, a model family fastdit does not know, a target
+    without a denoiser, or with `train` for a configuration that cannot be trained; the target is unchanged then.
     """
-    return attach(target, config_of(config), adapters_of(target))
+    resolved, parts = config_of(config), adapters_of(target)
+    if train:
+        _check_trainable(resolved, [model for _, model, _ in parts])
+    return attach(target, resolved, parts, train)
 
 
 def adapters_of(target: Any) -> list[tuple[str, nn.Module, Adapter]]:
@@ -69,10 +80,10 @@ def adapters_of(target: Any) -> list[tuple[str, nn.Module, Adapter]]:
     return found
 
 
-def attach(target: Any, config: Config, parts: Sequence[tuple[str, nn.Module, Adapter]]) -> Handle:
+def attach(target: Any, config: Config, parts: Sequence[tuple[str, nn.Module, Adapter]], train: bool = False) -> Handle:
     """`accelerate` with what `adapters_of` the target found, perhaps before it was restored."""
     _restore_attention(target)
-    handle = Handle(config)
+    handle = Handle(config, train)
     for name, model, adapter in parts:
         install_model(model, name, adapter, handle)
     handle.restore, handle.describe = _restorer([model for _, model, _ in parts]), _describe
@@ -85,8 +96,22 @@ def _describe(handle: Handle) -> str:
     return str(Report.of(handle, None if handle.pipeline is None else handle.pipeline()))
 
 
+def _check_trainable(config: Config, models: Iterable[nn.Module]) -> None:
+    for model in models:
+        if getattr(model, "_parallel_config", None) is not None:
+            raise ValueError("train=True: no gradient passes through attention split over processes by enable_parallelism")
+        for like in {parameter.device: parameter for parameter in model.parameters()}.values():
+            if (why := untrainable(config, like)) is not None:
+                raise ValueError(f"train=True: {why}")
+
+
 def install(
-    model: nn.Module, layout: described.Description, config: str | Config = DEFAULT, *, skip: Mapping[str, str] = described.SKIP
+    model: nn.Module,
+    layout: described.Description,
+    config: str | Config = DEFAULT,
+    *,
+    skip: Mapping[str, str] = described.SKIP,
+    train: bool = False,
 ) -> Handle:
     """`accelerate` for a model that fastdit does not know: an own subclass with other arguments, or a denoiser of one's own.
 
@@ -95,14 +120,17 @@ def install(
     once per forward and traced by torch.compile, so it may use shapes and tensor operations, but not read tensors' values.
     Or the name of a model class that has its tokens in the same places ("WanTransformer3DModel"), or an object like those
     of `fastdit.pipelines`. skip: parts of module names that are no self-attention, each with the reason the report shall give.
+    train: as in `accelerate`.
 
     The model's attention modules must keep their attention in a `processor`, as diffusers' do. Returns the handle, as
     `accelerate` does. Raises ValueError for a layout that describes nothing; the model is unchanged then.
     """
     resolved, model = config_of(config), getattr(model, "_orig_mod", model)
+    if train:
+        _check_trainable(resolved, [model])
     adapter = described.adapter_of(model, layout, skip)
     _restore_attention(model)
-    handle = Handle(resolved)
+    handle = Handle(resolved, train)
     install_model(model, "model", adapter, handle)
     handle.restore, handle.describe = _restorer([model]), _describe
     return handle

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastdit.core.block_mask import BlockMask
 from fastdit.core.quant import Quant
-from fastdit.kernels import cpu
+from fastdit.kernels import cpu, cpu_backward
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -46,7 +46,15 @@ def attention(
     log n where it stands for n, −inf where it is masked (finite beside a bias_q). Returns out like q and natural-log lse
     [B, H, Nq] in float32 (float64 for float64 inputs). A query whose tiles hold no key gets out = 0 and lse = −inf.
 
-    Raises ValueError for shapes, dtypes or a mask that do not fit, NotImplementedError for a device without a kernel.
+    Differentiable in q, k and v (`no_gradient` names what is not). In a number format the gradient is straight through:
+    rounding has the derivative one (`kernels/cpu_backward.py` has the formulas).
+
+        q, k, v = torch.randn(3, 1, 2, 64, 16, requires_grad=True).unbind()
+        out, lse = fastdit.ops.attention(q, k, v, block_mask)
+        out.square().mean().backward()
+
+    Raises ValueError for shapes, dtypes or a mask that do not fit, NotImplementedError for a device without a kernel; its
+    backward NotImplementedError for what `no_gradient` names, and beside a bias.
     """
     quant = quant or Quant()
     refusal = unsupported(q, quant)
@@ -132,6 +140,13 @@ def unsupported(q: Tensor, quant: Quant) -> str | None:
     return triton_kernels.unsupported(q, quant, torch.cuda.get_device_capability(q.device))
 
 
+def no_gradient(q: Tensor, quant: Quant, remainder: str = "none") -> str | None:
+    """Why attention of tensors like q in this format has no backward, or None if it has one."""
+    if remainder not in ("none", "pooled"):
+        return f"the {remainder} remainder has no backward"
+    return None if q.device.type == "cpu" else f"no backward on {q.device.type} yet"
+
+
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -210,25 +225,13 @@ def _run(
 
 @torch.library.custom_op("fastdit::attention", mutates_args=())
 def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kv_num_blocks: Tensor | None,
-    kv_indices: Tensor | None,
-    q_order: Tensor | None,
-    k_order: Tensor | None,
-    quant: str,
-    scale: float,
-    pooled: bool = False,
-    bias_q: Tensor | None = None,
-    bias_k: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    masks = None
-    if not (kv_num_blocks is None or kv_indices is None or q_order is None or k_order is None):
-        masks = (kv_num_blocks, kv_indices, q_order, k_order)
+    q: Tensor, k: Tensor, v: Tensor,
+    kv_num_blocks: Tensor | None, kv_indices: Tensor | None, q_order: Tensor | None, k_order: Tensor | None,
+    quant: str, scale: float, pooled: bool = False, bias_q: Tensor | None = None, bias_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    masks = _masks(kv_num_blocks, kv_indices, q_order, k_order)
     out, lse = _run(q, k, v, masks, Quant.parse(quant), scale, pooled, bias_q, bias_k)
-    expected = torch.empty_like(q)  # the memory layout the fake kernel promised to the compiler
-    return (out if out.stride() == expected.stride() else expected.copy_(out)), lse.contiguous()
+    return _promised(q, out), lse.contiguous()
 
 
 @_attention.register_fake
@@ -236,8 +239,52 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _no_backward(*_: Any) -> None:
-    raise RuntimeError("fastdit attention is for inference only: it has no backward. Train with fastdit.restore(pipe) first.")
+@torch.library.custom_op("fastdit::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    kv_num_blocks: Tensor | None, kv_indices: Tensor | None, q_order: Tensor | None, k_order: Tensor | None,
+    quant: str, scale: float, pooled: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    fmt, masks = Quant.parse(quant), _masks(kv_num_blocks, kv_indices, q_order, k_order)
+    if (refusal := no_gradient(q, fmt, "pooled" if pooled else "none")) is not None:
+        raise NotImplementedError(f"fastdit.ops.attention: {refusal}")
+    with on_device(q), without_autocast(q):
+        dq, dk, dv = cpu_backward.attention_backward(grad_out, grad_lse, q, k, v, out, lse, masks, scale, fmt, pooled)
+    return _promised(q, dq), _promised(k, dk), _promised(v, dv)
 
 
-torch.library.register_autograd("fastdit::attention", _no_backward)
+@_attention_backward.register_fake
+def _(grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _masks(*masks: Tensor | None) -> Any:
+    """The four tensors of a block mask, or None."""
+    return None if any(mask is None for mask in masks) else masks
+
+
+def _promised(like: Tensor, x: Tensor) -> Tensor:
+    """x in the memory layout that a fake kernel promised to the compiler."""
+    expected = torch.empty_like(like)
+    return x if x.stride() == expected.stride() else expected.copy_(x)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *masks, ctx.quant, ctx.scale, ctx.pooled, bias_q, bias_k = inputs
+    ctx.biased = bias_q is not None or bias_k is not None
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, *masks)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.biased:
+        raise NotImplementedError("fastdit.ops.attention: no backward beside a bias")
+    q, k, v, out, lse, *masks = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    return *_attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, *masks, ctx.quant, ctx.scale, ctx.pooled
+    ), *(None,) * 9  # fmt: skip
+
+
+torch.library.register_autograd("fastdit::attention", _backward, setup_context=_setup)

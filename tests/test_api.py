@@ -192,7 +192,7 @@ def test_a_run_that_was_never_made_says_so():
     [
         (lambda: fastdit.accelerate(wan(), "quick"), "unknown preset 'quick'"),
         (lambda: FastAttnProcessor("quick"), "unknown preset 'quick'"),
-        (lambda: fastdit.accelerate(wan(), 3), "a preset's name or a fastdit.Config"),
+        (lambda: fastdit.accelerate(wan(), 3), "a preset's name, a JSON file or a fastdit.Config"),
         (lambda: fastdit.accelerate(torch.nn.Linear(1, 1)), "does not know where Linear keeps its tokens"),
         (lambda: fastdit.accelerate(object()), "object has no denoiser"),
         (lambda: fastdit.report(wan()), "not accelerated"),

@@ -51,10 +51,44 @@ def test_compiles_to_one_graph():
         assert torch.equal(got, expected)
 
 
-def test_backward_says_that_there_is_none():
+@pytest.mark.parametrize("quant", ["none", "int8/fp8+k"])
+@pytest.mark.parametrize("options", ["", "pooled", "dense"])
+def test_opcheck_with_gradients(quant, options):
+    """Autograd registration and AOTAutograd: the backward's fake kernel too."""
     q, k, v = (x.requires_grad_() for x in qkv())
-    with pytest.raises(RuntimeError, match="inference only"):
-        ops.attention(q, k, v)[0].sum().backward()
+    m = block_mask(2)
+    masks = (None,) * 4 if options == "dense" else (m.kv_num_blocks, m.kv_indices, m.q_order, m.k_order)
+    torch.library.opcheck(ops._attention, (q, k, v, *masks, quant, 0.25, options == "pooled"))
+
+
+@pytest.mark.parametrize("of", ["out", "lse", "both"])
+def test_gradients_compile_to_one_graph(of):
+    m = block_mask()
+
+    def loss(q, k, v):
+        out, lse = ops.attention(q, k, v, m)
+        return (out.square().sum() if of != "lse" else 0) + (lse.sum() if of != "out" else 0)
+
+    inputs = [x.requires_grad_() for x in qkv()]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    needed = inputs[:2] if of == "lse" else inputs
+    found, expected = (torch.autograd.grad(each(*inputs), needed) for each in (compiled, loss))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_without_gradients_nothing_is_kept():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    with torch.no_grad():
+        assert ops.attention(q, k, v, block_mask())[0].grad_fn is None
+
+
+def test_no_backward_is_said_by_name():
+    q, k, v = (x.requires_grad_() for x in qkv())
+    with pytest.raises(NotImplementedError, match="no backward beside a bias"):
+        ops.attention(q, k, v, bias_k=torch.randn(1, 1, 32, 1))[0].sum().backward()
+    assert ops.no_gradient(q, Quant()) is None
+    assert "meta" in ops.no_gradient(q.to("meta"), Quant())
+    assert "sampled" in ops.no_gradient(q, Quant(), "sampled")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from fastdit.apps.bench.markdown import cpu_name, write_block
 from fastdit.apps.render.outputs import write_json
 from fastdit.apps.sizes import parse_size
 from fastdit.attach.processor import installed
-from fastdit.attach.site_call import attend
+from fastdit.attach.site_op import attend
 from fastdit.core.reference import relative_error
 
 GRIDS = "1x30x52,1x64x64,5x30x52"

@@ -43,8 +43,8 @@ ROUNDS = 2
 class Tuned:
     """What a search found. config: the fastest configuration within the budget, the dense one if none was faster than dense.
 
-    error, held_out: mean relative L2 of the velocity, at the inputs of the dense runs that were searched on, and of one that was
-    not; None until it was measured. ratio: dense seconds by seconds, of the denoiser's calls in whole runs, interleaved.
+    error, held_out: mean relative L2 of the velocity, at the inputs of the dense runs that were searched on, and of one that
+    was not; None until it was measured. ratio: dense seconds by seconds, of the denoiser's calls in whole runs, interleaved.
     trials: everything that was tried. about: pipeline, versions, device, calls. why: how the search ended.
     """
 
@@ -81,7 +81,8 @@ class Tuned:
         held = "" if self.held_out is None else f", {self.held_out:.3f} on a run that nothing was chosen on"
         return (
             f"{self.ratio:.2f} × faster than dense in the denoiser at velocity error {self.error:.3f}{held} "
-            f"(budget {self.budget:g}): {phase.policy}, {phase.reuse}, remainder {phase.remainder}, quant {phase.quant} ({self.why})"
+            f"(budget {self.budget:g}): {phase.policy}, {phase.reuse}, remainder {phase.remainder}, "
+            f"quant {phase.quant} ({self.why})"
         )
 
 
@@ -141,7 +142,7 @@ def tune(
 
 
 def begin(pipe: Any, calls: Sequence[Mapping[str, Any]], budget: float, out: str | os.PathLike[str] | None) -> Tuned:
-    """A search's beginning, with the trials that a file holds of an earlier one. Raises UserError for a file of something else."""
+    """A search's beginning, with the trials of an earlier one in the file. Raises UserError for a file of something else."""
     found = Tuned(budget, {"calls": list(calls)} | machine(pipe))
     if out is None or not (path := Path(out)).exists():
         return found

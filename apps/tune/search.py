@@ -9,7 +9,7 @@ largest drift is found at which the velocity error stays within the budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,25 +79,24 @@ def search(
 
     First the densities, then the best of them with each number format, and the best of all with the pooled remainder.
     """
-    best: Trial | None = None
-    for config in _candidates(lambda: best, budget, formats, least):
-        for trial in tuned(measure, config, budget, best.seconds if best is not None else dense_seconds):
-            best = better(best, trial, budget)
+    best: list[Trial] = []  # the last is the best so far
+    for config in _candidates(best, budget, formats, least):
+        for trial in tuned(measure, config, budget, best[-1].seconds if best else dense_seconds):
+            if (found := better(best[-1] if best else None, trial, budget)) is trial:
+                best.append(found)
             yield trial
 
 
-def _candidates(
-    best: Callable[[], Trial | None], budget: float, formats: tuple[Quant, ...], least: int | None
-) -> Iterator[Config]:
+def _candidates(best: Sequence[Trial], budget: float, formats: tuple[Quant, ...], least: int | None) -> Iterator[Config]:
+    """Each made when the one before was tried: from the best of these, if there is one."""
     drift = rounded(min(MOST, FIRST * budget))
     for density in DENSITIES:
-        found = best()
-        yield configuration(density, drift if found is None else drift_of(found.config), least)
-    for quant in formats:
-        if (found := best()) is not None:
-            yield replace(found.config, phases=(replace(found.config.phases[0], quant=quant),))
-    if (found := best()) is not None:
-        yield replace(found.config, phases=(replace(found.config.phases[0], remainder="pooled"),))
+        yield configuration(density, drift_of(best[-1].config) if best else drift, least)
+    for quant in formats if best else ():
+        phase = best[-1].config.phases[0]
+        yield replace(best[-1].config, phases=(replace(phase, quant=quant),))
+    if best:
+        yield replace(best[-1].config, phases=(replace(best[-1].config.phases[0], remainder="pooled"),))
 
 
 def better(best: Trial | None, trial: Trial, budget: float) -> Trial | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastdit.attach import diffusers_hooks
 from fastdit.attach.handle import Denoiser
-from fastdit.attach.site_call import attend
+from fastdit.attach.site_op import attend
 from fastdit.core.byte_cache import byte_cache
 from fastdit.planning.adapter import REST
 

@@ -11,7 +11,7 @@ import copy
 import itertools
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
@@ -25,6 +25,7 @@ from fastdit.core.byte_cache import ByteCache
 from fastdit.planning.adapter import Adapter
 from fastdit.planning.forward_plan import MASK_BYTES, plan_forward
 from fastdit.planning.sequence import SequenceSpec
+from fastdit.planning.trainable import always_dense
 from fastdit.runs import loops
 from fastdit.runs.branches import Call
 from fastdit.runs.clock import Clock
@@ -32,6 +33,8 @@ from fastdit.runs.forward import Forward
 from fastdit.runs.run import Run
 from fastdit.runs.site_state import CallRecord, SiteState
 
+PENDING = 64
+"""Forwards of a training that may still be waiting for their backward: branches and accumulation need a few."""
 _numbers = itertools.count()
 _handles: WeakValueDictionary[int, Handle] = WeakValueDictionary()
 
@@ -87,6 +90,8 @@ class Denoiser:
     """The sites' modules; empty in a copy."""
     text_split: tuple[Any, bool] | None = None
     """A parallel configuration of diffusers, and whether it splits text as well as the picture."""
+    checkpointing: list[weakref.ref[nn.Module]] | None = None
+    """Modules that can recompute their blocks in a backward; None before the first forward that may have one."""
     deleted: Any = None
     """The `weakref.finalize` that runs when the model is deleted."""
 
@@ -109,16 +114,17 @@ class Denoiser:
         model = self.model()
         # The model's own copy, if the model is being copied too.
         twin.model = weakref.ref(memo.get(id(model), model)) if model is not None else self.model
-        twin.call, twin.attentions, twin.deleted = threading.local(), [], None
+        twin.call, twin.attentions, twin.checkpointing, twin.deleted = threading.local(), [], None, None
         twin.handle, twin.sites = copy.deepcopy((self.handle, self.sites), memo)
         return twin
 
 
 class Handle:
-    """One accelerated pipeline (or model). As a context manager it restores the pipeline on exit."""
+    """One accelerated pipeline (or model). As a context manager it restores the pipeline on exit. train: attention has
+    gradients, and each forward is planned by itself: nothing is remembered or measured."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, train: bool = False) -> None:
+        self.config, self.train = config, train
         self.denoisers: list[Denoiser] = []
         self.restore: Any = None
         self.describe: Any = None
@@ -134,6 +140,7 @@ class Handle:
         self._by_loop: WeakKeyDictionary[loops.Loop, Run] = WeakKeyDictionary()
         self._by_pipeline: list[Run] = []
         self._by_hand = threading.local()
+        self._pending: deque[Forward] = deque(maxlen=PENDING)
         self._lock = threading.Lock()
         self.number = next(_numbers)
         _handles[self.number] = self
@@ -141,6 +148,11 @@ class Handle:
     @property
     def sites(self) -> list[Site]:
         return [site for denoiser in self.denoisers for site in denoiser.sites]
+
+    @property
+    def trains(self) -> bool:
+        """Whether gradients pass: in training, and wherever every call is the model's own attention."""
+        return self.train or always_dense(self.config)
 
     @property
     def clock(self) -> Clock:
@@ -159,7 +171,7 @@ class Handle:
         statistics of the one before, also if that was interrupted. Raises RuntimeError if the configuration is strict and a
         site's processor was exchanged."""
         unserved = {site.index: why for site, why in self.denoisers[call.model].unserved()}
-        loop, run = self._running(sigma, timestep, call)
+        loop, run = (None, None) if self.train else self._running(sigma, timestep, call)
         if run is None or run.finished or run.is_over(run.level(sigma, timestep), call, unserved):
             before, run = run, self._start(loop)
             if before is not None:
@@ -175,9 +187,13 @@ class Handle:
         levels = tuple(run.sites[site.index].level for site in sites)
         plan = plan_forward(self.config, run.clock.sigma, sequence, levels)
         names = tuple(site.name for site in sites)
-        return Forward(
-            run, branch, plan, self.config, sites[0].index if sites else 0, names, self.masks, self.bytes, branch.due()
+        first = sites[0].index if sites else 0
+        forward = Forward(
+            run, branch, plan, self.config, first, names, self.masks, self.bytes, due=branch.due(), train=self.train
         )
+        if self.train:
+            self._pending.append(forward)
+        return forward
 
     def bytes(self, device: torch.device | None = None) -> int:
         """Bytes of statistics in all runs, on a device; None: on all."""
@@ -232,6 +248,7 @@ class Handle:
         for run in self.live():
             run.finish()
         self._by_pipeline = []
+        self._pending.clear()
         self.latest = Run(len(self.sites))
 
     def release(self) -> None:
@@ -243,7 +260,7 @@ class Handle:
         """A copied pipeline has its own handle and runs."""
         twin = Handle.__new__(Handle)
         memo[id(self)] = twin
-        twin.config, twin.restore, twin.pipeline, twin.describe = self.config, None, None, self.describe
+        twin.config, twin.train, twin.restore, twin.pipeline, twin.describe = self.config, self.train, None, None, self.describe
         twin._begin()
         twin.denoisers = copy.deepcopy(self.denoisers, memo)
         twin.latest = Run(len(twin.sites))

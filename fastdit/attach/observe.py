@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import ops
+from fastdit.attach import recompute
 from fastdit.attach.cuda_graphs import STAYS_OUT, refuse_capture
 from fastdit.attach.handle import Denoiser, Handle
 from fastdit.planning.sequence import SequenceSpec
@@ -52,9 +53,14 @@ class Observe(Hook):
         where = facts.grid if isinstance(facts.grid, Tensor) else None
         sides = [side for grid in (facts.grid, *facts.coarser) if not isinstance(grid, Tensor) for side in grid]
         denoiser.call.facts = facts
+        if denoiser.handle.trains and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            recompute.watch(model, denoiser)
+        # A training has no branches to tell apart.
+        latents = None if denoiser.handle.train else fingerprint.latents_of(call)
+        conditioning = [] if denoiser.handle.train else fingerprint.conditioning_of(call)
         denoiser.call.token = _begin_forward(
-            facts.sigma, facts.timestep, where, fingerprint.latents_of(call), fingerprint.conditioning_of(call), self.ids,
-            sides, facts.before, facts.after, facts.ragged, facts.unread, facts.missing,
+            facts.sigma, facts.timestep, where, latents, conditioning, self.ids, sides, facts.before, facts.after, facts.ragged,
+            facts.unread, facts.missing,
         )  # fmt: skip
 
 
@@ -62,7 +68,10 @@ class Over(Hook):
     """Forward hook: ends the call. A layer that is called on its own later finds no token."""
 
     def __call__(self, *_: Any) -> None:
-        self.denoiser.call.token = None
+        call = self.denoiser.call
+        if not torch.compiler.is_compiling() and (forward := getattr(call, "forward", None)) is not None:
+            forward.over = True
+        call.token = None
 
 
 @torch.library.custom_op("fastdit::begin_forward", mutates_args=(), **STAYS_OUT)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from fastdit.attach import recompute
 from fastdit.attach.handle import Denoiser, Handle, Site
 from fastdit.attach.observe import Observe, Over
 from fastdit.attach.seam import BoundProcessor, bound_class
@@ -60,6 +61,7 @@ def uninstall(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "processor", None), BoundProcessor):
             _set(module, module.processor.inner)
+    recompute.unwatch(model)
     kept = getattr(model, "original_attn_processors", None) or {}  # which `unfuse_qkv_projections` restores
     for name, processor in kept.items():
         if isinstance(processor, BoundProcessor):

@@ -2,7 +2,7 @@
 
 A bound processor runs a clone of the original processor's `__call__` in whose globals `dispatch_attention_fn` and
 `F.scaled_dot_product_attention` are ours. Projections, norms, rotary embedding, LoRA and fused weights stay the model's own
-code. Both functions call one opaque op (`fastdit.attach.site_call`), which looks its plan up at run time. A compiled
+code. Both functions call one opaque op (`fastdit.attach.site_op`), which looks its plan up at run time. A compiled
 denoiser is therefore one graph for all steps and, compiled block by block, one graph for all layers.
 
 Attention that fastdit does not support (causal or grouped attention, dropout, cross-attention) goes to the original function,
@@ -27,7 +27,8 @@ from torch.utils._device import DeviceContext
 
 from fastdit.attach import context_parallel
 from fastdit.attach.handle import Site
-from fastdit.attach.site_call import SDPA, attend
+from fastdit.attach.site_call import SDPA
+from fastdit.attach.site_op import attend
 from fastdit.runs.forward import Forward
 from fastdit.runs.site_state import CallRecord
 
@@ -148,6 +149,8 @@ def _dispatch(
     refusal = _refusal(bound, query, key, value, dropout_p, is_causal, enable_gqa)
     if attention_kwargs and refusal is None:
         refusal = f"its processor passes {', '.join(map(str, attention_kwargs))} on to the attention backend"
+    if parallel_config is not None and refusal is None and bound.site.denoiser.handle.trains and torch.is_grad_enabled():
+        refusal = "split over processes: no gradient passes"
     if parallel_config is not None and refusal is None:
         refusal = context_parallel.refusal(bound.site.denoiser, parallel_config, attn_mask)
     if refusal is not None:
@@ -162,7 +165,8 @@ def _dispatch(
         return context_parallel.attention(
             bound.site.denoiser, bound.layer, query, key, value, attn_mask, scale, name, parallel_config
         )
-    return attend(bound.site.denoiser.call.token, bound.layer, query, key, value, attn_mask, scale, name)
+    denoiser = bound.site.denoiser
+    return attend(denoiser.call.token, bound.layer, query, key, value, attn_mask, scale, name, trains=denoiser.handle.trains)
 
 
 def _sdpa(
@@ -184,7 +188,9 @@ def _sdpa(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     query, key, value = (x.transpose(1, 2) for x in _autocast(query, key, value))
-    return attend(bound.site.denoiser.call.token, bound.layer, query, key, value, attn_mask, scale, SDPA).transpose(1, 2)
+    denoiser = bound.site.denoiser
+    out = attend(denoiser.call.token, bound.layer, query, key, value, attn_mask, scale, SDPA, trains=denoiser.handle.trains)
+    return out.transpose(1, 2)
 
 
 _functional = types.ModuleType("fastdit_functional")
@@ -205,6 +211,11 @@ def _refusal(
     if mode := _intercepting():
         return f"{mode} may change attention"
     if bound.site is None or getattr(bound.site.denoiser.call, "token", None) is None:
+        if bound.site is not None and bound.site.denoiser.handle.train:
+            raise RuntimeError(
+                f"{bound.site.name}: called outside of its denoiser's forward, so that its plan is not known. To recompute"
+                " blocks in the backward use the model's enable_gradient_checkpointing()"
+            )
         return "called outside of its denoiser's forward"
     return None
 

@@ -1,15 +1,10 @@
-"""One attention call of a site: it looks up its plan, runs it, and has the output checked. It makes no decision of its own.
-
-Opaque to torch.compile (`fastdit::site_attention`), so that noise levels, phases, prompt lengths and statistics never cause a
-recompilation.
-"""
+"""One attention call of a site: it looks up its plan, runs it, and has the output checked. It makes no decision of its own."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +14,6 @@ from torch import Tensor
 from fastdit import ops
 from fastdit.approx import error_guard, placement, step_cache
 from fastdit.approx.step_cache import Memory
-from fastdit.attach.cuda_graphs import STAYS_OUT, refuse_capture
 from fastdit.config import AUTO
 from fastdit.planning import key_padding
 from fastdit.planning.forward_plan import CallPlan
@@ -33,72 +27,23 @@ SDPA = "F.scaled_dot_product_attention"
 """The backend of processors that call SDPA themselves instead of diffusers' `dispatch_attention_fn`."""
 
 
-def attend(
-    token: Tensor,
-    layer: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    backend: str,
-    at: Tensor | None = None,
-) -> Tensor:
-    """Attention of one layer in the denoiser's running call: [B, N, H, D] -> [B, N, H, D]. Traced by torch.compile.
-
-    token, layer: int64 [1] on the CPU, the `Forward`'s number and the site's index in it. at: int64 [n], the sequence's tokens
-    that q holds; None: all.
-    """
-    return _site_attention(q, k, v, mask, token, layer, at, scale, backend, torch.compiler.is_compiling())
-
-
-@torch.library.custom_op("fastdit::site_attention", mutates_args=(), **STAYS_OUT)
-def _site_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    token: Tensor,
-    layer: Tensor,
-    at: Tensor | None,
-    scale: float | None,
-    backend: str,
-    compiled: bool,
-) -> Tensor:
-    call = SiteCall(Forward.find(int(token)), int(layer), at, scale, backend)
-    # The seam has cast as autocast would. Our own products in float32 must not be autocast.
-    with ops.on_device(q), ops.without_autocast(q):
-        return call.answer(q, k, v, mask, compiled).contiguous()
-
-
-@_site_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    refuse_capture()
-    return q.new_empty(q.shape)
-
-
-def _no_backward(*_: Any) -> None:
-    raise RuntimeError("a pipeline accelerated by fastdit is for inference only: call fastdit.restore(pipe) before training")
-
-
-torch.library.register_autograd("fastdit::site_attention", _no_backward)
-
-
 @dataclass
 class SiteCall:
-    """One call of a site; tensors are [B, N, H, D]. at, scale, backend: as in `attend`. nth: index of the call among the site's
-    calls in this forward."""
+    """One call of a site; tensors are [B, N, H, D]. at, scale, backend: as in `site_op.attend`. nth: index of the call among
+    the site's calls in this forward. again: computed once more, for a backward."""
 
     forward: Forward
     layer: int
     at: Tensor | None
     scale: float | None
     backend: str
+    again: bool = False
     state: SiteState = field(init=False)
     nth: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.state, self.nth = self.forward.state(self.layer), self.forward.count(self.layer)
+        self.again = self.again or self.forward.over
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, compiled: bool) -> Tensor:
         """Attention of q, k, v under a mask. Batch elements with the same kept keys are computed together."""
@@ -159,6 +104,12 @@ class SiteCall:
                 return self.dense(plan, q, k, v, trimmed=trimmed)
         if self.at is not None and plan.block_mask is not None:
             plan = replace(plan, block_mask=plan.block_mask.for_queries(self.at, roll))
+        if forward.train:
+            if (refusal := ops.no_gradient(q, plan.quant, plan.remainder)) is not None:
+                raise NotImplementedError(f"{forward.names[self.layer]}: {refusal}")
+            out, _ = ops.attention(query, key, value, plan.block_mask, plan.quant, self.scale, plan.remainder)
+            self.note(self.record(plan, "sparse", None, watch, trimmed)._replace(density=float(plan.density)))
+            return self.unrolled(out, roll)
 
         def dense() -> Tensor:
             return self.original(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
@@ -179,7 +130,15 @@ class SiteCall:
         if forward.run.last:
             memory.drop()  # decoding comes next and needs the memory
         self.check(query, key, value, out, fault, plan, memory, self.record(plan, how, note, watch, trimmed))
+        return self.unrolled(out, roll)
+
+    def unrolled(self, out: Tensor, roll: int) -> Tensor:
+        """[B, H, N, D] -> [B, N, H, D], in the order in which the queries came."""
         return out.transpose(1, 2) if self.at is not None else _roll(out.transpose(1, 2), -roll)
+
+    def note(self, record: CallRecord) -> None:
+        if not self.again:
+            self.state.calls.append(record)
 
     def check(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, fault: Tensor, plan: CallPlan, memory: Memory, record: CallRecord
@@ -214,7 +173,7 @@ class SiteCall:
         watch = Stopwatch(q)
         out = self.original(q, k, v, mask)
         reason = state.guarded if plan.level == error_guard.DENSE and state.guarded else plan.reason
-        state.calls.append(self.record(plan, "dense", reason, watch, trimmed))
+        self.note(self.record(plan, "dense", reason, watch, trimmed))
         return out
 
     def record(self, plan: CallPlan, how: str, reason: str | None, watch: Stopwatch, trimmed: int) -> CallRecord:

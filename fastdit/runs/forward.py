@@ -33,7 +33,9 @@ class Forward:
     """One call of a denoiser. Sites find it by its `number`, which the token holds.
 
     first: index of the denoiser's first site. names: of its sites. masks: cache of block masks. held: returns the bytes of
-    statistics that the pipeline holds on a device. due: statistics must be taken anew. seen: calls so far, by layer.
+    statistics that the pipeline holds on a device. due: statistics must be taken anew. train: with gradients, and nothing
+    remembered or measured. over: its layers have run; one that runs again is recomputed for a backward. seen: calls so far, by
+    layer.
     """
 
     run: Run
@@ -45,6 +47,8 @@ class Forward:
     masks: ByteCache
     held: Callable[[torch.device], int]
     due: bool = False
+    train: bool = False
+    over: bool = False
     sigma: float = field(init=False)
     step: int = field(init=False)
     number: int = field(default_factory=_numbers.__next__)

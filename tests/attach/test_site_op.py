@@ -10,7 +10,7 @@ from util import enter
 
 import fastdit
 from fastdit.attach.processor import installed
-from fastdit.attach.site_call import _site_attention
+from fastdit.attach.site_op import _site_attention
 from fastdit.core.reference import relative_error
 
 GRID = (3, 8, 8)
