@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastdit.core.number_format import Quant
     from fastdit.planning.adapter import REST, Facts
     from fastdit.policies import Dense, Window
+    from fastdit.prediction.predict import Prediction, predict
     from fastdit.presets import PRESETS, preset
     from fastdit.reporting.report import Report
 
@@ -29,12 +30,14 @@ __all__ = [
     "Facts",
     "FastAttnProcessor",
     "Phase",
+    "Prediction",
     "Quant",
     "Report",
     "Reuse",
     "Window",
     "accelerate",
     "install",
+    "predict",
     "preset",
     "propagate_encoder",
     "report",
@@ -46,6 +49,7 @@ _EXPORTS = {
     "core.number_format": ("Quant",),
     "planning.adapter": ("REST", "Facts"),
     "policies": ("Dense", "Window"),
+    "prediction.predict": ("Prediction", "predict"),
     "presets": ("PRESETS", "preset"),
     "reporting.report": ("Report",),
 }

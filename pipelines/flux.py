@@ -20,6 +20,7 @@ class Flux(Family):
         "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids",
     )  # fmt: skip
     skips: ClassVar[dict[str, str]] = {}
+    packs, even = 2, True
     text = "before"
     full = 1.0
 

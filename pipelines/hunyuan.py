@@ -15,6 +15,7 @@ class HunyuanVideo(Family):
 
     names: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep", "encoder_hidden_states")
     skips: ClassVar[dict[str, str]] = {"context_embedder": "text refiner", "context_embedder_2": "text refiner"}
+    even = True
     text = "behind"
     mask = "padded text, cut"
 

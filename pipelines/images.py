@@ -114,6 +114,7 @@ class QwenImage(Family):
     names = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes")
     full = 1.0
     skips: ClassVar[dict[str, str]] = {}
+    even = True
     text = "before"
     mask = "padded text, cut"
 
