@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastdit.core.number_format import Quant
     from fastdit.planning.adapter import REST, Facts
     from fastdit.policies import Dense, Window
-    from fastdit.prediction.predict import Prediction, predict
+    from fastdit.prediction.predict import Forecast, Prediction, predict
     from fastdit.presets import PRESETS, preset
     from fastdit.reporting.report import Report
 
@@ -29,6 +29,7 @@ __all__ = [
     "Dense",
     "Facts",
     "FastAttnProcessor",
+    "Forecast",
     "Phase",
     "Prediction",
     "Quant",
@@ -49,7 +50,7 @@ _EXPORTS = {
     "core.number_format": ("Quant",),
     "planning.adapter": ("REST", "Facts"),
     "policies": ("Dense", "Window"),
-    "prediction.predict": ("Prediction", "predict"),
+    "prediction.predict": ("Forecast", "Prediction", "predict"),
     "presets": ("PRESETS", "preset"),
     "reporting.report": ("Report",),
 }

@@ -26,7 +26,8 @@ class Family:
     skips: parts of the names of modules that are not sites, and why.
     order: first parts of module names in the order in which they run, if that differs from the order of definition.
     packs: latents that the pipelines pack into one token on each side, before the denoiser sees them.
-    even: the pipelines hand the scheduler σ from 1 to 1/steps, evenly spaced, before its shift.
+    even: the pipelines hand the scheduler σ from 1 to 1/steps, evenly spaced, before its shift; False: they leave σ to it;
+    None: they have a schedule of their own, or it was not looked at.
     text, mask, note: for the table in the docs; the first two also say which text is in the sequence (`fastdit.predict`).
     """
 
@@ -37,7 +38,7 @@ class Family:
     skips: ClassVar[dict[str, str]] = {"attn2": "cross-attention"}
     order: ClassVar[tuple[str, ...]] = ()
     packs: ClassVar[int] = 1
-    even: ClassVar[bool] = False
+    even: ClassVar[bool | None] = None
     text: ClassVar[str] = "apart (cross-attention)"
     mask: ClassVar[str] = "none"
     note: ClassVar[str] = ""

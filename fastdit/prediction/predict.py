@@ -67,7 +67,7 @@ class Prediction:
     """What `predict` returns. grid: tokens (T, H, W). text: other tokens in the same sequence, "at most" where not `exact`.
     tokens: grid and text together. levels: σ of every step, None: unknown. branches: calls a step for one clip. gpu: a name,
     or "cpu". weights, free: bytes of the pipeline, and free for the run before statistics, on the GPU (or the CPU).
-    step_seconds: of one dense step with all branches, None: unknown. forecasts: one a configuration."""
+    step_seconds: of one dense step with all branches, None: not measured on such a device. forecasts: one a configuration."""
 
     pipeline: str
     grid: Grid
@@ -163,7 +163,7 @@ def predict(
     levels = None if run.levels is None else tuple(run.levels)
     return Prediction(
         type(pipe).__name__, run.grid, run.text, run.exact, steps, levels, run.branches, run.name, run.weights,
-        run.free[run.device], run.dense_step if run.card is None or run.card.measured else None, forecasts,
+        run.free[run.device], run.dense_step if run.card is not None and run.card.measured else None, forecasts,
     )  # fmt: skip
 
 

@@ -91,8 +91,9 @@ def branches(pipe: Any, model: Any, guidance: float | None) -> int:
 
 
 def noise_levels(pipe: Any, found: Family, steps: int, tokens: int) -> list[float] | None:
-    """σ of every call of a run, by a copy of the pipeline's scheduler; None where it does not take `steps` alone."""
-    if (scheduler := getattr(pipe, "scheduler", None)) is None:
+    """σ of every call of a run, by a copy of the pipeline's scheduler; None where the pipeline has a schedule of its own, or its
+    scheduler takes more than the number of steps."""
+    if (scheduler := getattr(pipe, "scheduler", None)) is None or found.even is None:
         return None
     scheduler, config = copy.deepcopy(scheduler), scheduler.config
     more: dict[str, Any] = {}
@@ -116,10 +117,11 @@ def noise_levels(pipe: Any, found: Family, steps: int, tokens: int) -> list[floa
 
 def heads_of(model: Any, module: Any) -> tuple[int, int]:
     """(heads, channels of a head) of a site."""
-    config = model.config
-    heads = getattr(module, "heads", None) or config.num_attention_heads
-    project = getattr(module, "to_q", None)
-    wide = getattr(project, "out_features", None) or config.num_attention_heads * config.attention_head_dim
+    config, project = model.config, getattr(module, "to_q", None)
+    heads = getattr(module, "heads", None) or getattr(module, "num_heads", None) or getattr(config, "num_attention_heads", None)
+    if heads is None:
+        raise ValueError(f"fastdit.predict does not know the heads of a {type(module).__name__}")
+    wide = getattr(project, "out_features", None) or heads * config.attention_head_dim
     return heads, wide // heads
 
 
