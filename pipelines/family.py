@@ -74,6 +74,14 @@ class Family:
         t = front[0] if front else getattr(model.config, "patch_size_t", None) or 1
         return t, h * self.packs, w * self.packs
 
+    def latents(self, frames: int, scale: int) -> int:
+        """Frames of latents that the autoencoder, with this scale in time, makes of a clip. Raises ValueError for a clip that
+        the pipelines would not draw as it is, naming the nearest."""
+        if frames < 1 or ((frames - 1) % scale and frames % scale):
+            nearest = scale * max(0, round((frames - 1) / scale)) + 1
+            raise ValueError(f"num_frames must be {scale}k + 1 for this model, got {frames}: nearest is {nearest}")
+        return (frames - 1) // scale + 1
+
     def noise(self, model: Any, call: dict[str, Any]) -> Tensor:
         """σ of a call, as in `Facts`."""
         level = noise_level(call[self.clock], self.full)

@@ -175,7 +175,7 @@ def models() -> dict[str, tuple[Any, int, dict[str, tuple[int, int]], dict[str, 
         "Wan 2.2 A14B": (Clip(wan(40, 40, 13824), unipc(5.0), (4, 8), wan(40, 40, 13824)), 81, big, {}),
         "HunyuanVideo": (Clip(hunyuan, flow(7.0), (4, 8)), 129, big, {"guidance": 1.0, "text_tokens": 256}),
         "LTX-2": (Clip(on_meta("LTX2VideoTransformer3DModel"), flow(5.0), (8, 32)), 121, even, {"text_tokens": 1024}),
-        "MiniMax-H3": (Clip(on_meta("MiniMaxH3Transformer3DModel"), flow(5.0), (4, 16)), 81, even, {}),
+        "MiniMax-H3": (Clip(on_meta("MiniMaxH3Transformer3DModel"), flow(12.0), (4, 16)), 124, even, {"guidance": 1.0}),
     }  # fmt: skip
 
 
@@ -200,7 +200,9 @@ def _cell(pipe: Any, height: int, width: int, frames: int, steps: int, name: str
         one = bare.weights / 1e9 / (2 if hasattr(pipe, "transformer_2") else 1)  # the other one waits on the host
         # `predict` takes the bfloat16 weights off the memory it is given
         memory = card.memory + bare.weights / 1e9 - share * one
-        found = {p: fastdit.predict(pipe, height, width, frames, steps, p, name, memory=memory, **more) for p in ("balanced", "fast")}
+        found = {
+            p: fastdit.predict(pipe, height, width, frames, steps, p, name, memory=memory, **more) for p in ("balanced", "fast")
+        }
         if found["balanced"].free > 0:
             cell = found["balanced"].forecasts[0]
             speeds = [each.forecasts[0].speed for each in found.values()]

@@ -219,7 +219,7 @@ class _Run:
         working = ACTIVATIONS * self.span.tokens * heads * dim
         host = free_bytes(HOST)
         if self.device == HOST:
-            self.free = {HOST: host}
+            self.free = {HOST: max(0, host - (self.weights if here.type == "meta" else 0))}
             return
         if memory is None and gpu is None:
             free = free_bytes(at) - (0 if here.type == "cuda" else self.weights) - working

@@ -58,11 +58,8 @@ def grid(pipe: Any, model: Any, height: int, width: int, num_frames: int | None)
                              f"{max(1, round(size / step)) * step}")  # fmt: skip
     if num_frames is None:
         return 1, height // h, width // w
-    if num_frames < 1 or ((num_frames - 1) % time and num_frames % time):
-        raise ValueError(f"num_frames must be {time}k + 1 for this model, got {num_frames}: nearest is "
-                         f"{time * max(0, round((num_frames - 1) / time)) + 1}")  # fmt: skip
-    latents = (num_frames - 1) // time + 1
-    return -(-latents // family(model).patch(model)[0]), height // h, width // w
+    found = family(model)
+    return -(-found.latents(num_frames, time) // found.patch(model)[0]), height // h, width // w
 
 
 def text_of(pipe: Any, found: Family, text_tokens: int | None) -> tuple[int, int, bool]:
@@ -84,9 +81,10 @@ def span(found: Family, tokens: Grid, text: int) -> SequenceSpan:
 def branches(pipe: Any, model: Any, guidance: float | None) -> int:
     """How often a step asks the denoiser for one clip: twice with classifier-free guidance, once where the model was distilled."""
     known = arguments(pipe)
-    if guidance is None:
-        distilled = "true_cfg_scale" in known or getattr(model.config, "guidance_embeds", False)
-        guidance = known.get("true_cfg_scale" if distilled else "guidance_scale")
+    if "true_cfg_scale" in known or getattr(model.config, "guidance_embeds", False):  # the scale is one of its inputs
+        guidance = known.get("true_cfg_scale")
+    elif guidance is None:
+        guidance = known.get("guidance_scale")
     return 2 if isinstance(guidance, (int, float)) and guidance > 1 else 1
 
 

@@ -91,9 +91,7 @@ class Store:
         new = Kept(shape, room.form, place, pinned, ratio, reuse.store == placement.AUTO)
         if room.form is None:  # everybody gives way
             self.shared = True
-            choices: list[list[Option]] = [
-                [(bytes_of(shape, form, pinned), ERRORS[form]) for form in placement.FORMS]
-            ]
+            choices: list[list[Option]] = [[(bytes_of(shape, form, pinned), ERRORS[form]) for form in placement.FORMS]]
             choices += [[(size, ERRORS[form]) for size, form in each.smaller()] for each in others]
             found = allocate(choices, room.budget)
             assert found is not None
@@ -101,5 +99,3 @@ class Store:
                 each.form = each.smaller()[option][1]
             new.form = placement.FORMS[found[0]]
         return new
-
-

@@ -225,7 +225,9 @@ def test_weights_on_meta_and_the_pipeline_is_left_alone():
 
 def test_gpus():
     pipe = tiny_wan_pipeline(num_layers=4)
-    at = {gpu: fastdit.predict(pipe, 512, 512, 33, 20, "balanced", gpu=gpu) for gpu in ("H100", "NVIDIA H200", "rtx 4090", "cpu")}
+    at = {
+        gpu: fastdit.predict(pipe, 512, 512, 33, 20, "balanced", gpu=gpu) for gpu in ("H100", "NVIDIA H200", "rtx 4090", "cpu")
+    }
     assert [each["balanced"].sure for each in at.values()] == ["measured", "measured", "estimated", "estimated"]
     assert at["H100"]["balanced"].gpu_bytes == 4 * 2 * 2 * 9216 * 64 * 2
     assert at["H100"]["balanced"].host_bytes == 0
@@ -267,7 +269,9 @@ def test_mistakes_name_the_remedy(more, says):
 
 
 def test_a_unet_is_refused():
-    pipe = make("StableDiffusionPipeline", diffusers.DDIMScheduler(), unet=model("UNet2DCondition"), requires_safety_checker=False)
+    pipe = make(
+        "StableDiffusionPipeline", diffusers.DDIMScheduler(), unet=model("UNet2DCondition"), requires_safety_checker=False
+    )
     with pytest.raises(ValueError, match="does not know the tokens of a UNet2DConditionModel without calling it"):
         fastdit.predict(pipe, 128, 128)
 
