@@ -7,12 +7,12 @@ docs/results/stores.json (30 steps), so the bytes are then near, not exact.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
-from fastdit.approx import placement
+from fastdit.approx import placement, residual_store
 from fastdit.approx.allocation import Option, allocate
-from fastdit.approx.residual_store import bytes_of
 from fastdit.config import Reuse
 
 HOST = torch.device("cpu")
@@ -20,6 +20,7 @@ ERRORS = dict(
     zip(placement.FORMS, (1e-7, 7.6e-6, 8.4e-5, 3.8e-5, 2.4e-4, 9.2e-4, 6.0e-3, 1.9e-2), strict=True)
 )  # squares of the velocity's error, less bfloat16's
 Shape = tuple[int, int, int, int]
+bytes_of = lru_cache(maxsize=1024)(residual_store.bytes_of)
 
 
 @dataclass

@@ -5,10 +5,10 @@ configurations, not that a new shape would be met as well. Bytes are not fitted.
 """
 
 import pytest
+from util import DOCS
 
 from fastdit.apps.bench import predict_table
 from fastdit.apps.bench.predict_table import TOLERANCE, recorded
-from util import DOCS
 
 ROWS = recorded(DOCS / "results")
 
