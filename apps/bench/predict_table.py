@@ -1,4 +1,4 @@
-"""Predictions beside the measured rows of docs/results: `python -m fastdit.apps.bench.predict_table --beside docs/statistics.md`.
+"""Predicted beside measured rows of docs/results: `python -m fastdit.apps.bench.predict_table --beside docs/statistics.md`.
 
 Denoisers are built on the meta device from the configurations of diffusers' classes; nothing is loaded and nothing runs.
 """

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as its maker publishes it. memory: GB; dense16, dense8: TFLOP/s without sparsity, summed in float32, in bfloat16 and
-    FP8 (None: has no FP8); bandwidth: GB/s."""
+    """A GPU as its maker publishes it. memory: GB; dense16, dense8: TFLOP/s without sparsity, summed in float32, in bfloat16
+    and FP8 (None: has no FP8); bandwidth: GB/s."""
 
     name: str
     memory: float

@@ -10,7 +10,7 @@ policies that read q and k, and encoders and decoders, are not in it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -43,7 +43,7 @@ class Call:
     head_dim: int
     how: str = "dense"
     pairs: float = 1.0
-    quant: Quant = Quant()
+    quant: Quant = field(default_factory=Quant)
     pooled: bool = False
     broadcast: bool = False
     host: int = 0

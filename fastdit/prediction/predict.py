@@ -39,8 +39,8 @@ CUDA = torch.device("cuda")
 
 @dataclass(frozen=True)
 class Forecast:
-    """One configuration. density: mean over all calls of all sites, in [0, 1], None: unknown. dense: (reason, number of sites) of
-    those that never are sparse. gpu_bytes, host_bytes: most that statistics take. forms: (form, residuals). about: the bytes
+    """One configuration. density: mean over all calls of all sites, in [0, 1], None: unknown. dense: (reason, number of sites)
+    of those that never are sparse. gpu_bytes, host_bytes: most that statistics take. forms: (form, residuals). about: the bytes
     depend on errors that only a run measures. ratio: seconds of denoising, dense over accelerated, None: unknown. sure:
     "measured", "estimated" or "unknown". why: what is unknown, or that nothing is gained."""
 
@@ -153,7 +153,7 @@ def predict(
         raise ValueError(f"steps must be a whole number from 1 up, got {steps!r}")
     if memory is not None and not memory > 0:
         raise ValueError(f"memory must be above 0 GB, got {memory}")
-    named = {name: config for name, config in PRESETS.items()} if preset_or_config is None else {
+    named = dict(PRESETS) if preset_or_config is None else {
         preset_or_config if isinstance(preset_or_config, str) else "config": _config(preset_or_config)
     }  # fmt: skip
     models = [model for _, model in _denoisers(pipe)]

@@ -35,7 +35,7 @@ def family(model: nn.Module) -> Family:
 
 def arguments(pipe: Any) -> dict[str, Any]:
     """Arguments of the pipeline's call and their defaults."""
-    call = getattr(type(pipe), "__call__", None)
+    call = getattr(type(pipe), "__call__", None)  # noqa: B004
     found = {} if call is None else inspect.signature(call).parameters
     return {name: None if each.default is each.empty else each.default for name, each in found.items()}
 
@@ -50,7 +50,7 @@ def multiples(pipe: Any, model: Any) -> tuple[int, int, int]:
 
 
 def grid(pipe: Any, model: Any, height: int, width: int, num_frames: int | None) -> Grid:
-    """Tokens (T, H, W) of a clip. Raises ValueError for a size that the pipeline would not draw as it is, naming the nearest."""
+    """Tokens (T, H, W) of a clip. Raises ValueError for a size that the pipeline does not draw as it is, naming the nearest."""
     time, h, w = multiples(pipe, model)
     for name, size, step in (("height", height, h), ("width", width, w)):
         if size < step or size % step:
@@ -79,7 +79,7 @@ def span(found: Family, tokens: Grid, text: int) -> SequenceSpan:
 
 
 def branches(pipe: Any, model: Any, guidance: float | None) -> int:
-    """How often a step asks the denoiser for one clip: twice with classifier-free guidance, once where the model was distilled."""
+    """Calls of the denoiser in a step, for one clip: twice with classifier-free guidance, once where the model was distilled."""
     known = arguments(pipe)
     if "true_cfg_scale" in known or getattr(model.config, "guidance_embeds", False):  # the scale is one of its inputs
         guidance = known.get("true_cfg_scale")
@@ -89,8 +89,8 @@ def branches(pipe: Any, model: Any, guidance: float | None) -> int:
 
 
 def noise_levels(pipe: Any, found: Family, steps: int, tokens: int) -> list[float] | None:
-    """σ of every call of a run, by a copy of the pipeline's scheduler; None where the pipeline has a schedule of its own, or its
-    scheduler takes more than the number of steps."""
+    """σ of every call of a run, by a copy of the pipeline's scheduler; None where the pipeline has a schedule of its own, or
+    its scheduler takes more than the number of steps."""
     if (scheduler := getattr(pipe, "scheduler", None)) is None or found.even is None:
         return None
     scheduler, config = copy.deepcopy(scheduler), scheduler.config

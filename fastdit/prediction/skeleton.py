@@ -1,4 +1,4 @@
-"""A pipeline without weights, from the configurations in a folder: all that `predict` reads, in a second and a few megabytes."""
+"""A pipeline without weights, from the configurations in a folder: all that `predict` reads, in a few megabytes."""
 
 from __future__ import annotations
 
