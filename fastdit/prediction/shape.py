@@ -79,7 +79,7 @@ def span(found: Family, tokens: Grid, text: int) -> SequenceSpan:
 
 
 def branches(pipe: Any, model: Any, guidance: float | None) -> int:
-    """Calls of the denoiser in a step, for one clip: twice with classifier-free guidance, once where the model was distilled."""
+    """Calls of the denoiser in a step, a clip: twice with classifier-free guidance, once where the model was distilled."""
     known = arguments(pipe)
     if "true_cfg_scale" in known or getattr(model.config, "guidance_embeds", False):  # the scale is one of its inputs
         guidance = known.get("true_cfg_scale")
