@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fastdit.core.number_format import Quant
     from fastdit.planning.adapter import REST, Facts
     from fastdit.policies import Dense, Window
+    from fastdit.prediction.forecast import Forecast, Prediction
+    from fastdit.prediction.predict import predict
     from fastdit.presets import PRESETS, preset
     from fastdit.reporting.report import Report
 
@@ -30,7 +32,9 @@ __all__ = [
     "Dense",
     "Facts",
     "FastAttnProcessor",
+    "Forecast",
     "Phase",
+    "Prediction",
     "Quant",
     "Report",
     "Reuse",
@@ -38,6 +42,7 @@ __all__ = [
     "accelerate",
     "compare",
     "install",
+    "predict",
     "preset",
     "propagate_encoder",
     "report",
@@ -52,6 +57,8 @@ _EXPORTS = {
     "core.number_format": ("Quant",),
     "planning.adapter": ("REST", "Facts"),
     "policies": ("Dense", "Window"),
+    "prediction.forecast": ("Forecast", "Prediction"),
+    "prediction.predict": ("predict",),
     "presets": ("PRESETS", "preset"),
     "reporting.report": ("Report",),
 }

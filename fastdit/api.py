@@ -74,7 +74,7 @@ def adapters_of(target: Any) -> list[tuple[str, nn.Module, Adapter]]:
     Raises ValueError as `accelerate` does.
     """
     found = []
-    for name, model in _denoisers(target):
+    for name, model in unwrapped_denoisers(target):
         denoiser = installed(model)
         found.append((name, model, adapter_for(model) if denoiser is None else denoiser.adapter))
     return found
@@ -166,7 +166,7 @@ def propagate_encoder(
         raise ValueError(f"noise={noise!r}: a share of the first latents, from 0 to 1; the paper's is 0.003")
     if pipeline is None and (noise or batch != 1):
         raise ValueError("noise and batch need the pipeline, whose scheduler knows the steps: pass it instead of its model")
-    models = [model for _, model in _denoisers(target)]
+    models = [model for _, model in unwrapped_denoisers(target)]
     encoders = [encoder_of(model, depth) for model in models]
     _restore_encoder(target)
     propagation = Propagation(steps, noise, batch, pipeline)
@@ -206,19 +206,19 @@ def _restorer(models: Iterable[nn.Module]) -> Callable[[], None]:
 
 
 def _restore_attention(target: Any) -> None:
-    for _, model in _denoisers(target):
+    for _, model in unwrapped_denoisers(target):
         uninstall(model)
 
 
 def _restore_encoder(target: Any) -> None:
-    for _, model in _denoisers(target):
+    for _, model in unwrapped_denoisers(target):
         if (propagation := propagation_of(model)) is not None:
             propagation.restore()
 
 
 def report(target: Any) -> Report:
     """What ran in the latest run. Raises ValueError for a pipeline or model that is not accelerated."""
-    for _, model in _denoisers(target):
+    for _, model in unwrapped_denoisers(target):
         if (denoiser := installed(model)) is not None:
             return Report.of(denoiser.handle, target)
     raise ValueError(f"this {type(target).__name__} is not accelerated: call fastdit.accelerate(pipe) first")
@@ -255,7 +255,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner.module if isinstance(inner, DistributedDataParallel) else inner
 
 
-def _denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
+def unwrapped_denoisers(target: Any) -> Iterator[tuple[str, nn.Module]]:
     """(name, model), unwrapped."""
     found = [("model", target)] if isinstance(target, nn.Module) else denoisers_of(target)
     if not found:
@@ -286,5 +286,5 @@ def set_on_pipeline(pipeline: Any, processor: Any) -> None:
     if isinstance(processor, FastAttnProcessor):
         accelerate(pipeline, processor.config)
         return
-    for _, model in _denoisers(pipeline):
+    for _, model in unwrapped_denoisers(pipeline):
         model.set_attn_processor(processor)  # type: ignore[operator]

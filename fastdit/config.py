@@ -63,7 +63,10 @@ class Reuse:
         return self.maps if self.kind == "none" else math.ceil(self.maps / self.refresh) * self.refresh
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = asdict(self)
+        if self.drift is None:  # as before there was one, so that clips keep their hashes
+            del fields["drift"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Reuse:

@@ -11,6 +11,7 @@ class CogVideoX(Family):
     """hidden_states [B, T, C, H, W]; CogVideoX-1.5 cuts time into patches as well (`patch_size_t`)."""
 
     skips: ClassVar[dict[str, str]] = {}
+    even = False
     text = "before"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:

@@ -25,7 +25,10 @@ class Family:
     clock: the parameter that is the timestep: `full` in pure noise, 0 at the end; if it `rises`, the reverse.
     skips: parts of the names of modules that are not sites, and why.
     order: first parts of module names in the order in which they run, if that differs from the order of definition.
-    text, mask, note: for the table in the docs.
+    packs: latents that the pipelines pack into one token on each side, before the denoiser sees them.
+    even: the pipelines hand the scheduler σ from 1 to 1/steps, evenly spaced, before its shift; False: they leave σ to it;
+    None: they have a schedule of their own, or it was not looked at.
+    text, mask, note: for the table in the docs; the first two also say which text is in the sequence (`fastdit.predict`).
     """
 
     names: ClassVar[tuple[str, ...]] = ("hidden_states", "encoder_hidden_states", "timestep")
@@ -34,6 +37,8 @@ class Family:
     rises: ClassVar[bool] = False
     skips: ClassVar[dict[str, str]] = {"attn2": "cross-attention"}
     order: ClassVar[tuple[str, ...]] = ()
+    packs: ClassVar[int] = 1
+    even: ClassVar[bool | None] = None
     text: ClassVar[str] = "apart (cross-attention)"
     mask: ClassVar[str] = "none"
     note: ClassVar[str] = ""
@@ -61,6 +66,21 @@ class Family:
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         """Facts of a call. call: its arguments by name, without those that are None. May raise any of `LACKING`."""
         raise NotImplementedError
+
+    def patch(self, model: Any) -> Grid:
+        """Latents (t, h, w) of a token, from the denoiser's configuration."""
+        size: Any = getattr(model.config, "patch_size", None) or 1
+        *front, h, w = (size, size) if isinstance(size, int) else size
+        t = front[0] if front else getattr(model.config, "patch_size_t", None) or 1
+        return t, h * self.packs, w * self.packs
+
+    def latents(self, frames: int, scale: int) -> int:
+        """Frames of latents that the autoencoder, with this scale in time, makes of a clip. Raises ValueError for a clip that
+        the pipelines would not draw as it is, naming the nearest."""
+        if frames < 1 or ((frames - 1) % scale and frames % scale):
+            nearest = scale * max(0, round((frames - 1) / scale)) + 1
+            raise ValueError(f"num_frames must be {scale}k + 1 for this model, got {frames}: nearest is {nearest}")
+        return (frames - 1) // scale + 1
 
     def noise(self, model: Any, call: dict[str, Any]) -> Tensor:
         """σ of a call, as in `Facts`."""

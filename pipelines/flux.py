@@ -20,6 +20,8 @@ class Flux(Family):
         "hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids",
     )  # fmt: skip
     skips: ClassVar[dict[str, str]] = {}
+    packs = 2
+    even: ClassVar[bool | None] = True
     text = "before"
     full = 1.0
 
@@ -50,6 +52,8 @@ class Unpooled(Flux):
 
 class Flux2(Unpooled):
     """img_ids [B, N, 4] = (picture, row, column, 0)."""
+
+    even = None
 
 
 class Bria(Flux):

@@ -15,6 +15,7 @@ class HunyuanVideo(Family):
 
     names: ClassVar[tuple[str, ...]] = ("hidden_states", "timestep", "encoder_hidden_states")
     skips: ClassVar[dict[str, str]] = {"context_embedder": "text refiner", "context_embedder_2": "text refiner"}
+    even: ClassVar[bool | None] = True
     text = "behind"
     mask = "padded text, cut"
 
@@ -57,4 +58,5 @@ class HunyuanImage(HunyuanVideo):
 class MotifVideo(HunyuanVideo):
     """Layers of the decoder have the encoder's video behind theirs, in the place of text."""
 
+    even = None
     skips: ClassVar[dict[str, str]] = {"cross_attn": "cross-attention"}

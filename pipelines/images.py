@@ -17,6 +17,7 @@ def _grid(model: Any, call: dict[str, Any]) -> tuple[int, int, int]:
 class PixArt(Family):
     """PixArt-α and -Σ, DiT, Hunyuan-DiT, Lumina-Next: text, or the class, by cross-attention or modulation."""
 
+    even: ClassVar[bool | None] = False
     mask = "of text, in cross-attention"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
@@ -32,6 +33,7 @@ class DiT(PixArt):
 class SD3(Family):
     """Stable Diffusion 3 and 3.5: text behind the image; the second attention of dual blocks sees the image alone."""
 
+    even: ClassVar[bool | None] = False
     names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     skips: ClassVar[dict[str, str]] = {}
     text = "behind"
@@ -53,6 +55,7 @@ class CogView(Family):
 class AuraFlow(CogView):
     """Text first, and eight learned tokens before it; timestep is σ already."""
 
+    even: ClassVar[bool | None] = False
     full = 1.0
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
@@ -63,6 +66,7 @@ class AuraFlow(CogView):
 class Lumina2(Family):
     """Each prompt's own text first, then the image, then padding, which is cut; timestep counts up: 1 − σ."""
 
+    even: ClassVar[bool | None] = True
     names = ("hidden_states", "timestep", "encoder_hidden_states")
     full, rises = 1.0, True
     skips: ClassVar[dict[str, str]] = {"context_refiner": "text refiner"}
@@ -114,6 +118,7 @@ class QwenImage(Family):
     names = ("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes")
     full = 1.0
     skips: ClassVar[dict[str, str]] = {}
+    even: ClassVar[bool | None] = True
     text = "before"
     mask = "padded text, cut"
 
@@ -127,6 +132,7 @@ class QwenImage(Family):
 class Ernie(SD3):
     """ERNIE-Image: the image, then padded text."""
 
+    even = None
     names = ("hidden_states", "timestep", "text_bth", "text_lens")
     mask = "padded text, cut"
 

@@ -27,6 +27,7 @@ class LTX(Family):
         "hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask", "num_frames", "height", "width",
         "rope_interpolation_scale", "video_coords",
     )  # fmt: skip
+    even: ClassVar[bool | None] = True
     mask = "of text, in cross-attention"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:

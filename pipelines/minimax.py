@@ -21,7 +21,7 @@ class MiniMaxH3(Family):
         "hidden_states", "audio_hidden_states", "encoder_hidden_states", "timestep", "timestep_indices", "token_tags",
         "position_ids",
     )  # fmt: skip
-    full, rises = 1.0, True
+    full, rises, even = 1.0, True, False
     skips: ClassVar[dict[str, str]] = {"token_refiner": "text refiner"}
     text = "before"
     note = "conditions and sound count as text"
@@ -33,6 +33,13 @@ class MiniMaxH3(Family):
         frame = _run(t != t[-1]).minimum(video)
         row = _run((t != t[-1]) | (h != h[-1])).minimum(frame)
         return Facts(torch.stack([video // frame, frame // row, row]), sigma, before=REST)
+
+    def latents(self, frames: int, scale: int) -> int:
+        """The autoencoder makes 5 of every 17 frames, and 2 of the last 5."""
+        if frames < 5 or frames % 17 != 5:
+            nearest = 17 * max(0, round((frames - 5) / 17)) + 5
+            raise ValueError(f"num_frames must be 17k + 5 for this model, got {frames}: nearest is {nearest}")
+        return (frames - 5) // 17 * 5 + 2
 
     def noise(self, model: Any, call: dict[str, Any]) -> Tensor:
         """Of the video alone: sound has a schedule of its own, text and conditions next to none."""

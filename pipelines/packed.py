@@ -13,6 +13,7 @@ from fastdit.pipelines.flux import Flux, coordinates
 class Fibo(Flux):
     """Bria FIBO: as Flux, with the layers of its text encoder; timestep = 1000 σ."""
 
+    packs, even = 1, None
     names: ClassVar[tuple[str, ...]] = (
         "hidden_states", "encoder_hidden_states", "text_encoder_layers", "pooled_projections", "timestep", "img_ids", "txt_ids",
     )  # fmt: skip

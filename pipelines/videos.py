@@ -29,6 +29,7 @@ class Mochi(Family):
 class Allegro(Family):
     """Text by cross-attention."""
 
+    even = False
     mask = "of text, in cross-attention"
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:

@@ -17,6 +17,7 @@ class Wan(Family):
     names = ("hidden_states", "timestep")
     skips: ClassVar[dict[str, str]] = {"attn2": "cross-attention", "face_adapter": "cross-attention"}
     order: ClassVar[tuple[str, ...]] = ("vace_blocks", "blocks")
+    even: ClassVar[bool | None] = False
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         return Facts(grid_of(call["hidden_states"], model.config.patch_size), self.noise(model, call))
@@ -24,6 +25,8 @@ class Wan(Family):
 
 class AnyFlow(Wan):
     """hidden_states [B, T, C, H, W]; timestep is where a step starts from."""
+
+    even = None
 
     def read(self, model: Any, call: dict[str, Any]) -> Facts:
         grid = grid_of(call["hidden_states"], model.config.patch_size, frames=1)
@@ -33,6 +36,7 @@ class AnyFlow(Wan):
 class Helios(Wan):
     """Frames of before come first, at full, half and quarter size: exact for all."""
 
+    even = None
     text = "apart (cross-attention)"
     note = "earlier frames count as text"
 

@@ -16,7 +16,7 @@ FLOORS = {
     "ops": 1, "kernels": 1,
     "policies": 2, "planning": 2, "approx": 2, "config": 2, "presets": 2, "schedule": 2,
     "runs": 3, "attach": 3, "encoder_reuse": 3, "reporting": 3,
-    "api": 4, "diffusers_hooks": 4, "pipelines": 4, "": 4,
+    "api": 4, "diffusers_hooks": 4, "pipelines": 4, "prediction": 4, "": 4,
     "apps": 5, "__main__": 5,
 }  # fmt: skip
 FORMER = {"quant", "layout", "facts", "reuse", "profile", "memory", "remainder", "report"}

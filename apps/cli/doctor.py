@@ -18,6 +18,7 @@ import typer
 import fastdit
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.media import ffmpeg
+from fastdit.apps.sizes import FRAMES, parse_size
 
 LEAST_DISK = 1 << 30
 EXTRAS = {"ray": ("cluster", "many machines"), "gradio": ("ui", "the web page"), "peft": ("lora", "LoRA")}
@@ -35,13 +36,17 @@ class Finding:
 
 def doctor(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder whose disk is checked.")] = Path("."),
+    sizes: Annotated[
+        str, typer.Option(help="Clips of the embedded model to predict, frames x height x width, separated by commas.")
+    ] = "33x256x256",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Report what this machine will run, and what to install.
 
     Every kernel is tested against float64. The exit status is 1 if something that rendering needs is missing or wrong.
     """
-    findings = [*software(), *machine(folder), *kernels()]
+    asked = [parse_size(each, "--sizes", FRAMES) for each in sizes.split(",")]
+    findings = [*software(), *machine(folder), *predicted(asked), *kernels()]
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -103,6 +108,22 @@ def machine(folder: Path) -> list[Finding]:
         size = f"{free / 2**30:.0f} of {facts.total_memory / 2**30:.0f} GB free"
         found.append(Finding(f"GPU {number}", f"{facts.name}, sm_{facts.major}{facts.minor}, {size}", True))
         found.append(Finding(f"GPU {number}, attention", which_kernel((facts.major, facts.minor))))
+    return found
+
+
+def predicted(sizes: list[tuple[int, int, int]]) -> list[Finding]:
+    """What clips of the embedded model will take here, with each preset that is sparse. Nothing is drawn."""
+    from fastdit.pipelines import embedded
+    from fastdit.prediction.skeleton import skeleton
+
+    pipe, found = skeleton(embedded.PATH), []
+    for frames, height, width in sizes:
+        what = f"{frames}x{height}x{width}"
+        try:
+            said = fastdit.predict(pipe, height, width, frames, embedded.STEPS, guidance=embedded.GUIDANCE)
+        except ValueError as error:
+            raise UserError(f"--sizes {what}: {error}", 2) from None
+        found += [Finding(f"predicted, {what}", said.line(name)) for name in ("balanced", "fast")]
     return found
 
 

@@ -46,7 +46,9 @@ def render(
     cluster: Annotated[Text, typer.Option(help="Render on Ray: auto, local, ray://HOST:PORT. Paths must exist there.")] = None,
     resume: Annotated[bool, typer.Option(help="Skip the clips that the folder's manifest lists as done.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Render again, and replace files of the same name.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be rendered, and load nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List what would be rendered and what each preset would take; load nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each clip, and nothing else.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
     **settings: Any,
@@ -119,6 +121,11 @@ def _dry_run(batch: Any, as_json: bool) -> int:
             typer.echo(json.dumps({"job": job.hash, "name": job.name, "where": job.where, "settings": settings.to_dict()}))
         else:
             typer.echo(f"{job.name}  seed {settings.seed}  {settings.to_dict()['preset']}  {settings.prompt[:60]!r}")
+    if not as_json and batch.jobs:
+        from fastdit.apps.render import forecast
+
+        for table in forecast.tables(batch.jobs):
+            typer.echo(f"\n{table}")
     for where, why in batch.errors:
         print(f"fastdit: {where}: {why}", file=sys.stderr)
     return 1 if batch.errors else 0

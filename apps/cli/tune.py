@@ -15,6 +15,8 @@ import typer
 from fastdit.apps.cli.options import with_settings
 from fastdit.apps.errors import UserError
 from fastdit.apps.render import jobs
+from fastdit.apps.render.generate import arguments
+from fastdit.apps.render.renderer import Renderer
 
 FIXED = ("preset", "fps", "format", "crf", "ulysses", "ring")
 """Settings of a clip that tuning does not take."""
@@ -55,8 +57,6 @@ def tune(
 
 
 def _search(todo: list[jobs.Job], budget: float, minutes: float, out: Path, as_json: bool) -> int:
-    from fastdit.apps.render.generate import arguments
-    from fastdit.apps.render.renderer import Renderer
     from fastdit.apps.tune.pipeline import begin, run
 
     renderer = Renderer(show=not as_json)

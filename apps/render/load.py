@@ -185,9 +185,15 @@ def denoisers(pipe: Any) -> Iterator[nn.Module]:
 
 def multiples(pipe: Any) -> tuple[int, int, int]:
     """(frames − 1, height, width) must be multiples of these: the autoencoder's scale times the denoiser's patch."""
+    from fastdit.prediction import shape
+
+    model: Any = next(denoisers(pipe))
+    try:
+        return shape.multiples(pipe, model)
+    except ValueError:  # a UNet, or a model that was described
+        pass
     scale: Any = getattr(pipe, "vae_scale_factor_spatial", None) or getattr(pipe, "vae_spatial_compression_ratio", 8)
     time: Any = getattr(pipe, "vae_scale_factor_temporal", None) or getattr(pipe, "vae_temporal_compression_ratio", 4)
-    model: Any = next(denoisers(pipe))
     patch = getattr(model.config, "patch_size", 1)
     h, w = patch[-2:] if isinstance(patch, list | tuple) else (patch, patch)
     return time, scale * h, scale * w

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import fastdit
 from fastdit.apps.errors import UserError
+from fastdit.apps.render import forecast
 from fastdit.apps.render.draw import Clip
 from fastdit.apps.render.generate import generate
 from fastdit.apps.render.jobs import Job
@@ -63,6 +65,7 @@ class Renderer:
         self._loaded: tuple[Any, ...] | None = None
         self._seconds = 0.0
         self._handle: Any = None
+        self._said = ""
 
     def load(self, settings: Settings) -> Any:
         """The pipeline of the settings."""
@@ -104,6 +107,9 @@ class Renderer:
         facts["tokens"] = count = tokens(pipe, settings.frames, settings.height, settings.width)
         if count % (parts := settings.ulysses * settings.ring):
             raise UserError(f"{count} tokens cannot be shared by {parts} processes: change the height or width", 2)
+        if self.show and (said := forecast.line(pipe, settings)) != self._said:
+            self._said = said
+            print(said, file=sys.stderr)
         return settings, facts | {"seconds": {"load": 0.0 if loaded else self._seconds}}
 
     def render(self, job: Job, on_step: Callable[[int, Tensor], None] = lambda step, latents: None) -> Result:

@@ -11,6 +11,7 @@ the next ones keep. Sharing waits for the GPU, once for each residual that is me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -51,22 +52,46 @@ def find(q: Tensor, reuse: Reuse, held: Held, sharers: Sharers) -> Room:
     """Room for what a refresh of q [B, H, N, D] leaves, before it runs: what it allocates is not free afterwards."""
     host = torch.device("cpu")
     places = (host,) if reuse.host or not q.is_cuda else (q.device, host)
-    shape, ratio, needs = tuple(q.shape), 4 * (q.numel() // q.shape[-1]) * (reuse.kind == "retention"), 0
+    shape = tuple(q.shape)
     for place in places:
-        pinned, others = q.is_cuda and place == host, _others(place, sharers)
-        theirs = sum(kept.bytes() for kept in others.values())
-        beside = max(held(place), theirs)
-        budget = (free_bytes(place) + beside) // 2 - (beside - theirs) - ratio  # less what does not share
-        form = BEST if reuse.store == AUTO else reuse.store
-        needs = bytes_of(shape, form, pinned)
-        if theirs + needs <= budget:
-            return Room(place, form, budget)
-        if reuse.store == AUTO:
-            needs = min(bytes_of(shape, form, pinned) for form in FORMS)
-            if sum(min(_smaller(kept))[0] for kept in others.values()) + needs <= budget:
-                return Room(place, None, budget)
-    why = f"{reuse.kind}: no room for {(needs + ratio) / 2**20:.0f} MB beside {held(places[-1]) / 2**20:.0f} MB remembered"
+        others = [(kept.bytes(), min(_smaller(kept))[0]) for kept in _others(place, sharers).values()]
+        room = room_at(place, shape, reuse, q.is_cuda and place == host, free_bytes(place), held(place), others)
+        if room.place is not None:
+            return room
+    needs = needed(shape, reuse, q.is_cuda and host in places)
+    why = f"{reuse.kind}: no room for {needs / 2**20:.0f} MB beside {held(places[-1]) / 2**20:.0f} MB remembered"
     return Room(None, why=why)
+
+
+def room_at(
+    place: torch.device, shape: tuple[int, ...], reuse: Reuse, pinned: bool, free: int, held: int, others: list[tuple[int, int]]
+) -> Room:
+    """The room of one place for a residual of a shape [B, H, N, D]. free: bytes; held: bytes of all statistics there; others:
+    (bytes, least bytes) of those whose form may change. Also what `fastdit.predict` asks, without tensors."""
+    theirs = sum(size for size, _ in others)
+    beside = max(held, theirs)
+    budget = (free + beside) // 2 - (beside - theirs) - ratio_bytes(shape, reuse)  # less what does not share
+    form = BEST if reuse.store == AUTO else reuse.store
+    if theirs + bytes_of(shape, form, pinned) <= budget:
+        return Room(place, form, budget)
+    if reuse.store == AUTO and sum(least for _, least in others) + least_bytes(shape, pinned) <= budget:
+        return Room(place, None, budget)
+    return Room(None)
+
+
+def ratio_bytes(shape: tuple[int, ...], reuse: Reuse) -> int:
+    """What ρ, float32 [B, H, N], takes beside a residual."""
+    return 4 * math.prod(shape[:-1]) * (reuse.kind == "retention")
+
+
+def least_bytes(shape: tuple[int, ...], pinned: bool) -> int:
+    return min(bytes_of(shape, form, pinned) for form in FORMS)
+
+
+def needed(shape: tuple[int, ...], reuse: Reuse, pinned: bool) -> int:
+    """The least that a refresh takes."""
+    size = least_bytes(shape, pinned) if reuse.store == AUTO else bytes_of(shape, reuse.store, pinned)
+    return size + ratio_bytes(shape, reuse)
 
 
 def share(q: Tensor, room: Room, errors: list[float], sharers: Sharers) -> str:

@@ -171,14 +171,8 @@ def _call(site: SitePlan, span: SequenceSpan | str, q: Tensor, masks: ByteCache 
     )
     if site.reason is not None:
         return plan.dense(site.reason)
-    if tokens < (least := config.least_tokens(q.device.type)):
-        who = f"this {'CPU' if q.device.type == 'cpu' else 'GPU'}" if config.min_tokens is None else "the configuration"
-        return plan.dense(f"{tokens:,} tokens, {who} needs {least:,}")
-    if isinstance(policy, Dense):
-        if quant.is_none:
-            return plan.dense("the phase is dense")
-        if q.is_cuda and least and tokens < launch.pays_from(q.shape[-1], quant):
-            return plan.dense(f"{tokens} tokens: dense attention in {quant} is no faster at this length")
+    if (why := dense_because(config, phase, tokens, q.shape[-1], q.device.type)) is not None:
+        return plan.dense(why)
     if q.shape[2] != tokens and not policy.static:
         return plan.dense(f"{policy} needs all queries, which are split over processes")
     if (refusal := ops.unsupported(q, quant)) is not None:
@@ -192,6 +186,20 @@ def _call(site: SitePlan, span: SequenceSpan | str, q: Tensor, masks: ByteCache 
     where = (policy, layout, config.first_frame, str(q.device))
     found = _static(*where) if masks is None else masks.get(where, lambda: _static(*where))
     return replace(plan.with_mask(*found, heads=q.shape[1]), policy=None)
+
+
+def dense_because(config: Config, phase: Phase, tokens: int, head_dim: int, device: str) -> str | None:
+    """Why a phase stays dense for so many tokens on a type of device ("cpu", "cuda"); None: it may be sparse."""
+    if tokens < (least := config.least_tokens(device)):
+        who = f"this {'CPU' if device == 'cpu' else 'GPU'}" if config.min_tokens is None else "the configuration"
+        return f"{tokens:,} tokens, {who} needs {least:,}"
+    if not isinstance(phase.policy, Dense):
+        return None
+    if phase.quant.is_none:
+        return "the phase is dense"
+    if device == "cuda" and least and tokens < launch.pays_from(head_dim, phase.quant):
+        return f"{tokens} tokens: dense attention in {phase.quant} is no faster at this length"
+    return None
 
 
 def above(share: float, most: float) -> str:
