@@ -19,6 +19,7 @@ import fastdit
 from fastdit.apps.errors import UserError
 from fastdit.apps.render.media import ffmpeg
 from fastdit.apps.sizes import FRAMES, parse_size
+from fastdit.pipelines import embedded
 
 LEAST_DISK = 1 << 30
 EXTRAS = {"ray": ("cluster", "many machines"), "gradio": ("ui", "the web page"), "peft": ("lora", "LoRA")}
@@ -113,7 +114,6 @@ def machine(folder: Path) -> list[Finding]:
 
 def predicted(sizes: list[tuple[int, int, int]]) -> list[Finding]:
     """What clips of the embedded model will take here, with each preset that is sparse. Nothing is drawn."""
-    from fastdit.pipelines import embedded
     from fastdit.prediction.skeleton import skeleton
 
     pipe, found = skeleton(embedded.PATH), []

@@ -14,7 +14,7 @@ import typer
 
 from fastdit.apps.cli.options import with_settings
 from fastdit.apps.errors import UserError
-from fastdit.apps.render import index, jobs
+from fastdit.apps.render import forecast, index, jobs
 from fastdit.apps.render.config_file import read_config
 from fastdit.apps.render.settings import SETTINGS, Settings
 
@@ -122,8 +122,6 @@ def _dry_run(batch: Any, as_json: bool) -> int:
         else:
             typer.echo(f"{job.name}  seed {settings.seed}  {settings.to_dict()['preset']}  {settings.prompt[:60]!r}")
     if not as_json and batch.jobs:
-        from fastdit.apps.render import forecast
-
         for table in forecast.tables(batch.jobs):
             typer.echo(f"\n{table}")
     for where, why in batch.errors:
