@@ -103,10 +103,10 @@ def tune(
     with the next seed is held out. budget: the largest mean relative L2 error of the velocity, in (0, 1). minutes: after which
     no more is tried; dense runs, which come first, and the measurement at the end are not counted.
 
-    Each call is drawn densely once and its denoiser's inputs are kept, in main memory. Configurations are judged on these:
-    window densities, number formats that pay on this GPU, the pooled remainder; for each the largest drift (`Reuse.drift`)
-    that keeps the error. What was found is measured on the held-out run, and made more exact while it is above 1.1 × the
-    budget there. seed: of the noise.
+    Each call is drawn densely once, and its denoiser's inputs are kept in main memory, of the first branch of each step.
+    Configurations are judged on these: window densities, number formats that pay on this GPU, the pooled remainder; for each
+    the largest drift (`Reuse.drift`) that keeps the error. What was found is measured on the held-out run, and made more exact
+    while it is above 1.1 × the budget there. seed: of the noise.
 
     out: a JSON file with the configuration and all measurements, which `fastdit.accelerate(pipe, "file.json")` and
     `render --config file.json` take. It is written after every trial, so that Ctrl-C, which is raised, leaves the best so far;
@@ -149,11 +149,14 @@ def begin(pipe: Any, calls: Sequence[Mapping[str, Any]], budget: float, out: str
     try:
         held = json.loads(path.read_bytes())
         trials = [Trial.from_dict(each) for each in held["trials"]]
+        best = Config.from_dict(held["config"]), float(held["velocity_error"]), float(held["ratio"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} exists and is no profile: choose another file, or remove it", 2) from None
     if held.get("about") != json.loads(json.dumps(found.about)):
         raise UserError(f"{path} was tuned for another pipeline, call or machine: choose another file, or remove it", 2)
     found.trials = trials
+    if held.get("budget") == budget:
+        found.config, found.error, found.ratio = best
     return found
 
 
@@ -196,7 +199,7 @@ def run(
     # Whether sparse attention pays at this length is measured here.
     tokens = min(call.tokens or 0 for calls in clips for call in calls)
     least = min(tokens, Config().least_tokens(model.device.type))
-    best, start, found.why = None, time.monotonic(), "the search was finished"
+    best, start = None, time.monotonic()
     for trial in search(measure, found.budget, formats, dense, least):
         best = better(best, trial, found.budget)
         if best is not None and best.seconds < dense:
@@ -210,13 +213,15 @@ def run(
         if time.monotonic() - start > 60 * minutes:
             found.why = f"stopped after {minutes:g} minutes"
             break
+    else:
+        found.why = "the search was finished"
     if not found.config.phases:
         save()
         return
-    for _ in range(CORRECTIONS):
+    for left in reversed(range(CORRECTIONS + 1)):
         found.held_out = judged(found.config, [unseen]).error
         show(f"held-out run: error {found.held_out:.4f}")
-        if found.held_out <= TOLERANCE * found.budget:
+        if found.held_out <= TOLERANCE * found.budget or not left:
             break
         found.config = with_drift(found.config, drift_of(found.config) * found.budget / found.held_out)
         found.error = measure(found.config).error
@@ -226,6 +231,8 @@ def run(
         times[True].append(sum(timed(call)[1] for calls in clips for call in calls))
         times[False].append(judged(found.config, clips).seconds)
     found.dense_seconds, found.ratio = min(times[True]), min(times[True]) / min(times[False])
+    if found.ratio <= 1:  # more exact, it is no faster than dense
+        found.config, found.error, found.held_out, found.ratio = Config(), 0.0, None, 1.0
     save()
 
 
