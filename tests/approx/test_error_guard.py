@@ -112,8 +112,9 @@ def test_report_by_layer():
     assert site.memory == 2 * 48 * 128 * 2  # branches, tokens, channels, bytes
     table = str(report).splitlines()
     columns = ["policy", "quant", "remainder", "reuse", "density", "error", "seconds", "calls", "reused"]
-    assert table[0].split() == ["noise", "level", *columns]
-    assert table[1].split()[-2:] == ["8", "4"]
+    assert table[0].startswith("1.3 × fewer pairs, 50% of calls in int8/none; 1 of 2 layers dense because no phase")
+    assert table[1].split() == ["noise", "level", *columns]
+    assert table[2].split()[-2:] == ["8", "4"]
     assert {"reused", "quant", "memory", "error", "seconds", "density", "reason"} <= set(report.to_dict()["sites"][1])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from util import call, command, environment, fastdit
+from util import call, command, environment
 
 from fastdit.apps.cli.render import Console
 from fastdit.apps.errors import UserError
@@ -237,9 +237,12 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert row["settings"]["prompt"] == "a red circle\u2028moving\x85right 猫"
     assert run.stderr.startswith(b"fastdit: line 2: settings in a line of text")
     assert run.returncode == 1
-    plain = fastdit("render", "ein Kreis 猫", "--dry-run", PYTHONIOENCODING="latin-1")
-    assert (plain.returncode, plain.stderr) == (0, "")
-    assert r"\u732b" in plain.stdout
+    plain = subprocess.run(
+        command("render", "ein Kreis 猫", "--dry-run"), capture_output=True, env=environment(PYTHONIOENCODING="latin-1")
+    )
+    assert (plain.returncode, plain.stderr) == (0, b"")
+    assert r"'ein Kreis \u732b'" in plain.stdout.decode("latin-1")
+    assert "9×32×32 = 9,216 tokens" in plain.stdout.decode("latin-1")
 
 
 def test_a_record_is_one_line_to_every_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
