@@ -21,11 +21,15 @@ def of_clip(pipe: Any, settings: Settings, every: bool = False) -> fastdit.Predi
 
 
 def line(pipe: Any, settings: Settings) -> str:
-    """One line on a clip that is about to be drawn."""
+    """One line on a clip that is about to be drawn. A pipeline that predicts badly draws all the same: the line says why."""
     try:
         return f"fastdit: {of_clip(pipe, settings).line()}"
-    except ValueError as error:
-        return f"fastdit: nothing predicted: {error}"
+    except Exception as error:  # of a pipeline's own kind of configuration; it must not cost the clip
+        return f"fastdit: nothing predicted: {why(error)}"
+
+
+def why(error: Exception) -> str:
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def tables(jobs: list[Job]) -> list[str]:
@@ -46,6 +50,6 @@ def tables(jobs: list[Job]) -> list[str]:
             if model is not None:
                 settings = job.settings(**defaults(pipes[model]))
             found[str(of_clip(pipes[model], settings, every=True))] = None
-        except ValueError as error:
-            found[f"nothing predicted for {model or 'the embedded model'}: {error}"] = None
+        except Exception as error:  # one model's, which must not hide the others'
+            found[f"nothing predicted for {model or 'the embedded model'}: {why(error)}"] = None
     return list(found)

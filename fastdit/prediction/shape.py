@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from typing import Any
 
 import torch
@@ -121,7 +120,3 @@ def heads_of(model: Any, module: Any) -> tuple[int, int]:
         raise ValueError(f"fastdit.predict does not know the heads of a {type(module).__name__}")
     wide = getattr(project, "out_features", None) or heads * config.attention_head_dim
     return heads, wide // heads
-
-
-def length(found: Grid) -> int:
-    return math.prod(found)
