@@ -57,6 +57,7 @@ def tune(
 
 
 def _search(todo: list[jobs.Job], budget: float, minutes: float, out: Path, as_json: bool) -> int:
+    from fastdit.apps.compare.pipeline import call_of
     from fastdit.apps.tune.pipeline import begin, run
 
     renderer = Renderer(show=not as_json)
@@ -67,8 +68,7 @@ def _search(todo: list[jobs.Job], budget: float, minutes: float, out: Path, as_j
         pipe = renderer.pipe
         makers = [partial(arguments, pipe, one) for one in made]
         held = makers.pop() if len(makers) > 1 else partial(arguments, pipe, replace(made[0], seed=made[0].seed + 1))
-        facts = [{name: value for name, value in vars(one).items() if name not in ("preset", "custom")} for one in made]
-        found = begin(pipe, facts, budget, out)
+        found = begin(pipe, [call_of(one) for one in made], budget, out)
         show = (lambda line: None) if as_json else partial(typer.echo, err=True)
         try:
             run(pipe, found, makers, held, made[0].seed, minutes, out, show)

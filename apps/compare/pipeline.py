@@ -22,6 +22,7 @@ from fastdit.apps.render.generate import arguments
 from fastdit.apps.render.jobs import Job
 from fastdit.apps.render.paths import here, local
 from fastdit.apps.render.renderer import Renderer, machine
+from fastdit.apps.render.settings import Settings
 from fastdit.attach.processor import installed
 from fastdit.config import Config
 from fastdit.encoder_reuse.propagate import propagation_of
@@ -67,9 +68,7 @@ def compare(
     """
     try:
         configs = named(presets)
-        calls = [call] if isinstance(call, Mapping) else list(call) if isinstance(call, list | tuple) else []
-        if not calls or not all(isinstance(each, Mapping) for each in calls):
-            raise UserError(f"call must be a dictionary of the pipeline's arguments, or a list of such, got {call!r:.80}", 2)
+        calls = calls_of(call)
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise UserError(f"repeats must be a whole number from 1 up, got {repeats!r}", 2)
         before = installed_config(pipe)
@@ -98,7 +97,7 @@ def draw_all(result: ComparisonResult, jobs: Sequence[Job], show: bool) -> Itera
         for job in jobs:
             settings, _ = renderer.prepare(job)
             result.machine = machine(renderer.pipe)
-            result.calls.append({name: value for name, value in vars(settings).items() if name not in ("preset", "custom")})
+            result.calls.append(call_of(settings))
             make = partial(arguments, renderer.pipe, settings)
             yield from add(result, measure_call(renderer.pipe, make, result.configs, result.repeats, settings.seed, show))
     finally:
@@ -111,6 +110,19 @@ def add(result: ComparisonResult, comparisons: Iterator[Any]) -> Iterator[None]:
         if number == 0:
             result.comparisons.append(found)
         yield
+
+
+def calls_of(call: Call | Sequence[Call]) -> list[Call]:
+    """One or several calls as a list. Raises ValueError for something else."""
+    calls = [call] if isinstance(call, Mapping) else list(call) if isinstance(call, list | tuple) else []
+    if not calls or not all(isinstance(each, Mapping) for each in calls):
+        raise ValueError(f"call must be a dictionary of the pipeline's arguments, or a list of such, got {call!r:.80}")
+    return calls
+
+
+def call_of(settings: Settings) -> dict[str, Any]:
+    """The settings of a clip but for how attention is accelerated, for JSON."""
+    return {name: value for name, value in vars(settings).items() if name not in ("preset", "custom")}
 
 
 def installed_config(pipe: Any) -> Config | None:

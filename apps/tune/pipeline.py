@@ -18,7 +18,7 @@ import torch
 import fastdit
 from fastdit.api import adapters_of, attach
 from fastdit.apps.compare.measure import seeded, warm_up
-from fastdit.apps.compare.pipeline import Call, described, fresh, installed_config
+from fastdit.apps.compare.pipeline import Call, calls_of, described, fresh, installed_config
 from fastdit.apps.compare.recorded import Call as Recorded
 from fastdit.apps.compare.recorded import FirstCalls, velocity_of
 from fastdit.apps.errors import UserError
@@ -118,15 +118,13 @@ def tune(
         print(found)      # 1.7 × faster than dense in the denoiser at velocity error .048, .049 on a run …
         fastdit.accelerate(pipe, "mine.json")
     """
-    calls = [call] if isinstance(call, Mapping) else list(call) if isinstance(call, list | tuple) else []
-    if not calls or not all(isinstance(each, Mapping) for each in calls):
-        raise ValueError(f"call must be a dictionary of the pipeline's arguments, or a list of such, got {call!r:.80}")
+    calls = calls_of(call)
     if not 0 < budget < 1:
         raise ValueError(f"budget must be a relative error in (0, 1), got {budget!r}")
     if not minutes > 0:
         raise ValueError(f"minutes must be above 0, got {minutes!r}")
     try:
-        before = installed_config(pipe)
+        before, parts = installed_config(pipe), adapters_of(pipe)
         makers = [fresh(pipe, each, seed) for each in calls]
         held = makers.pop() if len(makers) > 1 else fresh(pipe, calls[0], seed + 1)
         found = begin(pipe, [described(each) | {"seed": seed} for each in calls], budget, out)
@@ -135,7 +133,7 @@ def tune(
         finally:
             fastdit.restore(pipe)
             if before is not None:
-                fastdit.accelerate(pipe, before)
+                attach(pipe, before, parts)
         return found
     except UserError as problem:
         raise (ValueError if problem.code == 2 else RuntimeError)(str(problem)) from None
